@@ -1,0 +1,54 @@
+# saeserve: `make serve` runs the service on the builtin model, `make test` runs the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help install install-dev serve test lint proto proto-check bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "saeserve needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $(VENV)/.installed $@
+
+install: $(VENV)/.installed ## make .venv with what the service needs
+
+install-dev: $(VENV)/.installed-dev ## and with what tests, lint and code generation need
+
+serve: install ## run the service in the foreground: gRPC 127.0.0.1:9000, HTTP :8000 (ARGS="--grpc-port 9001 ...")
+	@exec $(BIN)/saeserve serve $(ARGS)
+
+test: install-dev ## run the tests (ARGS="-k name ...")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install-dev ## formatting, lint, types, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+
+proto: install-dev ## write service/pb from protos/
+	$(BIN)/python protos/generate.py
+
+proto-check: install-dev
+	$(BIN)/python protos/generate.py --check
+
+bench: install ## measure the service against bare PyTorch; writes build/bench.json (under 10 minutes)
+	$(BIN)/python -m loadtests.bench --out build/bench.json
+
+builtin-figures: install ## recompute the figures of the builtin model and its dictionaries
+	$(BIN)/python -m sae_runtime.builtin.figures
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

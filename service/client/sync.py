@@ -1,0 +1,346 @@
+"""The client for ordinary (blocking) code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service.client import channel as channels
+from service.client import messages, results
+from service.client.edits import Edit
+from service.client.errors import DeadlineExceeded, SaeserveError, Unavailable, error_of_call
+from service.client.retry import Attempts, RetryPolicy
+from service.pb.saeserve.v1 import (
+    catalog_service_pb2,
+    catalog_service_pb2_grpc,
+    feature_service_pb2,
+    feature_service_pb2_grpc,
+    intervention_service_pb2,
+    intervention_service_pb2_grpc,
+    server_service_pb2,
+    server_service_pb2_grpc,
+)
+
+Reply = TypeVar("Reply")
+
+
+class Client:
+    """Calls a saeserve server. Safe to use from several threads; close it, or use it in a `with` block.
+
+        with Client() as client:
+            reply = client.extract_features("The cat sat on the mat.", top_k=5)
+            indices, values = reply[0]["resid-mid"].row(3)  # features of the fourth token
+
+    Calls raise SaeserveError's subclasses. UNAVAILABLE is retried as `retry` says, inside the call's timeout; streams
+    only until their first message has arrived, extract_features_stream never.
+    """
+
+    def __init__(
+        self,
+        address: str = channels.DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = channels.TIMEOUT_S,
+        generate_timeout_s: float = channels.GENERATE_TIMEOUT_S,
+        retry: RetryPolicy | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: channels.Metadata = (),
+        options: channels.ChannelOptions = (),
+    ) -> None:
+        """Connects on the first call.
+
+        Args:
+            address: host:port of the gRPC server.
+            timeout_s: deadline of calls with one reply, attempts and waits together; math.inf for none.
+            generate_timeout_s: the same for generate.
+            retry: when failed calls are tried again; RetryPolicy() if not given.
+            credentials: for TLS, such as grpc.ssl_channel_credentials(); cleartext if not given.
+            metadata: sent with every call, such as [("authorization", "Bearer ...")].
+            options: gRPC channel options that win over the client's own.
+        """
+        self.address = address
+        self._timeout_s = timeout_s
+        self._generate_timeout_s = generate_timeout_s
+        self._retry = retry or RetryPolicy()
+        self._metadata = tuple(metadata)
+        channel_options = channels.channel_options(address, options)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, channel_options)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, channel_options)
+        self._features = feature_service_pb2_grpc.FeatureServiceStub(self._channel)
+        self._intervention = intervention_service_pb2_grpc.InterventionServiceStub(self._channel)
+        self._catalog = catalog_service_pb2_grpc.CatalogServiceStub(self._channel)
+        self._server = server_service_pb2_grpc.ServerServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._loaded: tuple[str, ...] | None = None
+
+    def close(self) -> None:
+        """Ends calls that are under way and closes the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Features
+
+    def extract_features(
+        self,
+        inputs: messages.Inputs,
+        dictionaries: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[messages.ExtractOptions],
+    ) -> results.Extraction:
+        """Runs texts through the backbone and returns the features that fire on them.
+
+        Args:
+            inputs: one text, several texts, the token ids of one text, or a list of those.
+            dictionaries: names; all that are loaded if not given (asked once, then remembered).
+            timeout_s: the client's default if not given.
+            **options: see ExtractOptions.
+        """
+        request = messages.extract_features_request(inputs, self._names(dictionaries), **options)
+        return messages.read_extraction(self._unary(self._features.ExtractFeatures, request, timeout_s))
+
+    def extract_features_stream(
+        self,
+        requests: Iterable[messages.Inputs],
+        dictionaries: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[messages.ExtractOptions],
+    ) -> Iterator[results.Extraction]:
+        """extract_features over a stream: each element of `requests` is one call's inputs; replies keep their order.
+
+        Many requests are under way at once, so this is the quick way through much text. `requests` is read from
+        another thread. An exception that it raises ends the stream, after the replies to what came before it.
+
+        Args:
+            requests: each element as `inputs` of extract_features.
+            dictionaries: names; all that are loaded if not given.
+            timeout_s: deadline of the whole stream; none if not given.
+            **options: see ExtractOptions.
+        """
+        names = self._names(dictionaries)
+        failures: list[Exception] = []
+
+        def stream_requests() -> Iterator[feature_service_pb2.ExtractFeaturesStreamRequest]:
+            try:
+                for inputs in requests:
+                    request = messages.extract_features_request(inputs, names, **options)
+                    yield feature_service_pb2.ExtractFeaturesStreamRequest(request=request)
+            except Exception as failure:  # grpc would log it and hide it behind a status of its own
+                failures.append(failure)
+
+        call: Any = self._features.ExtractFeaturesStream(
+            stream_requests(), timeout=timeout_s and channels.grpc_timeout(timeout_s), metadata=self._metadata
+        )
+        try:
+            for reply in call:
+                yield messages.read_extraction(reply.response)
+        except grpc.RpcError as failure:
+            raise error_of_call(failure) from failure
+        finally:
+            call.cancel()
+        if failures:
+            raise failures[0]
+
+    def encode_activations(
+        self,
+        dictionary: str,
+        activations: Any,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[messages.SelectionOptions],
+    ) -> results.Encoding:
+        """Encodes activations [n, d_in] (anything numpy can read; float16 travels as it is)."""
+        request = messages.encode_activations_request(dictionary, activations, **options)
+        return messages.read_encoding(self._unary(self._features.EncodeActivations, request, timeout_s))
+
+    def decode_features(
+        self,
+        dictionary: str,
+        features: results.SparseRows,
+        input_statistics: results.InputStatistics | None = None,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> results.Decoding:
+        """Turns features back into activations [n, d_in].
+
+        Without the `input_statistics` of encode_activations, the reconstruction of a dictionary that normalises its
+        input stays in the normalised space.
+        """
+        request = messages.decode_features_request(dictionary, features, input_statistics, request_id=request_id)
+        return messages.read_decoding(self._unary(self._features.DecodeFeatures, request, timeout_s))
+
+    # Interventions
+
+    def generate(
+        self,
+        prompt: messages.Input,
+        edits: Iterable[Edit] = (),
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[messages.GenerateOptions],
+    ) -> Generation:
+        """Continues a prompt while features are edited.
+
+            for chunk in (generation := client.generate("Once upon a time", [set_feature("resid-mid", 123, 4.0)])):
+                print(chunk.text, end="", flush=True)
+            generation.result().finish_reason
+
+        Args:
+            prompt: a text or token ids.
+            edits: see set_feature, add_to_feature, scale_feature, clamp_feature, ablate_feature.
+            timeout_s: deadline of the whole generation; the client's default if not given.
+            **options: see GenerateOptions.
+        """
+        request = messages.generate_request(prompt, edits, **options)
+        timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
+
+        def open_call(remaining_s: float | None) -> Any:
+            return self._intervention.Generate(request, timeout=remaining_s, metadata=self._metadata)
+
+        return Generation(open_call, Attempts(self._retry, timeout))
+
+    # Catalogue and server
+
+    def list_dictionaries(
+        self, *, request_id: str | None = None, timeout_s: float | None = None
+    ) -> tuple[results.DictionaryInfo, ...]:
+        """The dictionaries that are loaded, sorted by name."""
+        request = catalog_service_pb2.ListDictionariesRequest(request_id=request_id or "")
+        return messages.read_dictionaries(self._unary(self._catalog.ListDictionaries, request, timeout_s))
+
+    def get_dictionary(
+        self, name: str, *, request_id: str | None = None, timeout_s: float | None = None
+    ) -> results.DictionaryDetails:
+        """One dictionary with its provenance and measured figures."""
+        request = catalog_service_pb2.GetDictionaryRequest(request_id=request_id or "", name=name)
+        return messages.read_dictionary_details(self._unary(self._catalog.GetDictionary, request, timeout_s))
+
+    def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> results.ServerInfo:
+        """Versions, the backbone, and the limits that requests must keep to."""
+        request = server_service_pb2.GetServerInfoRequest(request_id=request_id or "")
+        info = messages.read_server_info(self._unary(self._server.GetServerInfo, request, timeout_s))
+        self._loaded = info.dictionaries
+        return info
+
+    def is_healthy(self, service: str = "", *, timeout_s: float = 5.0) -> bool:
+        """Whether the server answers and says that it (or one gRPC service of it, by its full name) is serving.
+
+        Raises NotFound for a service that does not exist.
+        """
+        try:
+            return self._check(service, timeout_s)
+        except (Unavailable, DeadlineExceeded):
+            return False
+
+    def wait_until_ready(self, timeout_s: float = 60.0, service: str = "") -> None:
+        """Returns once is_healthy holds; raises DeadlineExceeded with the last state after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            last_error: SaeserveError | None = None
+            try:
+                if self._check(service, max(0.1, min(5.0, deadline - time.monotonic()))):
+                    return
+            except (Unavailable, DeadlineExceeded) as error:
+                last_error = error
+            if time.monotonic() + channels.READINESS_POLL_S >= deadline:
+                raise channels.not_ready(self.address, timeout_s, last_error)
+            time.sleep(channels.READINESS_POLL_S)
+
+    # Calls
+
+    def _check(self, service: str, timeout_s: float) -> bool:
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            reply = self._health.Check(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as failure:
+            raise error_of_call(failure) from failure
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def _names(self, dictionaries: str | Sequence[str] | None) -> Sequence[str]:
+        if dictionaries is None:
+            return self._loaded if self._loaded is not None else self.server_info().dictionaries
+        return [dictionaries] if isinstance(dictionaries, str) else dictionaries
+
+    def _unary(self, rpc: Callable[..., Reply], request: object, timeout_s: float | None) -> Reply:
+        attempts = Attempts(self._retry, channels.timeout_of(timeout_s, self._timeout_s))
+        while True:
+            try:
+                return rpc(request, timeout=attempts.remaining_s(), metadata=self._metadata)
+            except grpc.RpcError as failure:
+                error = error_of_call(failure)
+                delay = attempts.delay_after(error)
+                if delay is None:
+                    raise error from failure
+            time.sleep(delay)
+
+
+class Generation(Iterator[results.GeneratedChunk]):
+    """A generation under way: iterate over its chunks, then ask for its result. Leaving a `with` block cancels it."""
+
+    def __init__(self, open_call: Callable[[float | None], Any], attempts: Attempts) -> None:
+        self._open_call = open_call
+        self._attempts = attempts
+        self._reader = messages.GenerationReader()
+        self._started = False
+        self._call = open_call(attempts.remaining_s())
+
+    def __next__(self) -> results.GeneratedChunk:
+        while True:
+            try:
+                message = self._receive()
+            except StopIteration:
+                if self._reader.result is None:
+                    raise channels.ended_early() from None
+                raise
+            chunk = self._reader.read(message)
+            if chunk is not None:
+                return chunk
+
+    def result(self) -> results.GenerationResult:
+        """All of the generation; waits for its end."""
+        for _ in self:
+            pass
+        assert self._reader.result is not None  # __next__ raises otherwise
+        return self._reader.result
+
+    def cancel(self) -> None:
+        """Ends the generation in the server as well; iterating on raises Cancelled."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def _receive(self) -> intervention_service_pb2.GenerateResponse:
+        while True:
+            try:
+                message: intervention_service_pb2.GenerateResponse = next(self._call)
+            except grpc.RpcError as failure:
+                error = error_of_call(failure)
+                delay = None if self._started else self._attempts.delay_after(error)
+                if delay is None:
+                    raise error from failure
+            else:
+                self._started = True
+                return message
+            time.sleep(delay)
+            self._call = self._open_call(self._attempts.remaining_s())

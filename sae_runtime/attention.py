@@ -1,0 +1,177 @@
+"""Causal self-attention over packed rows, with or without a cache.
+
+Rows of one forward are sorted into groups once (`AttentionPlan.of`); every layer then runs one attention call a group:
+
+- rows without a past, of like length: right-padded, plain causal attention (a real token never looks at the padding
+  behind its row, so no mask is needed);
+- rows with a past that bring one token (decoding): one call over a range of cache slots, with a mask;
+- a row with a past that brings several tokens: a call of its own over its cache slot, with a mask.
+
+Groups of like length are the middle between one padded batch (up to twice the work) and one call a row (hardly less
+work, but every call waits for all threads, which is slow where cores are shared).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sae_runtime.kv_cache import KVCache
+from sae_runtime.packed import PackedTokens
+
+# A row joins a group whose longest row has T tokens when it has at least this share of T ...
+_LIKE_LENGTH = 0.75
+# ... or when T is at most this: attention over so few tokens costs less than another call.
+_SHORT = 32
+# Free cache slots that a decoding call may run over, rather than being cut in two.
+_SLOT_GAP = 8
+
+
+@dataclass(frozen=True)
+class _Group:
+    """G rows padded to T tokens that share an attention call: places [start, start + G * T) of the padded layout."""
+
+    start: int
+    n_rows: int
+    length: int
+    first_slot: int = 0
+    mask: Tensor | None = None
+    """[G, 1, T, S], added to the scores over the first S keys of cache slots [first_slot, first_slot + G)."""
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the rows of one forward attend; the same for every layer."""
+
+    groups: tuple[_Group, ...]
+    gather: Tensor | None
+    """int64 [P]: the packed token at each place of the padded layout (P places); None when they are the same."""
+    restore: Tensor | None
+    """int64 [N]: the place of each packed token; None when they are the same."""
+    slots: Tensor | None
+    """int64 [N]: cache slot of each token; None without a cache."""
+    positions: Tensor
+    """int64 [N]: position of each token in its row."""
+
+    @classmethod
+    def of(cls, packed: PackedTokens, dtype: torch.dtype) -> AttentionPlan:
+        """Plans for rows on `packed`'s device; `dtype` is that of queries, keys and values."""
+        device = packed.ids.device
+        # Index arithmetic over a few rows: numpy does it several times faster than torch.
+        lengths, past = np.array(packed.lengths), np.array(packed.past)
+        starts = lengths.cumsum() - lengths
+        groups: list[_Group] = []
+        gather: list[npt.NDArray[np.int64]] = []
+        restore = np.empty(len(packed), np.int64)
+        n_places = 0
+
+        def add_group(rows: list[int], place_of_row: npt.NDArray[np.int64], first_slot: int, cached: bool) -> None:
+            """Adds a group whose padded rows `place_of_row` hold the packed `rows`; other padded rows are idle."""
+            nonlocal n_places
+            length, n_rows = int(lengths[rows].max()), int(place_of_row[-1]) + 1
+            token = np.arange(length)  # [T]
+            # A padded place repeats its own row's last token: what is wrong in one row stays in that row.
+            index = starts[rows, None] + np.minimum(token, lengths[rows, None] - 1)  # [rows, T]
+            padded = np.zeros((n_rows, length), np.int64)
+            padded[place_of_row] = index
+            real = token < lengths[rows, None]
+            restore[index[real]] = (n_places + place_of_row[:, None] * length + token)[real]
+            gather.append(padded.ravel())
+            mask = None
+            if cached:
+                n_keys = int((past[rows] + lengths[rows]).max())
+                # Idle slots in the range keep an open mask; nobody reads their result.
+                scores = np.zeros((n_rows, 1, length, n_keys), np.float32)
+                hidden = np.arange(n_keys) > (past[rows, None] + token)[:, :, None]  # [rows, T, S]
+                scores[place_of_row, 0] = np.where(hidden, np.float32("-inf"), np.float32(0))
+                mask = torch.from_numpy(scores).to(device, dtype)
+            groups.append(_Group(n_places, n_rows, length, first_slot, mask))
+            n_places += n_rows * length
+
+        rows_in_groups = _group_rows(packed)
+        for rows in rows_in_groups.fresh:
+            add_group(rows, np.arange(len(rows)), 0, cached=False)
+        for rows in rows_in_groups.cached:
+            slots = np.array(packed.slots)[rows]
+            add_group(rows, slots - slots[0], int(slots[0]), cached=True)
+
+        order = np.concatenate(gather)
+        same = np.array_equal(order, np.arange(len(packed)))
+        slot_of_token = None
+        if packed.slots is not None:
+            slot_of_token = torch.tensor(packed.slots).to(device)[packed.row_of_token]
+        return cls(
+            groups=tuple(groups),
+            gather=None if same else torch.from_numpy(order).to(device),
+            restore=None if same else torch.from_numpy(restore).to(device),
+            slots=slot_of_token,
+            positions=packed.positions,
+        )
+
+    def attend(self, qkv: Tensor, n_heads: int, scale: float, layer: int, cache: KVCache | None) -> Tensor:
+        """Causal attention of every row over itself and its cached past.
+
+        Args:
+            qkv: queries, keys and values side by side, [N, 3 * d_model], packed.
+            scale: factor of the scores.
+            layer: where in `cache` keys and values are read and written.
+
+        Returns:
+            [N, d_model], heads side by side, packed.
+        """
+        d_model = qkv.shape[1] // 3
+        head_dim = d_model // n_heads
+        if cache is not None:
+            assert self.slots is not None
+            _, keys, values = qkv.view(-1, 3, n_heads, head_dim).unbind(1)
+            cache.write(layer, self.slots, self.positions, keys, values)
+        padded = qkv if self.gather is None else qkv.index_select(0, self.gather)  # [P, 3 * d_model]
+        outputs = []
+        for group in self.groups:
+            g, t = group.n_rows, group.length
+            part = padded[group.start : group.start + g * t].view(g, t, 3, n_heads, head_dim)
+            q, k, v = part.permute(2, 0, 3, 1, 4)  # each [G, n_heads, T, head_dim]
+            if group.mask is None:
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            else:
+                assert cache is not None
+                k, v = cache.read(layer, group.first_slot, g, group.mask.shape[-1])  # [G, n_heads, S, head_dim]
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
+            outputs.append(out.transpose(1, 2).reshape(g * t, d_model))
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return joined if self.restore is None else joined.index_select(0, self.restore)
+
+
+@dataclass(frozen=True)
+class _RowGroups:
+    fresh: list[list[int]]
+    """Rows without a past, by falling length."""
+    cached: list[list[int]]
+    """Rows with a past, by rising slot."""
+
+
+def _group_rows(packed: PackedTokens) -> _RowGroups:
+    groups = _RowGroups([], [])
+    lengths, past, slots = packed.lengths, packed.past, packed.slots
+    for row in sorted((r for r, p in enumerate(past) if p == 0), key=lambda r: -lengths[r]):
+        longest = lengths[groups.fresh[-1][0]] if groups.fresh else 0
+        if longest and (longest <= _SHORT or lengths[row] >= _LIKE_LENGTH * longest):
+            groups.fresh[-1].append(row)
+        else:
+            groups.fresh.append([row])
+    if slots is not None:
+        decoding: list[list[int]] = []
+        for row in sorted((r for r, p in enumerate(past) if p > 0), key=lambda r: slots[r]):
+            if lengths[row] > 1:
+                groups.cached.append([row])
+            elif decoding and slots[row] - slots[decoding[-1][-1]] <= _SLOT_GAP:
+                decoding[-1].append(row)
+            else:
+                decoding.append([row])
+        groups.cached.extend(decoding)
+    return groups

@@ -1,0 +1,1 @@
+"""What a dictionary and a backbone are worth, measured on text."""

@@ -1,0 +1,78 @@
+"""Sparse features: what a dictionary's encoder returns and its decoder reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """Per-row mean and standard deviation that the encoder took out of its input; the decoder puts them back.
+
+    They travel with the features, never on the dictionary, so that concurrent calls cannot mix them.
+    """
+
+    mean: Tensor  # float32 (float64 for a float64 dictionary) [n, 1]
+    std: Tensor  # same dtype [n, 1]; unbiased, without the encoder's eps
+
+
+@dataclass(frozen=True, eq=False)
+class SparseFeatures:
+    """The active latents of n rows, padded to the same length.
+
+    Rows are sorted by value, descending; equal values by latent index, ascending. Only active latents are listed:
+    positive ones, or for a TopK dictionary without ReLU the k chosen ones of either sign.
+    """
+
+    indices: Tensor  # int64 [n, k], latent indices, -1 where a row has fewer than k active latents
+    values: Tensor  # [n, k] in the dictionary's dtype, 0 at the padding
+    n_latents: int
+    input_statistics: InputStatistics | None = None  # None where the dictionary does not normalise its input
+
+    def __len__(self) -> int:
+        return self.indices.shape[0]
+
+    @property
+    def l0(self) -> Tensor:
+        """Number of listed latents per row, int64 [n]."""
+        return (self.indices >= 0).sum(dim=-1)
+
+    def to_dense(self) -> Tensor:
+        """All latents of every row, [n, n_latents]."""
+        dense = self.values.new_zeros(len(self), self.n_latents)
+        # The padding adds its zero to latent 0, which changes nothing.
+        return dense.scatter_add_(1, self.indices.clamp_min(0), self.values)
+
+    def select(self, features: Tensor) -> Tensor:
+        """Values of the given latents, [n, m] for `features` int64 [m]; 0 where a latent is not active."""
+        unique, column = torch.unique(features, return_inverse=True)
+        return self.select_ascending(unique)[:, column]
+
+    def select_ascending(self, features: Tensor) -> Tensor:
+        """`select` for latents that are in ascending order without repeats."""
+        chosen = self.values.new_zeros(len(self), features.numel())
+        if features.numel() == 0:
+            return chosen
+        position = torch.searchsorted(features, self.indices).clamp_max_(features.numel() - 1)  # [n, k]
+        return chosen.scatter_add_(1, position, self.values * (features[position] == self.indices))
+
+    def to_csr(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.float32]]:
+        """Compressed rows on the host: row_splits uint32 [n + 1], indices uint32 [nnz], values float32 [nnz]."""
+        indices = self.indices.cpu().numpy()
+        values = self.values.to(torch.float32).cpu().numpy()
+        listed = indices >= 0
+        row_splits = np.zeros(len(self) + 1, dtype=np.uint32)
+        np.cumsum(listed.sum(axis=1), out=row_splits[1:])
+        return row_splits, indices[listed].astype(np.uint32), values[listed]
+
+    def __getitem__(self, rows: slice | Tensor) -> SparseFeatures:
+        """The given rows (a slice, or an index or boolean tensor), with their input statistics."""
+        statistics = self.input_statistics
+        if statistics is not None:
+            statistics = InputStatistics(statistics.mean[rows], statistics.std[rows])
+        return replace(self, indices=self.indices[rows], values=self.values[rows], input_statistics=statistics)

@@ -1,0 +1,221 @@
+"""Dictionary against a float64 reading of the equations: both activations, tied or not, normalised or not."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sae_runtime import Dictionary
+
+D_IN, N_LATENTS, K = 24, 300, 12
+
+
+def make_dictionary(*, seed: int = 0, tied: bool = False, **fields: Any) -> Dictionary:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    encoder = normal(N_LATENTS, D_IN) / D_IN**0.5
+    fields = {"activation": "topk", "k": K} | fields
+    return Dictionary(
+        encoder=encoder,
+        decoder=encoder if tied else normal(N_LATENTS, D_IN) / D_IN**0.5,
+        pre_bias=normal(D_IN),
+        latent_bias=normal(N_LATENTS) * 0.1 - 0.5,
+        **fields,
+    )
+
+
+def make_input(rows: int = 40, seed: int = 1) -> Tensor:
+    x = torch.randn(rows, D_IN, generator=torch.Generator().manual_seed(seed)) * 3 + 2
+    x[3] *= 50
+    return x
+
+
+def by_hand(dictionary: Dictionary, x: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Latents and reconstruction, one row at a time in float64 NumPy."""
+    encoder, decoder, pre_bias, latent_bias = (
+        getattr(dictionary, name).double().numpy() for name in ("encoder", "decoder", "pre_bias", "latent_bias")
+    )
+    acts, reconstructions = [], []
+    for row in x.double().numpy():
+        mean, std = row.mean(), row.std(ddof=1)
+        scaled = (row - mean) / (std + 1e-5) if dictionary.normalize else row
+        pre = encoder @ (scaled - pre_bias) + latent_bias
+        if dictionary.activation == "topk":
+            assert dictionary.k is not None
+            pre[np.argsort(-pre, kind="stable")[dictionary.k :]] = 0
+        z = pre if dictionary.postact == "identity" else np.maximum(pre, 0)
+        x_hat = decoder.T @ z + pre_bias
+        acts.append(z)
+        reconstructions.append(x_hat * std + mean if dictionary.normalize else x_hat)
+    return np.stack(acts), np.stack(reconstructions)
+
+
+KINDS = {
+    "topk": {},
+    "topk normalised": {"normalize": True},
+    "topk tied": {"tied": True, "normalize": True},
+    "topk identity": {"postact": "identity", "k": 280},
+    "relu": {"activation": "relu", "k": None},
+    "relu normalised, tied": {"activation": "relu", "k": None, "normalize": True, "tied": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_equations_in_float64(kind: str) -> None:
+    dictionary, x = make_dictionary(**KINDS[kind]), make_input()
+    acts, reconstruction = by_hand(dictionary, x)
+    features = dictionary.encode(x)
+    np.testing.assert_allclose(features.to_dense().numpy(), acts, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dictionary.encode_dense(x).numpy(), acts, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dictionary.decode(features).numpy(), reconstruction, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_sorted_and_padded(kind: str) -> None:
+    dictionary = make_dictionary(**KINDS[kind])
+    features = dictionary.encode(make_input())
+    listed = features.indices >= 0
+    assert features.indices.dtype == torch.int64
+    assert torch.equal(features.l0, (dictionary.encode_dense(make_input()) != 0).sum(dim=1))
+    assert not features.values[~listed].any()
+    assert (features.values[:, :-1] >= features.values[:, 1:])[listed[:, 1:]].all()
+    assert (features.input_statistics is not None) == dictionary.normalize
+    if dictionary.activation == "relu":
+        assert features.indices.shape[1] == int(features.l0.max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chosen_features_are_columns_of_the_dense_latents(kind: str) -> None:
+    dictionary, x = make_dictionary(**KINDS[kind]), make_input()
+    columns = torch.tensor([7, 299, 0, 7])
+    chosen = dictionary.encode_features(x, columns)
+    torch.testing.assert_close(chosen, dictionary.encode_dense(x)[:, columns], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"feature 300 is outside 0\.\.299"):
+        dictionary.encode_features(x, torch.tensor([1, 300]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize("kind", ["topk normalised", "relu"])
+def test_half_precision_reconstructs_alike(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    dictionary, x = make_dictionary(**KINDS[kind]), make_input()
+    half = dictionary.to(dtype=dtype)
+    features = half.encode(x)
+    assert features.values.dtype == half.decode(features).dtype == dtype
+    expected = dictionary.decode(dictionary.encode(x))
+    error = (half.decode(features).float() - expected).norm(dim=1) / expected.norm(dim=1)
+    # In a few rows rounding swaps the k-th latent for the next one.
+    assert (error < tolerance).float().mean() >= (0.9 if dictionary.activation == "topk" else 1)
+    assert half.encode(x.to(dtype)).l0.shape == (40,)  # inputs may be of any floating dtype
+
+
+def test_float64_is_exact_to_float64() -> None:
+    dictionary, x = make_dictionary(normalize=True).to(dtype=torch.float64), make_input().double()
+    acts, reconstruction = by_hand(dictionary, x)
+    np.testing.assert_allclose(dictionary.encode_dense(x).numpy(), acts, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(dictionary.decode(dictionary.encode(x)).numpy(), reconstruction, rtol=1e-11, atol=1e-11)
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    dictionary, x = make_dictionary(normalize=True), make_input()
+    together = dictionary.encode(x)
+    for row in range(len(x)):
+        alone = dictionary.encode(x[row : row + 1])
+        assert torch.equal(alone.indices, together[row : row + 1].indices)
+        torch.testing.assert_close(alone.values, together[row : row + 1].values, rtol=1e-5, atol=1e-5)
+
+
+def test_constant_row_normalises_to_zero() -> None:
+    dictionary = make_dictionary(normalize=True)
+    features = dictionary.encode(torch.full((1, D_IN), 0.75))
+    assert features.input_statistics is not None
+    assert features.input_statistics.std.item() == 0
+    assert torch.equal(dictionary.decode(features), torch.full((1, D_IN), 0.75))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("kind", ["topk normalised", "relu"])
+def test_non_finite_input_is_refused_with_the_row(kind: str, bad: float) -> None:
+    dictionary, x = make_dictionary(**KINDS[kind]), make_input()
+    x[4, 2] = x[9, 0] = bad
+    for method in (dictionary.encode, dictionary.encode_dense):
+        with pytest.raises(ValueError, match="2 of 40 rows; the first is row 4"):
+            method(x)
+    with pytest.raises(ValueError, match="first is row 4"):
+        dictionary.encode_features(x, torch.tensor([0]))
+
+
+def test_overflow_of_a_narrow_dtype_is_refused() -> None:
+    dictionary = make_dictionary().to(dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"overflow torch\.float16"):
+        dictionary.encode(make_input() * 1e5)
+
+
+def test_wrong_inputs_are_named() -> None:
+    dictionary = make_dictionary(normalize=True)
+    with pytest.raises(ValueError, match=r"shape \[5, 23\], expected \[n, 24\]"):
+        dictionary.encode(torch.zeros(5, 23))
+    with pytest.raises(ValueError, match=r"torch.int64, expected a floating dtype"):
+        dictionary.encode(torch.zeros(5, 24, dtype=torch.int64))
+    features = dictionary.encode(make_input())
+    with pytest.raises(ValueError, match="lack input_statistics"):
+        dictionary.decode(replace(features, input_statistics=None))
+    with pytest.raises(ValueError, match="299 latents, the dictionary has 300"):
+        dictionary.decode(replace(features, n_latents=299))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder": torch.zeros(D_IN, N_LATENTS)}, r"decoder has shape \[24, 300\], expected \[300, 24\]"),
+        ({"latent_bias": torch.zeros(299)}, r"latent_bias has shape \[299\], expected \[300\]"),
+        ({"pre_bias": torch.zeros(D_IN).double()}, "pre_bias is torch.float64 on cpu, expected torch.float32"),
+        ({"k": 301}, "k is 301, expected 1 to n_latents = 300"),
+        ({"k": None}, "k is None"),
+        ({"activation": "relu"}, "belong to the activation 'topk'"),
+        ({"activation": "gelu"}, "activation is 'gelu'"),
+    ],
+)
+def test_inconsistent_dictionaries_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(make_dictionary(), **change)
+
+
+def test_tied_weights_stay_one_tensor() -> None:
+    tied = make_dictionary(tied=True).to(dtype=torch.bfloat16)
+    assert tied.tied
+    assert tied.decoder.data_ptr() == tied.encoder.data_ptr()
+    assert not make_dictionary().tied
+
+
+def test_concurrent_calls_do_not_mix_normalisation() -> None:
+    """Rows of very different mean and scale per thread; any shared state would show in the reconstructions."""
+    dictionary = make_dictionary(normalize=True)
+    inputs = [make_input(rows=8, seed=seed) * 10.0 ** (seed % 5) + 100 * seed for seed in range(16)]
+    expected = [dictionary.decode(dictionary.encode(x)) for x in inputs]
+
+    def many_times(job: int) -> bool:
+        # Encode another input in between: the features must carry all that decoding needs.
+        features = dictionary.encode(inputs[job])
+        dictionary.encode(inputs[(job + 1) % 16])
+        return torch.equal(dictionary.decode(features), expected[job])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(many_times, list(range(16)) * 20))
+
+
+def test_decode_passes_gradients_to_values() -> None:
+    dictionary = make_dictionary(normalize=True)
+    features = dictionary.encode(make_input())
+    values = features.values.clone().requires_grad_()
+    dictionary.decode(replace(features, values=values)).sum().backward()
+    assert values.grad is not None
+    assert values.grad.abs().sum() > 0

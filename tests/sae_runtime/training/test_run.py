@@ -1,0 +1,163 @@
+"""Whole runs on a tiny backbone: reproducible, resumable, published, and clear about what is wrong."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae_runtime import Backbone, load_dictionary
+from sae_runtime.evaluation.dictionary_evaluation import evaluate_dictionary
+from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.progress import TrainingProgress
+from sae_runtime.training.run import held_out_rows, run_training
+
+WORDS = ("a", "small", "dictionary", "latent", "fires", "on", "every", "word", "that", "begins", "with", "this")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = random.Random(0)
+    lines = [{"text": " ".join(generator.choices(WORDS, k=generator.randint(5, 80)))} for _ in range(300)]
+    path = tmp_path_factory.mktemp("corpus") / "words.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def settings(corpus: Path, tiny_backbone_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "site": "1.resid_post_mlp",
+        "data": [corpus],
+        "backbone": str(tiny_backbone_folder),
+        "out": tmp_path / "tiny",
+        "n_latents": 64,
+        "k": 8,
+        "tokens": 12_000,
+        "batch_tokens": 128,
+        "backbone_tokens": 512,
+        "buffer_tokens": 2048,
+        "held_out_fraction": 0.1,
+        "evaluation_tokens": 1500,
+        "statistics_tokens": 2000,
+        "aux_k": 8,
+        "dead_after_tokens": 2000,
+        "learning_rate": 3e-3,
+        "warmup_steps": 5,
+        "backbone_dtype": "float32",
+        "compute_dtype": "bfloat16",
+    }
+
+
+def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
+    dictionary = load_dictionary(folder)
+    return {name: getattr(dictionary, name) for name in ("encoder", "decoder", "pre_bias", "latent_bias")}
+
+
+def assert_bit_equal(a: Path, b: Path) -> None:
+    for name, tensor in stored_weights(a).items():
+        assert torch.equal(tensor, stored_weights(b)[name]), name
+
+
+def interrupt_at(tokens: int) -> Callable[[TrainingProgress], None]:
+    def callback(event: TrainingProgress) -> None:
+        if event.stage == "train" and event.tokens >= tokens:
+            raise KeyboardInterrupt
+
+    return callback
+
+
+@pytest.fixture
+def _every_step_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_runtime.training.run.PROGRESS_INTERVAL", 0.0)
+
+
+def test_it_publishes_a_dictionary_that_loads_with_figures_that_recompute(settings: dict[str, Any]) -> None:
+    events: list[TrainingProgress] = []
+    config = TrainingConfig(**settings)
+    result = run_training(config, events.append)
+    assert list(dict.fromkeys(e.stage for e in events)) == ["prepare", "train", "statistics", "evaluate", "publish"]
+    assert events[-1].tokens == events[-1].total_tokens
+    trained = [e for e in events if e.stage == "train" and e.nmse is not None]
+    assert trained[-1].tokens == 12_032  # rounded up to whole batches
+    assert trained[-1].l0 is not None
+    assert 0 < trained[-1].l0 <= 8
+
+    backbone = Backbone.load(config.backbone)
+    dictionary = load_dictionary(config.out, backbone=backbone)
+    assert (dictionary.name, dictionary.site, dictionary.n_latents, dictionary.k) == ("tiny", "1.resid_post_mlp", 64, 8)
+    assert dictionary.statistics is not None
+    assert dictionary.statistics.n_tokens >= 2000
+    manifest = dictionary.manifest
+    assert manifest is not None
+    assert manifest.evaluation == result.evaluation.figures()
+    assert manifest.provenance.tokens == 12_032
+    assert manifest.context_length == 32
+    again = evaluate_dictionary(backbone, dictionary, held_out_rows(config, backbone, config.evaluation_tokens))
+    assert again.figures() == pytest.approx(result.evaluation.figures(), rel=1e-5)
+    assert again.nmse < 0.6
+    assert "| NMSE |" in (config.out / "CARD.md").read_text()
+    assert not config.checkpoint_path.exists()
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(settings: dict[str, Any]) -> None:
+    folders = [settings["out"].with_name(name) for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (7, 7, 8), strict=True):
+        run_training(TrainingConfig(**{**settings, "out": folder, "seed": seed, "tokens": 4000}))
+    assert_bit_equal(folders[0], folders[1])
+    assert not torch.equal(stored_weights(folders[0])["encoder"], stored_weights(folders[2])["encoder"])
+
+
+@pytest.mark.usefixtures("_every_step_reports")
+@pytest.mark.parametrize("extra", [{}, {"rows": "documents", "prepend_end_of_text": True, "ema_decay": 0.99}])
+def test_a_resumed_run_equals_an_uninterrupted_one(settings: dict[str, Any], extra: dict[str, Any]) -> None:
+    settings |= extra
+    whole = TrainingConfig(**{**settings, "out": settings["out"].with_name("whole")})
+    run_training(whole)
+    config = TrainingConfig(**settings)
+    for stop in (700, 7000):  # before and after the buffer was refilled several times
+        with pytest.raises(KeyboardInterrupt):
+            run_training(config, interrupt_at(stop))
+        assert config.checkpoint_path.exists()
+        assert not config.out.exists()
+    run_training(config)
+    assert_bit_equal(config.out, whole.out)
+
+
+@pytest.mark.usefixtures("_every_step_reports")
+def test_a_checkpoint_of_another_run_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_training(TrainingConfig(**settings), interrupt_at(1000))
+    with pytest.raises(ValueError, match=r"belongs to another run: k was 8, is 4; restore the settings"):
+        run_training(TrainingConfig(**{**settings, "k": 4}))
+    TrainingConfig(**settings).checkpoint_path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        run_training(TrainingConfig(**settings))
+
+
+def test_errors_come_before_the_work(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no text file at .*missing\.txt"):
+        run_training(TrainingConfig(**{**settings, "data": [tmp_path / "missing.txt"]}))
+    with pytest.raises(ValueError, match="layers 0 to 1"):
+        run_training(TrainingConfig(**{**settings, "site": "5.resid_pre"}))
+    with pytest.raises(ValueError, match="context_length is 64, the backbone reads at most 32"):
+        run_training(TrainingConfig(**{**settings, "context_length": 64}))
+    settings["out"].mkdir()
+    with pytest.raises(FileExistsError, match="exists; remove it"):
+        run_training(TrainingConfig(**settings))
+
+
+def test_held_out_files_are_used_as_they_are(settings: dict[str, Any], tmp_path: Path, tiny_backbone: Backbone) -> None:
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("these words are only in the held-out file, " * 3)
+    config = TrainingConfig(**{**settings, "held_out": [held_out]})
+    rows = list(held_out_rows(config, tiny_backbone, 10**6))
+    assert tiny_backbone.tokenizer is not None
+    assert tiny_backbone.tokenizer.decode(rows[0]).startswith("these words are only")
+    assert sum(map(len, rows)) >= 96
+    held_out.write_text("")
+    with pytest.raises(ValueError, match="no held-out text"):
+        list(held_out_rows(config, tiny_backbone, 1000))

@@ -1,0 +1,99 @@
+"""The sparse path against dense autograd in float64-tight tolerances, and the fast selection against torch.topk."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sae_runtime.training.choose_latents import _top_indices_by_threshold, choose_latents, top_indices
+from sae_runtime.training.sparse_gradients import (
+    SelectedLatents,
+    reference_autoencode,
+    selected_pre_activations,
+    sparse_decode,
+)
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"encoder": (96, 12), "latent_bias": (96,), "decoder": (96, 12), "pre_bias": (12,)}
+    return {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
+
+
+def sparse(x: Tensor, w: dict[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    centred = x - w["pre_bias"].detach()
+    chosen, indices = choose_latents(centred, w["encoder"].detach(), w["latent_bias"].detach(), k)
+    selection = SelectedLatents(indices, len(w["encoder"]))
+    values = selected_pre_activations(chosen, selection, centred, w["encoder"], w["latent_bias"], w["pre_bias"])
+    return sparse_decode(values.relu(), selection, w["decoder"]), indices
+
+
+@pytest.mark.parametrize("n_latents", [96, 2**16 + 1])
+def test_sums_by_latent_are_products_with_the_dense_matrix(n_latents: int) -> None:
+    torch.manual_seed(0)
+    indices = torch.stack([torch.randperm(n_latents)[:5] for _ in range(40)])
+    weights, rows = torch.randn(40, 5), torch.randn(40, 7)
+    dense = torch.zeros(40, n_latents).scatter_(1, indices, weights)
+    selection = SelectedLatents(indices, n_latents)
+    torch.testing.assert_close(selection.sum_by_latent(rows, weights), dense.T @ rows)
+    torch.testing.assert_close(selection.sum_weights(weights), dense.sum(0))
+
+
+def test_gradients_equal_the_dense_reference(weights: dict[str, Tensor]) -> None:
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(1))
+    decoded, indices = sparse(x, weights, k=7)
+    target = torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
+    F.mse_loss(decoded + weights["pre_bias"], target).backward()  # type: ignore[no-untyped-call]
+
+    wide = {name: w.detach().double().requires_grad_() for name, w in weights.items()}
+    expected = reference_autoencode(
+        x.double(), wide["encoder"], wide["latent_bias"], wide["decoder"], wide["pre_bias"], indices
+    )
+    torch.testing.assert_close(decoded.double(), expected, rtol=1e-5, atol=1e-5)
+    F.mse_loss(expected + wide["pre_bias"], target.double()).backward()  # type: ignore[no-untyped-call]
+    for name, w in weights.items():
+        assert w.grad is not None
+        assert w.grad.abs().max() > 1e-3
+        torch.testing.assert_close(w.grad.double(), wide[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_latent_that_relu_silences_gets_no_gradient(weights: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        weights["latent_bias"].fill_(-1e3)
+    decoded, _ = sparse(torch.randn(10, 12), weights, k=3)
+    decoded.sum().backward()  # type: ignore[no-untyped-call]
+    assert torch.count_nonzero(decoded) == 0
+    assert all(w.grad is None or torch.count_nonzero(w.grad) == 0 for w in weights.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [0.0, -4.0])  # -4: rows with fewer than k positive values
+def test_fast_selection_equals_topk(dtype: torch.dtype, shift: float) -> None:
+    x = (torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) + shift).to(dtype)
+    k = 8
+    indices = _top_indices_by_threshold(x, k, n_groups=64)
+    assert indices.shape == (64, k)
+    assert all(len(set(row.tolist())) == k for row in indices)
+    # What ReLU leaves of them is what counts; of equal values any may be chosen.
+    found = x.gather(1, indices).relu().sort(dim=1).values
+    assert torch.equal(found, torch.topk(x, k, dim=1).values.relu().sort(dim=1).values)
+
+
+def test_fast_selection_breaks_ties_by_the_lower_index() -> None:
+    x = torch.zeros(2, 256)
+    x[0, [5, 200]] = 1.0
+    assert _top_indices_by_threshold(x, 4, n_groups=32).tolist() == [[0, 1, 5, 200], [0, 1, 2, 3]]
+
+
+def test_selection_works_where_groups_do_not_fit() -> None:
+    x = torch.randn(5, 130)
+    assert torch.equal(top_indices(x, 9).sort().values, torch.topk(x, 9).indices.sort().values)
+
+
+def test_tiles_do_not_change_the_choice(weights: dict[str, Tensor]) -> None:
+    x = torch.randn(33, 12)
+    w = [weights[name].detach() for name in ("encoder", "latent_bias")]
+    whole, tiled = choose_latents(x, *w, 5), choose_latents(x, *w, 5, tile_elements=4 * 96)
+    assert torch.equal(whole[1].sort(1).values, tiled[1].sort(1).values)
+    torch.testing.assert_close(whole[0].sort(1).values, tiled[0].sort(1).values)

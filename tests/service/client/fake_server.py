@@ -147,6 +147,8 @@ class FakeServer(
 
     def Generate(self, request: Any, context: Any) -> Iterator[Any]:
         self._record("Generate", request, context)
+        if request.prompt.text == "wait":  # before the first chunk: once the client is gone, this does not run on
+            context.add_callback(self._wait_ended)
         text = " a cat" if request.edits else " a dog"
         for i, part in enumerate((text, "", " é.")):
             yield intervention_service_pb2.GenerateResponse(
@@ -154,7 +156,6 @@ class FakeServer(
                 chunk=intervention_service_pb2.GeneratedChunk(text=part, token_ids=[i, i + 10], logprobs=[-0.5, -i]),
             )
             if request.prompt.text == "wait":
-                context.add_callback(self._wait_ended)
                 self.hold.wait(30)
         if self.fail_after_chunks:
             fail(context, self.fail_after_chunks, request.request_id)

@@ -1,0 +1,123 @@
+"""The Ray Serve application: one ingress deployment that speaks gRPC and HTTP.
+
+`build_app` is the import path of Serve config files (`service.app:build_app`, see deploy/serve.yaml). The handlers
+themselves live in service/rpc and know nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+
+from service.rpc.servicers import RPCS
+from service.settings import AppSettings
+
+START_FAILURE = "saeserve-start-failure: "
+"""Stands before the message of what kept a replica from starting, in the text that Ray makes of it."""
+
+SERVICER_FUNCTIONS = ("service.rpc.servicers.add_services",)
+"""Import paths for gRPCOptions.grpc_servicer_functions: what makes the ingress accept our services and health."""
+
+
+def _delegates_rpcs(cls: type) -> type:
+    """Gives a class one method for each RPC, which passes the call on to the handler of that name."""
+    for rpc in RPCS.values():
+        setattr(cls, rpc.name, (_stream if rpc.streams_replies else _unary)(rpc.name))
+    return cls
+
+
+def _unary(name: str) -> Callable[..., Awaitable[Any]]:
+    async def call(self: Any, request: Any, grpc_context: Any) -> Any:
+        return await self.handlers[name](request, grpc_context)
+
+    call.__name__ = name
+    return call
+
+
+def _stream(name: str) -> Callable[..., AsyncIterator[Any]]:
+    async def call(self: Any, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
+        async with aclosing(self.handlers[name](request, grpc_context)) as replies:
+            async for reply in replies:
+                yield reply
+
+    call.__name__ = name
+    return call
+
+
+@serve.deployment
+@serve.ingress()
+@_delegates_rpcs
+class FeatureServer:
+    """A replica: loads backbone and dictionaries, then answers the API until it is stopped."""
+
+    async def __init__(self, settings: AppSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        _share_metrics(settings.metrics_dir)
+        try:
+            # Here, because they bring torch, which the process that deploys does not need, and read that folder's name.
+            from service.rpc.servicers import build_handlers
+            from service.runtime import ServiceRuntime
+
+            self.runtime = await ServiceRuntime.start(settings.replica_settings())
+            self.handlers = build_handlers(self.runtime)
+        except Exception as error:
+            message = " ".join(str(error).split()) or type(error).__name__
+            raise RuntimeError(START_FAILURE + message) from error
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica for which this fails."""
+        if not self.runtime.ready:
+            raise RuntimeError("the engine does not run")
+
+    async def __del__(self) -> None:
+        runtime = getattr(self, "runtime", None)
+        if runtime is not None:
+            await runtime.stop()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from service.http import build_http
+        from service.rpc.servicers import RPCS
+
+        return build_http(self.runtime, sorted({rpc.service for rpc in RPCS.values()}))
+
+
+def build_app(args: dict[str, Any] | AppSettings) -> serve.Application:
+    """The application. `args` are AppSettings or their values as a mapping (a Serve config's `args`).
+
+    Raises:
+        pydantic.ValidationError: a value that does not fit, or an unknown name.
+    """
+    settings = args if isinstance(args, AppSettings) else AppSettings.model_validate(args)
+    deployment: serve.Deployment = FeatureServer  # type: ignore[assignment]  # made one by the decorator
+    return deployment.options(**deployment_options(settings)).bind(settings)
+
+
+def deployment_options(settings: AppSettings) -> Mapping[str, Any]:
+    """Options of the deployment; a Serve config's `deployments` section overrides them."""
+    return {
+        "num_replicas": settings.replicas,
+        "ray_actor_options": {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+        "max_ongoing_requests": settings.max_ongoing_requests,
+        "max_queued_requests": settings.max_queued_requests,
+        "graceful_shutdown_timeout_s": settings.drain_s,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+    }
+
+
+def _share_metrics(directory: str) -> None:
+    """Names the folder where the replicas of a node share their metrics, for prometheus_client to read when imported.
+
+    Here and not in the node's environment: there, Ray's own processes would write their metrics to it as well.
+    """
+    session = ray.get_runtime_context().get_session_name()
+    default = Path(tempfile.gettempdir()) / f"saeserve-metrics-{session}"
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory or str(default)

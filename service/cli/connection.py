@@ -1,0 +1,43 @@
+"""What the commands that call a server share: where it is, and what its errors look like at a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from service.cli.argument_types import seconds
+from service.cli.command_error import CommandError
+from service.client import Client, SaeserveError, Unavailable
+from service.client.channel import DEFAULT_ADDRESS
+
+
+def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        default=os.environ.get("SAESERVE_ADDRESS", DEFAULT_ADDRESS),
+        help="gRPC address of the server; the environment variable SAESERVE_ADDRESS sets the default",
+    )
+    group.add_argument(
+        "--timeout", metavar="SECONDS", type=seconds, default=60.0, help="give up on a call after so many seconds"
+    )
+
+
+@contextmanager
+def connected(arguments: argparse.Namespace) -> Iterator[Client]:
+    """A client; its errors become CommandErrors."""
+    address = arguments.address
+    with Client(address, timeout_s=arguments.timeout, generate_timeout_s=arguments.timeout) as client:
+        try:
+            yield client
+        except Unavailable as error:
+            if error.request_id:
+                raise CommandError(f"the server at {address} is not ready: {error.message}") from error
+            raise CommandError(
+                f"no server answers at {address}; start one with `saeserve serve`, or give another --address"
+            ) from error
+        except SaeserveError as error:
+            raise CommandError(str(error)) from error

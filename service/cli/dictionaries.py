@@ -1,0 +1,82 @@
+"""`saeserve dictionaries`: what is loaded, and one of them in full."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from service.cli.connection import add_connection_arguments, connected
+from service.cli.fact_table import fact_table
+from service.cli.json_output import print_json
+from service.client import DictionaryDetails, DictionaryInfo
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show this dictionary with its origin and its figures")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_connection_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with connected(arguments) as client:
+        shown = client.get_dictionary(arguments.name) if arguments.name else client.list_dictionaries()
+    if arguments.json:
+        print_json(shown)
+    elif isinstance(shown, DictionaryDetails):
+        Console().print(_details(shown))
+    else:
+        Console().print(_list(shown))
+    return 0
+
+
+def _list(dictionaries: tuple[DictionaryInfo, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("dictionary", style="cyan", no_wrap=True)
+    table.add_column("site")
+    for column in ("latents", "width"):
+        table.add_column(column, justify="right")
+    table.add_column("activation")
+    table.add_column("statistics")
+    for each in dictionaries:
+        table.add_row(
+            each.name,
+            each.site,
+            f"{each.n_latents:,}",
+            f"{each.d_in:,}",
+            _activation(each),
+            "yes" if each.has_statistics else "no",
+        )
+    return table
+
+
+def _details(details: DictionaryDetails) -> Table:
+    dictionary, provenance = details.dictionary, details.provenance
+    facts = {
+        "name": dictionary.name,
+        "site": dictionary.site,
+        "latents": f"{dictionary.n_latents:,} over width {dictionary.d_in:,}",
+        "activation": _activation(dictionary),
+        "input": "normalised per token" if dictionary.normalizes_input else "as it is",
+        "statistics": "yes"
+        if dictionary.has_statistics
+        else "no (no edits in multiples of the maximum, or to the mean)",
+    }
+    if dictionary.context_length:
+        facts["context"] = f"{dictionary.context_length:,} tokens"
+    if provenance is not None:
+        facts |= {
+            "trained on": f"{provenance.tokens:,} tokens of {provenance.data or 'unnamed text'}",
+            "trained by": f"{provenance.code_version}, seed {provenance.seed}",
+            "published": f"{provenance.created:%Y-%m-%d %H:%M} UTC" if provenance.created else "not recorded",
+        }
+    facts |= {name: f"{value:.6g}" for name, value in sorted(details.evaluation.items())}
+    if provenance is not None and provenance.config:
+        facts["config"] = json.dumps(provenance.config)
+    return fact_table(facts)
+
+
+def _activation(dictionary: DictionaryInfo) -> str:
+    return f"{dictionary.architecture}, k {dictionary.k}" if dictionary.k else dictionary.architecture

@@ -1,0 +1,46 @@
+"""`saeserve info`: the server's versions, model and limits."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from rich.console import Console
+
+from service.cli.connection import add_connection_arguments, connected
+from service.cli.fact_table import fact_table
+from service.cli.json_output import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_connection_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with connected(arguments) as client:
+        info = client.server_info()
+    if arguments.json:
+        print_json(info)
+        return 0
+    backbone = info.backbone
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(info.library_versions.items()))
+    about = {
+        "server": f"saeserve {info.version} at {arguments.address}, on {info.device}",
+        "libraries": versions,
+        "backbone": f"{backbone.name}: {backbone.n_layers} layers, width {backbone.d_model}, "
+        f"vocabulary {backbone.vocab_size:,}, context {backbone.context_length:,}, {backbone.dtype}",
+        "fingerprint": backbone.fingerprint,
+        "sites": ", ".join(backbone.sites),
+        "dictionaries": ", ".join(info.dictionaries),
+    }
+    console = Console()
+    console.print(fact_table(about))
+    limits = {
+        name: f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}" for name, limit in asdict(info.limits).items()
+    }
+    table = fact_table(limits)
+    table.title, table.title_justify, table.title_style = "Limits of requests", "left", "bold"
+    console.print()
+    console.print(table)
+    return 0

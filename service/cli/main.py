@@ -1,0 +1,109 @@
+"""`saeserve`: finds the subcommand and runs it.
+
+A subcommand's module is imported only when it is called: `saeserve --help` needs neither torch nor Ray nor grpc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from types import ModuleType
+
+from service.cli.command_error import CommandError
+
+COMMANDS = {
+    "serve": "serve the model and its dictionaries on this machine",
+    "features": "show which features fire on a text",
+    "generate": "continue a prompt, with features edited",
+    "dictionaries": "list the dictionaries of a server, or show one",
+    "info": "show a server's versions, model and limits",
+    "train": "train and publish a dictionary",
+    "evaluate": "measure a dictionary on held-out text",
+}
+"""By name, what it does. The module is service.cli.<name>."""
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows defaults in brackets after the help."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+        # argparse forgets the deeper indent of commands, and would break the line after the longest.
+        self._action_max_length = max(map(len, COMMANDS)) + 4
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        if silent or not action.option_strings or not action.help or isinstance(action.default, list):
+            return action.help
+        return f"{action.help} [%(default)s]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    try:
+        parser, command = _parser(name if name in COMMANDS else None)
+        parsed = parser.parse_args(arguments)
+        assert command is not None  # argparse has ended the program otherwise
+        # Text comes from anywhere; a terminal's encoding must not end the command.
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        code: int = command.run(parsed)
+        sys.stdout.flush()
+        return code
+    except CommandError as error:
+        print(f"saeserve: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output (`| head`) has enough; Python must not complain while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser(name: str | None) -> tuple[argparse.ArgumentParser, ModuleType | None]:
+    """The parser of everything, with the arguments of one subcommand only, and that subcommand's module."""
+    parser = argparse.ArgumentParser(
+        prog="saeserve",
+        description="Sparse autoencoders on a live language model: which features fire on a text, and what changes "
+        "when they do.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    command = None
+    for each, summary in COMMANDS.items():
+        # Only the command that runs needs its arguments; the others only have to be listed.
+        subparser = subparsers.add_parser(each, help=summary, formatter_class=HelpFormatter, allow_abbrev=False)
+        if each == name:
+            command = importlib.import_module(f"service.cli.{each}")
+            subparser.description = f"{summary[0].upper()}{summary[1:]}."
+            command.add_arguments(subparser)
+    return parser, command
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when asked, which takes a moment."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"saeserve {metadata.version('saeserve')}")
+        parser.exit()
+
+
+def _with_dashes(argument: str) -> str:
+    """Settings have underscores in files; their flags can be written either way."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value

@@ -1,0 +1,201 @@
+"""`saeserve serve`: the service on this machine, in the foreground, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from service.local_ray import StartError, check_ports, local_ray, ray_is_silent, uses_haproxy
+from service.settings import ServeSettings, SettingsError, add_setting_flags, load_settings, setting_fields
+
+APP_NAME = "saeserve"
+_POLL_S = 0.1
+_WATCH_S = 5.0
+
+
+class _Stop(BaseException):
+    """Somebody asked the service to stop. Not an Exception: nothing on the way may swallow it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `saeserve serve`: one for each setting, and two of its own."""
+    parser.description = (
+        "Serves a backbone and its dictionaries on this machine until Ctrl-C. Every setting can also be given in a "
+        "YAML file or in the environment (grpc_port: SAESERVE_GRPC_PORT, engine.max_batch_tokens: "
+        "SAESERVE_ENGINE__MAX_BATCH_TOKENS); flags win over the environment, the environment over the file."
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings.")
+    parser.add_argument("--verbose", action="store_true", help="Show the logs of Ray and of the replicas.")
+    add_setting_flags(parser.add_argument_group("settings"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until stopped.
+
+    Returns the exit code: 0 after Ctrl-C or SIGTERM, 1 if the service could not start or has died.
+    """
+    given = vars(arguments)
+    verbose: bool = given["verbose"]
+    try:
+        settings = load_settings(given["config"], {name: given.get(name) for name, _, _ in setting_fields()})
+        check_ports(settings)
+        _stop_on_signals()
+        with local_ray(settings, verbose=verbose) as directory:
+            _stop_on_signals()  # again: ray.init sets its own handler
+            with _progress("starting saeserve", quiet=verbose), ray_is_silent(verbose=verbose):
+                metrics_dir = settings.metrics_dir or str(directory / "metrics")
+                _start(settings.model_copy(update={"metrics_dir": metrics_dir}))
+            print(_ready_line(settings), flush=True)
+            _watch()
+        return 0
+    except (_Stop, KeyboardInterrupt, SystemExit):  # Ray turns what a signal handler raises into the others
+        return 0
+    except (SettingsError, StartError) as error:
+        print(f"saeserve: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:  # Ray's, of many kinds, with the traces of several processes
+        if verbose:
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"saeserve: {lines[-1] if lines else error!r} (--verbose shows more)", file=sys.stderr)
+        return 1
+
+
+def _start(settings: ServeSettings) -> None:
+    """Deploys the application and waits until calls are answered.
+
+    Raises:
+        StartError: a replica failed, there is no such device, or it took too long.
+    """
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from service.app import SERVICER_FUNCTIONS, build_app
+
+    there: float = ray.cluster_resources().get("GPU", 0.0)
+    wanted = settings.replicas * settings.gpus_per_replica
+    if wanted > there:
+        raise StartError(
+            f"replicas ({settings.replicas}) x gpus_per_replica ({settings.gpus_per_replica:g}) needs {wanted:g} GPUs; "
+            f"this machine has {there:g}"
+        )
+    deadline = time.monotonic() + settings.start_timeout_s
+    serve.start(
+        http_options=HTTPOptions(host=settings.host, port=settings.http_port),
+        grpc_options=gRPCOptions(port=settings.grpc_port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)),
+    )
+    target = serve.RunTarget(target=build_app(settings), name=APP_NAME)
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    _await_running(deadline)
+    _await_serving(settings, deadline)
+
+
+def _await_running(deadline: float) -> None:
+    from ray import serve
+
+    while True:
+        status = serve.status().applications.get(APP_NAME)
+        if status is not None:
+            if status.status == "RUNNING":
+                return
+            messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
+            failure = next(filter(None, map(_start_failure, messages)), None)
+            if failure is None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                failure = max(messages, key=len)
+            if failure is not None:
+                raise StartError(failure)
+        if time.monotonic() > deadline:
+            raise StartError("the replicas did not start in time (see start_timeout_s, or --verbose for their logs)")
+        time.sleep(_POLL_S)
+
+
+def _start_failure(message: str) -> str | None:
+    """Our own message inside the traces that Ray reports, if it is there."""
+    from service.app import START_FAILURE
+
+    _, found, rest = message.partition(START_FAILURE)
+    return rest.partition("\n")[0].strip() if found else None
+
+
+def _await_serving(settings: ServeSettings, deadline: float) -> None:
+    """Asks the health service through the port that clients use."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(_address(settings, settings.grpc_port)) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        while True:
+            try:
+                reply = health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+                if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+                answer = "NOT_SERVING"
+            except grpc.RpcError as error:
+                answer = error.code().name
+            if time.monotonic() > deadline:
+                raise StartError(f"the health check on port {settings.grpc_port} still answers {answer}")
+            time.sleep(_POLL_S)
+
+
+def _watch() -> None:
+    """Waits for a signal; returns only with an exception.
+
+    Raises:
+        StartError: Ray is gone.
+    """
+    from ray import serve
+
+    while True:
+        time.sleep(_WATCH_S)
+        try:
+            serve.status()
+        except Exception as error:
+            raise StartError(f"Ray has stopped: {error}") from None
+
+
+def _ready_line(settings: ServeSettings) -> str:
+    grpc_address = _address(settings, settings.grpc_port)
+    default = ServeSettings.model_fields["grpc_port"].default == settings.grpc_port
+    call = 'saeserve features "some text"' + ("" if default else f" --address {grpc_address}")
+    slow = "" if uses_haproxy(settings) else " [Ray Serve's own proxy; HAProxy is not used]"
+    return (
+        f"saeserve is ready{slow}: gRPC {grpc_address}, HTTP http://{_address(settings, settings.http_port)}. "
+        f"Try: {call}   (Ctrl-C stops)"
+    )
+
+
+def _address(settings: ServeSettings, port: int) -> str:
+    """Where this machine reaches a port."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    return f"{host}:{port}"
+
+
+def _stop_on_signals() -> None:
+    """The first SIGINT or SIGTERM raises _Stop in the main thread; later ones change nothing."""
+
+    def stop(signum: int, frame: Any) -> None:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.SIG_IGN)
+        raise _Stop
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, stop)
+
+
+@contextlib.contextmanager
+def _progress(message: str, *, quiet: bool) -> Iterator[None]:
+    """A spinner on a terminal that is gone afterwards; nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(file=sys.stderr).status(message):
+        yield

@@ -1,0 +1,104 @@
+"""How features on a text look at a terminal: the text shaded by activation, and tables with bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from service.client import DictionaryFeatures, InputFeatures, SparseRows, Tokens
+
+_BAR_CELLS = 10
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_FAINT, _STRONG = (255, 244, 224), (255, 138, 30)  # shades of orange, readable under black text
+_SMALLEST_SHADE = 0.05
+
+
+def view_tokens(entry: InputFeatures, features: DictionaryFeatures) -> RenderableType:
+    """One row a token: the shaded text, then each token with its features, strongest first."""
+    assert entry.tokens is not None
+    rows = list(features.features)
+    strongest = np.array([values[0] if len(values) else 0.0 for _, values in rows], np.float32)
+    largest = float(strongest.max(initial=0.0))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("token", no_wrap=True, overflow="ellipsis", max_width=24)
+    table.add_column("feature", justify="right", style="cyan")
+    table.add_column("activation", no_wrap=True)
+    if features.reconstruction_error is not None:
+        table.add_column("error", justify="right")
+    table.add_column("others", style="dim", no_wrap=True, overflow="ellipsis")
+    for i, (indices, values) in enumerate(rows):
+        cells: list[RenderableType] = [str(i), visible(entry.tokens.pieces[i])]
+        cells += [str(indices[0]), _bar(float(values[0]), largest)] if len(values) else ["-", ""]
+        if features.reconstruction_error is not None:
+            cells.append(f"{features.reconstruction_error[i]:.3f}")
+        cells.append("  ".join(f"{f} {v:.2f}" for f, v in zip(indices[1:], values[1:], strict=True)))
+        table.add_row(*cells)
+    return Group(shaded(entry.tokens, strongest), "", table)
+
+
+def view_aggregate(features: SparseRows) -> RenderableType:
+    """One row an input: its features, strongest first."""
+    indices, values = features.row(0)
+    largest = float(values.max(initial=0.0))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("feature", justify="right", style="cyan")
+    table.add_column("activation", no_wrap=True)
+    for feature, activation in zip(indices, values, strict=True):
+        table.add_row(str(feature), _bar(float(activation), largest))
+    return table if len(values) else Text("no feature fires", style="dim")
+
+
+def shaded(tokens: Tokens, activations: Sequence[float] | np.ndarray) -> Text:
+    """The text with a background that grows stronger with each token's activation.
+
+    Tokens that share a character (cut inside its UTF-8 bytes) are drawn as one, with the largest of their activations.
+    """
+    largest = max(*activations, 1e-9, 0.0) if len(activations) else 1.0
+    text = Text()
+    pending, strength = b"", 0.0
+    for i, piece in enumerate(tokens.pieces):
+        pending += piece
+        strength = max(strength, float(activations[i]) / largest)
+        cut_inside = i + 1 < len(tokens) and _ends_inside_character(pending)
+        if not cut_inside:
+            text.append(pending.decode("utf-8", errors="replace"), _shade(strength))
+            pending, strength = b"", 0.0
+    return text
+
+
+def visible(piece: bytes) -> str:
+    """One token with its white space visible and bytes that are no character escaped."""
+    text = piece.decode("utf-8", errors="backslashreplace")
+    for space, sign in ((" ", "·"), ("\n", "⏎"), ("\t", "⇥"), ("\r", "␍")):
+        text = text.replace(space, sign)
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def _ends_inside_character(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
+
+
+def _shade(strength: float) -> Style:
+    if strength < _SMALLEST_SHADE:
+        return Style.null()
+    red, green, blue = (
+        round(faint + (strong - faint) * strength) for faint, strong in zip(_FAINT, _STRONG, strict=True)
+    )
+    return Style(color="black", bgcolor=f"rgb({red},{green},{blue})")
+
+
+def _bar(value: float, largest: float) -> Text:
+    eighths = round(8 * _BAR_CELLS * value / largest) if largest > 0 else 0
+    full, rest = divmod(max(eighths, 1), 8)
+    bar = "█" * full + (_EIGHTHS[rest] if rest else "")
+    return Text.assemble((f"{bar:<{_BAR_CELLS}}", "dark_orange"), f" {value:.2f}")

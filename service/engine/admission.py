@@ -1,0 +1,78 @@
+"""Checks before work is queued: what would otherwise reach the device, or other requests, as a failure there.
+
+Limits and messages for users are the callers' business. Every check raises ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sae_runtime.autoencoder import Dictionary
+from sae_runtime.backbone import Backbone
+from sae_runtime.sites import Site
+from service.engine.work import DecodeWork, Selection
+
+
+def check_row(row: Sequence[int], backbone: Backbone, limit: int) -> None:
+    """Token ids of the vocabulary, 1 to `limit` of them."""
+    if not 1 <= len(row) <= limit:
+        raise ValueError(f"a row has {len(row)} tokens, expected 1 to {limit}")
+    low, high = min(row), max(row)
+    if low < 0 or high >= backbone.vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(f"token id {bad} is outside the vocabulary of {backbone.vocab_size}")
+
+
+def site_of(name: str, dictionary: Dictionary, backbone: Backbone) -> Site:
+    """The site that a dictionary reads; ValueError if the backbone lacks it or has it with another width."""
+    assert dictionary.site is not None
+    site = backbone.check_site(dictionary.site)
+    if backbone.site_width(site) != dictionary.d_in:
+        raise ValueError(
+            f"dictionary {name!r} reads {dictionary.d_in} values, but {site} of {backbone.name!r} has "
+            f"{backbone.site_width(site)}"
+        )
+    return site
+
+
+def split_rows(rows: Sequence[tuple[int, ...]], budget: int) -> list[Sequence[tuple[int, ...]]]:
+    """Consecutive rows of at most `budget` tokens together; a longer row stands alone."""
+    if sum(map(len, rows)) <= budget:
+        return [rows]
+    pieces: list[Sequence[tuple[int, ...]]] = []
+    start = tokens = 0
+    for i, row in enumerate(rows):
+        if i > start and tokens + len(row) > budget:
+            pieces.append(rows[start:i])
+            start, tokens = i, 0
+        tokens += len(row)
+    pieces.append(rows[start:])
+    return pieces
+
+
+def check_selection(selection: Selection, dictionary: Dictionary) -> None:
+    """Selected features that the dictionary has."""
+    if selection.kind == "features" and selection.features:
+        low, high = min(selection.features), max(selection.features)
+        if low < 0 or high >= dictionary.n_latents:
+            bad = low if low < 0 else high
+            raise ValueError(f"feature {bad} is outside the {dictionary.n_latents} of dictionary {dictionary.name!r}")
+
+
+def check_csr(work: DecodeWork, dictionary: Dictionary) -> None:
+    """Well-formed rows of features that the dictionary has, and statistics of as many rows."""
+    csr = work.features
+    splits = csr.row_splits
+    if len(splits) < 2 or splits[0] != 0 or (splits[1:] < splits[:-1]).any():
+        raise ValueError("row_splits are not rising offsets of at least one row, starting with 0")
+    if len(csr.indices) != splits[-1] or len(csr.values) != splits[-1]:
+        raise ValueError(
+            f"row_splits end with {splits[-1]}, but there are {len(csr.indices)} indices and {len(csr.values)} values"
+        )
+    if len(csr.indices) and int(csr.indices.max()) >= dictionary.n_latents:
+        raise ValueError(f"feature {int(csr.indices.max())} is outside the {dictionary.n_latents} of the dictionary")
+    if (work.mean is None) != (work.std is None):
+        raise ValueError("mean and std must be given together")
+    n = len(splits) - 1
+    if work.mean is not None and work.std is not None and (work.mean.shape != (n,) or work.std.shape != (n,)):
+        raise ValueError(f"mean and std have shapes {list(work.mean.shape)} and {list(work.std.shape)}, expected [{n}]")

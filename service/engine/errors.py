@@ -1,0 +1,24 @@
+"""Ways in which the engine refuses or fails a piece of work."""
+
+from __future__ import annotations
+
+from sae_runtime.errors import UnknownDictionary as UnknownDictionary
+
+
+class QueueFull(Exception):
+    """Too much is waiting already; trying again later can succeed."""
+
+    def __init__(self, message: str, *, limit_name: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.limit_name = limit_name
+        """The setting of EngineSettings that was reached."""
+        self.retry_after_s = retry_after_s
+        """Seconds after which the queue should have room, by the current speed."""
+
+
+class EngineStopped(Exception):
+    """The engine is not running: not started yet, draining, stopped or broken."""
+
+
+class NonFiniteActivations(ValueError):
+    """Activations or logits of this request are NaN or infinite: its input or its edits are out of range."""

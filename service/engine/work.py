@@ -1,0 +1,194 @@
+"""What goes into the engine and what comes out: plain data, numpy arrays, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from sae_runtime.interventions import Edit
+
+Aggregation = Literal["none", "max", "mean", "sum", "last"]
+"""How the tokens of an input become rows: one row a token, or one row an input. A silent feature counts as 0."""
+
+EndReason = Literal["length", "stop", "end_of_text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which of a token's features to return; applied before aggregation."""
+
+    kind: Literal["all", "top_k", "features", "threshold"] = "all"
+    k: int = 0
+    """top_k: the strongest k, at least 1."""
+    features: tuple[int, ...] = ()
+    """features: these latents, each in [0, n_latents)."""
+    threshold: float = 0.0
+    """threshold: latents with a larger activation than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkTiming:
+    """Where the time of one piece of work went."""
+
+    queue_s: float
+    """Seconds from arrival to the start of the computation; the longest, if it ran in parts."""
+    compute_s: float
+    """Seconds of the batches that carried it, summed if it ran in parts."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Csr:
+    """Sparse rows: row r holds entries row_splits[r] up to, not including, row_splits[r + 1]; largest value first."""
+
+    row_splits: NDArray[np.uint32]
+    """[n + 1], starts with 0."""
+    indices: NDArray[np.uint32]
+    """[nnz] latent numbers."""
+    values: NDArray[np.float32]
+    """[nnz] activations in the dictionary's units."""
+
+    def __len__(self) -> int:
+        return len(self.row_splits) - 1
+
+    def __getitem__(self, rows: slice) -> Csr:
+        """The given rows: views of the entries. The slice must have a start and a stop within the rows, and no step."""
+        splits = self.row_splits[rows.start : rows.stop + 1]
+        first, last = splits[0], splits[-1]
+        return Csr(splits - first, self.indices[first:last], self.values[first:last])
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractWork:
+    """Features of token rows."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """Token ids, one row an input; every row has at least one token."""
+    dictionaries: tuple[str, ...]
+    """Names, without repeats."""
+    selection: Selection = Selection()
+    aggregation: Aggregation = "none"
+    reconstruction_error: bool = False
+    """Also |x - x'|^2 / |x|^2 of every token, x' being the reconstruction from all features that fire."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DictionaryRows:
+    """The features of one input in one dictionary."""
+
+    dictionary: str
+    features: Csr
+    """One row a token, or a single row with aggregation."""
+    reconstruction_error: NDArray[np.float32] | None
+    """[n_tokens] if asked for."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExtractResult:
+    inputs: list[list[DictionaryRows]]
+    """One entry a row of the work; in each, one entry a dictionary, in the order of the work."""
+    timing: WorkTiming
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodeWork:
+    """Features of activations that the caller has."""
+
+    dictionary: str
+    x: NDArray[np.float32]
+    """[n, d_in], n at least 1."""
+    selection: Selection = Selection()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodeResult:
+    features: Csr
+    """n rows."""
+    mean: NDArray[np.float32] | None
+    """[n] input statistics, None where the dictionary does not normalise."""
+    std: NDArray[np.float32] | None
+    """[n]."""
+    timing: WorkTiming
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeWork:
+    """Reconstructions from features."""
+
+    dictionary: str
+    features: Csr
+    """n rows, n at least 1; the entries of a row in any order, without repeats."""
+    mean: NDArray[np.float32] | None = None
+    """[n] as in EncodeResult; without it the reconstruction stays in the dictionary's normalised space."""
+    std: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeResult:
+    x: NDArray[np.float32]
+    """[n, d_in]."""
+    timing: WorkTiming
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How the next token is chosen from the logits."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token; else logits are divided by it."""
+    top_k: int = 0
+    """Only the k likeliest tokens can be chosen; 0 is no limit."""
+    top_p: float = 0.0
+    """Only the smallest set of tokens with at least this probability can be chosen; 0 or 1 is no limit."""
+    seed: int = 0
+    """In [0, 2^64): seed of this sequence's own random numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateWork:
+    """A continuation of a prompt with features edited."""
+
+    prompt: tuple[int, ...]
+    """At least one token id."""
+    max_new_tokens: int
+    sampling: SamplingOptions = SamplingOptions()
+    stop: tuple[str, ...] = ()
+    """Generation ends before the first of these to be completed; none is empty."""
+    edits: tuple[Edit, ...] = ()
+    ignore_end_of_text: bool = False
+
+
+@dataclass(slots=True)
+class GeneratedTokens:
+    """New tokens of a stream and the text that they complete."""
+
+    text: str = ""
+    """Whole characters only; what may yet become a stop string is held back."""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Of each token, under the edited model, before temperature and cuts."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationEnd:
+    """The last event of a stream."""
+
+    reason: EndReason
+    prompt_tokens: int
+    generated_tokens: int
+    """Tokens that were sampled, an end-of-text token included."""
+    stop: str
+    """The stop string that was met, with reason "stop"; else empty."""
+    timing: WorkTiming
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """What the engine has on its hands."""
+
+    queued_items: int
+    queued_tokens: int
+    active_generations: int

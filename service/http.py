@@ -1,0 +1,42 @@
+"""What a replica answers over HTTP: metrics, readiness, and what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Response
+from fastapi.concurrency import run_in_threadpool
+
+if TYPE_CHECKING:
+    from service.runtime import ServiceRuntime
+
+
+def build_http(runtime: ServiceRuntime, services: Sequence[str]) -> FastAPI:
+    """The ASGI application of one replica; `services` are the names of its gRPC services."""
+    from service.metrics import CONTENT_TYPE  # here: it reads PROMETHEUS_MULTIPROC_DIR when it is imported
+
+    http = FastAPI(title="saeserve", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @http.get("/")
+    async def index() -> dict[str, Any]:
+        return {
+            "name": "saeserve",
+            "about": "Features of a language model by sparse autoencoders, over gRPC. Server reflection is on.",
+            "services": services,
+            "paths": ["/healthz", "/metrics"],
+        }
+
+    @http.get("/healthz")
+    async def healthz() -> Response:
+        if runtime.ready:
+            return Response("SERVING\n", media_type="text/plain")
+        return Response("NOT_SERVING\n", status_code=503, media_type="text/plain")
+
+    @http.get("/metrics")
+    async def metrics() -> Response:
+        runtime.note_load()
+        text = await run_in_threadpool(runtime.metrics.render)  # the files of many replicas must not hold up calls
+        return Response(text, headers={"content-type": CONTENT_TYPE})
+
+    return http

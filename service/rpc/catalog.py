@@ -1,0 +1,71 @@
+"""CatalogService: what is served."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from service.pb.saeserve.v1 import catalog_service_pb2 as pb
+from service.rpc.call import Call
+from service.rpc.errors import Violation, invalid_argument
+from service.rpc.served import ServedModel
+
+if TYPE_CHECKING:
+    from sae_runtime import Dictionary
+    from sae_runtime.formats.manifest import Provenance
+
+
+class CatalogRpc:
+    """Handlers of CatalogService."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self._served = served
+
+    async def ListDictionaries(self, request: pb.ListDictionariesRequest, call: Call) -> pb.ListDictionariesResponse:
+        return pb.ListDictionariesResponse(
+            request_id=call.request_id,
+            dictionaries=[_describe(name, dictionary) for name, dictionary in self._served.dictionaries.items()],
+        )
+
+    async def GetDictionary(self, request: pb.GetDictionaryRequest, call: Call) -> pb.GetDictionaryResponse:
+        if not request.name:
+            raise invalid_argument([Violation("name", "is empty, expected a dictionary's name")])
+        self._served.require([request.name])
+        dictionary = self._served.dictionaries[request.name]
+        reply = pb.GetDictionaryResponse(request_id=call.request_id, dictionary=_describe(request.name, dictionary))
+        if dictionary.manifest is not None:
+            reply.provenance.CopyFrom(_provenance(dictionary.manifest.provenance))
+            reply.evaluation.update(dictionary.manifest.evaluation)
+        return reply
+
+
+def _describe(name: str, dictionary: Dictionary) -> pb.Dictionary:
+    manifest = dictionary.manifest
+    return pb.Dictionary(
+        name=name,
+        site=dictionary.site or "",
+        architecture=dictionary.activation,
+        d_in=dictionary.d_in,
+        n_latents=dictionary.n_latents,
+        k=dictionary.k or 0,
+        normalizes_input=dictionary.normalize,
+        has_statistics=dictionary.statistics is not None,
+        context_length=0 if manifest is None else manifest.context_length or 0,
+    )
+
+
+def _provenance(provenance: Provenance) -> pb.Provenance:
+    message = pb.Provenance(
+        code_version=provenance.code_version,
+        seed=provenance.seed or 0,
+        tokens=provenance.tokens or 0,
+        data=provenance.data,
+        config_json=json.dumps(provenance.config, sort_keys=True) if provenance.config else "",
+    )
+    if provenance.created:
+        try:
+            message.created.FromDatetime(datetime.fromisoformat(provenance.created))
+        except ValueError:  # what somebody else's manifest says about its date is no reason to fail
+            message.ClearField("created")
+    return message

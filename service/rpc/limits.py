@@ -1,0 +1,49 @@
+"""Bounds that requests must keep to; the fields of the message `saeserve.v1.Limits`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_MAX_UINT32 = 2**32 - 1
+
+
+class Limits(BaseModel):
+    """What a request may ask for. Every bound can be lowered or raised; GetServerInfo reports them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    max_inputs: int = Field(default=128, ge=1, le=_MAX_UINT32)
+    """Inputs in one ExtractFeatures call."""
+    max_tokens_per_input: int = Field(default=_MAX_UINT32, ge=1, le=_MAX_UINT32)
+    """Tokens in one input; lowered to the backbone's context length where it is larger."""
+    max_tokens_per_request: int = Field(default=8_192, ge=1, le=_MAX_UINT32)
+    """Tokens in all inputs of one call. Keeps replies under the 4 MiB that gRPC clients accept by default."""
+    max_text_bytes: int = Field(default=32_768, ge=1, le=_MAX_UINT32)
+    """Bytes of text in one input: bounds the time that tokenizing it can take."""
+    max_activation_rows: int = Field(default=1_024, ge=1, le=_MAX_UINT32)
+    """Rows in one EncodeActivations or DecodeFeatures call."""
+    max_dictionaries: int = Field(default=16, ge=1, le=_MAX_UINT32)
+    """Dictionaries in one call."""
+    max_selected_features: int = Field(default=4_096, ge=1, le=_MAX_UINT32)
+    """Feature numbers in one selection, top_k, and features of a row on average in DecodeFeatures."""
+    max_new_tokens: int = Field(default=512, ge=1, le=_MAX_UINT32)
+    """New tokens of one Generate call."""
+    max_edits: int = Field(default=64, ge=1, le=_MAX_UINT32)
+    """Edits in one call."""
+    max_edit_strength: float = Field(default=100.0, gt=0, allow_inf_nan=False)
+    """Largest size of a strength in multiples of the recorded maximum, where it is known."""
+    max_stop_strings: int = Field(default=16, ge=1, le=_MAX_UINT32)
+    """Stop strings in one call."""
+    max_stop_bytes: int = Field(default=256, ge=1, le=_MAX_UINT32)
+    """Bytes in one stop string."""
+    default_new_tokens: int = Field(default=64, ge=1, le=_MAX_UINT32)
+    """New tokens of a Generate call that does not say (fewer where the context or max_new_tokens ends earlier)."""
+
+    def for_context(self, context_length: int, max_sequence_tokens: int) -> Limits:
+        """The same limits, without what the backbone's context and the engine's key-value cache do not hold."""
+        return self.model_copy(
+            update={
+                "max_tokens_per_input": min(self.max_tokens_per_input, context_length),
+                "max_new_tokens": max(1, min(self.max_new_tokens, max_sequence_tokens - 1)),
+            }
+        )

@@ -1,0 +1,55 @@
+"""ServerService: the server itself."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from sae_runtime.sites import LOCATIONS
+from service.engine.settings import EngineSettings
+from service.pb.saeserve.v1 import server_service_pb2 as pb
+from service.rpc.call import Call
+from service.rpc.limits import Limits
+from service.rpc.served import ServedModel
+
+_LIBRARIES = ("torch", "transformers", "ray")
+
+
+class ServerRpc:
+    """Handlers of ServerService."""
+
+    def __init__(self, served: ServedModel, limits: Limits, engine_settings: EngineSettings) -> None:
+        backbone = served.backbone
+        # Nothing of this changes while the replica lives.
+        self._info = pb.GetServerInfoResponse(
+            version=_version("saeserve"),
+            library_versions={name: version for name in _LIBRARIES if (version := _version(name))},
+            backbone=pb.Backbone(
+                name=backbone.name,
+                fingerprint=backbone.fingerprint,
+                n_layers=backbone.n_layers,
+                d_model=backbone.d_model,
+                vocab_size=backbone.vocab_size,
+                context_length=backbone.context_length,
+                dtype=str(backbone.dtype).removeprefix("torch."),
+                sites=[f"{layer}.{location}" for layer in range(backbone.n_layers) for location in LOCATIONS],
+            ),
+            dictionaries=list(served.dictionaries),
+            limits=pb.Limits(
+                **limits.model_dump(exclude={"default_new_tokens"}),
+                max_concurrent_generations=engine_settings.max_concurrent_generations,
+                max_queued_tokens=engine_settings.max_queued_tokens,
+            ),
+            device=str(backbone.device),
+        )
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:
+        reply = pb.GetServerInfoResponse(request_id=call.request_id)
+        reply.MergeFrom(self._info)
+        return reply
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""

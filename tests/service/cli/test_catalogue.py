@@ -1,0 +1,65 @@
+"""`saeserve dictionaries` and `saeserve info`."""
+
+import json
+from collections.abc import Callable
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+def stripped(text: str) -> list[str]:
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def test_list(call: Call):
+    code, out, _ = call("dictionaries")
+    assert code == 0
+    assert stripped(out) == [
+        "dictionary  site              latents  width  activation  statistics",
+        "resid-late  3.resid_post_mlp       64      4  relu        no",
+        "resid-mid   2.resid_post_mlp       64      4  topk, k 8   yes",
+    ]
+
+
+def test_one(call: Call):
+    assert stripped(call("dictionaries", "resid-mid")[1]) == [
+        "name            resid-mid",
+        "site            2.resid_post_mlp",
+        "latents         64 over width 4",
+        "activation      topk, k 8",
+        "input           normalised per token",
+        "statistics      yes",
+        "context         32 tokens",
+        "trained on      4,000,000 tokens of corpus",
+        "trained by      0.1.0, seed 5",
+        "published       2026-11-22 01:02 UTC",
+        "loss_recovered  0.9375",
+        "nmse            0.125",
+        'config          {"k": 8}',
+    ]
+
+
+def test_one_without_provenance(call: Call):
+    out = stripped(call("dictionaries", "resid-late")[1])
+    assert "trained" not in " ".join(out)
+    assert "input           as it is" in out
+
+
+def test_unknown(call: Call):
+    code, out, err = call("dictionaries", "x")
+    assert (code, out, err) == (1, "", "saeserve: NOT_FOUND: no dictionary named 'x'\n")
+
+
+def test_json(call: Call):
+    listed = json.loads(call("dictionaries", "--json")[1])
+    assert [each["name"] for each in listed] == ["resid-late", "resid-mid"]
+    shown = json.loads(call("dictionaries", "resid-mid", "--json")[1])
+    assert shown["dictionary"]["n_latents"] == 64
+    assert shown["provenance"]["created"] == "2026-11-22T01:02:03+00:00"
+    assert json.loads(call("info", "--json")[1])["backbone"]["sites"] == ["2.resid_post_mlp", "3.resid_post_mlp"]
+
+
+def test_info(call: Call):
+    out = stripped(call("info")[1])
+    assert out[0].startswith("server        saeserve 0.1.0 at 127.0.0.1:")
+    assert "backbone      builtin: 5 layers, width 4, vocabulary 256, context 32, float32" in out
+    assert "max_tokens_per_request      40" in out

@@ -1,0 +1,179 @@
+"""`saeserve train` and `saeserve evaluate`; the offline job itself is tested in tests/sae_runtime."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.progress import TrainingProgress
+from service.cli import train
+from service.cli.main import _parser
+from tests.sae_runtime.conftest import tiny_backbone_folder  # noqa: F401 (a fixture)
+
+Saeserve = Callable[..., tuple[int, str, str]]
+
+
+def config_of(*arguments: str) -> TrainingConfig:
+    parser, _ = _parser("train")
+    return train.read_config(parser.parse_args(["train", *arguments]))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        yaml.safe_dump({"site": "1.resid_post_mlp", "data": ["a.txt"], "out": "d", "k": 4, "normalize": False})
+    )
+    return file
+
+
+def test_flags_win_over_the_file(config_file: Path):
+    config = config_of(
+        str(config_file), "--k", "7", "--data", "b.txt", "c.txt", "--learning-rate", "1e-4", "--gradient-clip", "none"
+    )
+    assert (config.k, config.learning_rate, config.gradient_clip) == (7, 1e-4, None)
+    assert config.data == (Path("b.txt"), Path("c.txt"))
+    assert config.normalize is False
+    assert config_of(str(config_file), "--normalize").normalize is True
+
+
+def test_flags_alone():
+    config = config_of("--site", "0.mlp_post_act", "--data", "a.txt", "--out", "d")
+    assert config == TrainingConfig(site="0.mlp_post_act", data=("a.txt",), out="d")  # type: ignore[arg-type]
+
+
+def test_every_setting_has_a_flag_and_a_description(saeserve: Saeserve):
+    out = saeserve("train", "--help")[1]
+    for name, field in TrainingConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in out
+        assert field.description
+    assert "{packed,documents}" in out
+    assert "--prepend-end-of-text, --no-prepend-end-of-text" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [],
+            "site is not given (in the file, or as --site); data is not given (in the file, or as --data); out is not",
+        ),
+        (["--site", "nonsense", "--data", "a", "--out", "d"], "is not of the form <layer>.<location>"),
+        (["--site", "0.resid_pre", "--data", "a", "--out", "d", "--k", "many"], "k: Input should be a valid integer"),
+        (["{file}", "--k", "0"], "k: Input should be greater than or equal to 1, found '0'"),
+        (["{file}.not-there"], "cannot read settings: "),
+    ],
+)
+def test_wrong_settings(saeserve: Saeserve, config_file: Path, arguments: list[str], message: str):
+    code, out, err = saeserve("train", *(argument.replace("{file}", str(config_file)) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_unknown_settings_are_errors(saeserve: Saeserve, config_file: Path):
+    config_file.write_text(config_file.read_text() + "learning_rat: 1.0\n")
+    assert saeserve("train", str(config_file))[2] == "saeserve: learning_rat: no such setting\n"
+    config_file.write_text("- a list")
+    code, _, err = saeserve("train", str(config_file))
+    assert code == 2
+    assert "expected a mapping of settings" in err
+
+
+def test_ctrl_c_says_where_the_checkpoint_is(
+    saeserve: Saeserve, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint = tmp_path / "run.pt"
+    checkpoint.touch()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run_training", interrupt)
+    code, out, err = saeserve("train", str(config_file), "--checkpoint", str(checkpoint))
+    assert (code, out) == (130, "")
+    assert f"The checkpoint is {checkpoint}" in err.replace("\n", "")
+
+
+def test_progress_lines_where_there_is_no_terminal():
+    stream = io.StringIO()
+    with train.ProgressDisplay(Console(file=stream, width=200)) as display:
+        display.show(TrainingProgress("prepare", 0, 100, 0.0))
+        display.show(TrainingProgress("prepare", 100, 100, 50.0))
+        display.show(TrainingProgress("train", 0, 2000, 0.0))
+        display.show(TrainingProgress("train", 2000, 2000, 1234.5, nmse=0.25, l0=4.0, dead_fraction=0.031, loss=1.0))
+    assert stream.getvalue().splitlines() == [
+        "prepare 0 of 100",
+        "prepare 100 of 100  50 tokens/s",
+        "train 0 of 2,000",
+        "train 2,000 of 2,000  1,234 tokens/s  NMSE 0.2500  L0 4.0  dead 3.1 %",
+    ]
+
+
+def test_progress_bar_on_a_terminal():
+    stream = io.StringIO()
+    with train.ProgressDisplay(Console(file=stream, width=120, force_terminal=True, color_system=None)) as display:
+        display.show(TrainingProgress("train", 500, 2000, 1234.5, nmse=0.25, l0=4.0, dead_fraction=0.031, loss=1.0))
+    assert "train " in stream.getvalue()
+    assert "25 %" in stream.getvalue()
+    assert "1,234 tokens/s  NMSE 0.2500  L0 4.0  dead 3.1 %" in stream.getvalue()
+
+
+def test_trains_publishes_and_measures(saeserve: Saeserve, tmp_path: Path, tiny_backbone_folder: Path):  # noqa: F811
+    text, held_out, folder = tmp_path / "text.txt", tmp_path / "held_out.txt", tmp_path / "tiny"
+    words = [f"{a}{b} " for a in "bcdfgh" for b in ("at", "og", "un", "ink")]
+    text.write_text("".join(words[(i * i + 3 * i) % len(words)] for i in range(2000)))
+    held_out.write_text("".join(words[(i * 7 + i * i) % len(words)] for i in range(300)))
+    config = tmp_path / "tiny.yaml"
+    settings: dict[str, Any] = {
+        "site": "1.resid_post_mlp",
+        "data": [str(text)],
+        "held_out": [str(held_out)],
+        "out": str(folder),
+        "backbone": str(tiny_backbone_folder),
+        "n_latents": 64,
+        "tokens": 4096,
+        "batch_tokens": 256,
+        "buffer_tokens": 1024,
+        "evaluation_tokens": 512,
+        "statistics_tokens": 512,
+        "compute_dtype": "float32",
+        "backbone_dtype": "float32",
+    }
+    config.write_text(yaml.safe_dump(settings))
+    code, out, err = saeserve("train", str(config), "--k", "4")
+    assert code == 0, err
+    assert out.startswith(f"Published tiny in {folder}\n")
+    assert "loss_recovered" in out
+    assert "train 4,096 of 4,096" in err
+    published = json.loads((folder / "dictionary.json").read_text())
+    assert published["k"] == 4
+
+    code, out, err = saeserve("evaluate", str(folder), "--held-out", str(held_out), "--tokens", "512", "--json")
+    assert code == 0, err
+    assert json.loads(out)["figures"] == pytest.approx(published["evaluation"], rel=1e-4)
+    assert "loss_recovered" in saeserve("evaluate", str(folder), "--held-out", str(held_out), "--tokens", "64")[1]
+
+    code, _, err = saeserve("train", str(config), "--k", "4")
+    assert code == 1
+    assert f"{folder} exists" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-dictionary", "--held-out", "{file}"], "no-such-dictionary"),
+        (["x", "--held-out", "{file}", "{file}.none"], "no text file at {file}.none"),
+    ],
+)
+def test_evaluate_says_what_is_missing(saeserve: Saeserve, tmp_path: Path, arguments: list[str], message: str):
+    file = tmp_path / "text.txt"
+    file.write_text("text")
+    code, out, err = saeserve("evaluate", *(argument.replace("{file}", str(file)) for argument in arguments))
+    assert (code, out) == (1, "")
+    assert message.replace("{file}", str(file)) in err

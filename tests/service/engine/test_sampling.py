@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from service.engine.sampling import RowSampler, sample
+from service.engine.work import SamplingOptions
+
+
+def random_logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(logits: torch.Tensor, options: SamplingOptions, n: int) -> np.ndarray:
+    """How often each token comes in n draws from one row of logits."""
+    sampler = RowSampler(options)
+    ids = [i for _ in range(n // 50) for i in sample(logits.expand(50, -1), [sampler] * 50).ids]
+    return np.bincount(ids, minlength=logits.shape[1]) / len(ids)
+
+
+def test_zero_temperature_takes_the_likeliest_token() -> None:
+    logits = random_logits(6, 50)
+    assert sample(logits, [RowSampler(SamplingOptions(temperature=0))] * 6).ids == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 0.0), (0.7, 0, 1.0), (1.5, 5, 0.0), (1.0, 0, 0.6), (2.0, 0, 0.95), (1.3, 12, 0.8), (1.0, 1, 0.5)],
+)
+def test_distribution_is_that_of_transformers_warpers(temperature: float, top_k: int, top_p: float) -> None:
+    logits = random_logits(1, 40, seed=3)
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if 0 < top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    expected = scores.softmax(1)[0].numpy()
+    n = 20_000
+    found = draw(logits, SamplingOptions(temperature, top_k, top_p, seed=1), n)
+    assert (found[expected == 0] == 0).all()
+    assert np.abs(found - expected).max() < 5 * np.sqrt(0.25 / n)
+
+
+def test_a_nucleus_larger_than_the_first_look() -> None:
+    """Almost flat logits over many tokens: the whole vocabulary must be sorted."""
+    logits = 0.01 * random_logits(2, 2000)
+    samplers = [RowSampler(SamplingOptions(top_p=0.5, seed=seed)) for seed in range(100)]
+    kept = {i for _ in range(30) for i in sample(logits[:1].expand(100, -1), samplers).ids}
+    likeliest = logits[0].argsort(descending=True)[:1001]
+    assert kept <= set(likeliest.tolist())
+    assert len(kept) > 700
+
+
+def test_logprobs_are_of_the_plain_logits() -> None:
+    logits = random_logits(4, 30)
+    sampled = sample(logits, [RowSampler(SamplingOptions(0.3, 4, 0.9, seed)) for seed in range(4)])
+    expected = logits.double().log_softmax(1)[range(4), sampled.ids]
+    assert sampled.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    logits = random_logits(9, 60)
+    options = [SamplingOptions(0.5 * (i % 4), (i % 3) * 7, (i % 2) * 0.7, seed=i) for i in range(9)]
+    samplers = [RowSampler(o) for o in options]
+    together = [sample(logits, samplers).ids for _ in range(5)]
+    for row, option in enumerate(options):
+        sampler = RowSampler(option)
+        assert [ids[row] for ids in together] == [sample(logits[row : row + 1], [sampler]).ids[0] for _ in range(5)]
+
+
+def test_seeds_up_to_64_bits() -> None:
+    logits = torch.zeros(1, 1000)
+    ids = [sample(logits, [RowSampler(SamplingOptions(seed=seed))]).ids[0] for seed in (0, 1, 2**32, 2**63, 2**64 - 1)]
+    assert len(set(ids)) == 5
+    assert ids[4] == sample(logits, [RowSampler(SamplingOptions(seed=2**64 - 1))]).ids[0]
+
+
+def test_rows_that_are_not_finite_are_marked_and_harm_nobody() -> None:
+    logits = random_logits(5, 20)
+    logits[1, 3], logits[2, 0], logits[3] = float("nan"), float("inf"), float("-inf")
+    for temperature in (0.0, 1.0):
+        samplers = [RowSampler(SamplingOptions(temperature, 3, 0.9, seed)) for seed in range(5)]
+        sampled = sample(logits, samplers)
+        assert sampled.finite == [True, False, False, False, True]
+        alone = sample(logits[4:], [RowSampler(SamplingOptions(temperature, 3, 0.9, 4))])
+        assert (sampled.ids[4], sampled.logprobs[4]) == (alone.ids[0], pytest.approx(alone.logprobs[0], abs=1e-6))
+
+
+def test_the_smallest_temperature_is_the_likeliest_token() -> None:
+    logits = random_logits(3, 30)
+    options = SamplingOptions(temperature=1e-40)
+    assert sample(logits, [RowSampler(options)] * 3).ids == logits.argmax(1).tolist()

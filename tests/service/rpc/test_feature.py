@@ -1,0 +1,269 @@
+"""FeatureService equals the library, one request at a time and many at once."""
+
+import asyncio
+import random
+
+import grpc
+import numpy as np
+import pytest
+import torch
+
+from sae_runtime import Dictionary, SparseFeatures
+from sae_runtime.features import InputStatistics
+from service.arrays import (
+    pack_input_statistics,
+    pack_sparse_rows,
+    pack_tensor,
+    unpack_input_statistics,
+    unpack_reconstruction_error,
+    unpack_sparse_rows,
+    unpack_tensor,
+)
+from service.pb.saeserve.v1 import common_pb2
+from service.pb.saeserve.v1 import feature_service_pb2 as pb
+from service.rpc.feature import STREAM_WINDOW
+from tests.service.conftest import Served
+
+TEXTS = ("A short text.", "Zwölf Boxkämpfer 😀 jagen", "x", "To be, or not to be, that is the question.")
+
+
+def expected_rows(served: Served, name: str, ids: list[int]) -> np.ndarray:
+    """Dense features [n tokens, n_latents] from the library alone."""
+    return library_features(served, name, ids).to_dense().numpy()
+
+
+def library_features(served: Served, name: str, ids: list[int]) -> SparseFeatures:
+    dictionary = served.dictionaries[name]
+    activations = served.backbone.activations(torch.tensor([ids]), sites=[dictionary.site])
+    return dictionary.encode(activations[dictionary.site][0])
+
+
+def dense(rows: common_pb2.SparseRows, dictionary: Dictionary) -> np.ndarray:
+    splits, indices, values = unpack_sparse_rows(rows)
+    out = np.zeros((len(splits) - 1, dictionary.n_latents), np.float32)
+    row = np.repeat(np.arange(len(splits) - 1), np.diff(splits.astype(int)))
+    out[row, indices] = values
+    return out
+
+
+def text_ids(served: Served, text: str) -> list[int]:
+    return served.backbone.encode_text(text).ids
+
+
+async def test_features_of_texts_and_ids_in_several_dictionaries(served: Served) -> None:
+    inputs = [common_pb2.TextInput(text=text) for text in TEXTS]
+    inputs.append(common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=[5, 6, 7])))
+    names = ["mid", "early", "wide", "delta"]
+    call = served.features.ExtractFeatures(
+        pb.ExtractFeaturesRequest(
+            request_id="r-1", inputs=inputs, dictionaries=names, include_tokens=True, include_reconstruction_error=True
+        )
+    )
+    reply = await call
+
+    assert reply.request_id == "r-1"
+    assert ("request-id", "r-1") in tuple(await call.trailing_metadata())
+    assert 0 <= reply.timing.queue_ms <= reply.timing.total_ms
+    assert 0 < reply.timing.compute_ms <= reply.timing.total_ms
+    for result, ids in zip(reply.results, [*(text_ids(served, t) for t in TEXTS), [5, 6, 7]], strict=True):
+        assert result.n_tokens == len(ids)
+        assert [d.dictionary for d in result.dictionaries] == names
+        assert list(result.tokens.ids) == ids
+        for found in result.dictionaries:
+            dictionary = served.dictionaries[found.dictionary]
+            features = library_features(served, found.dictionary, ids)
+            np.testing.assert_allclose(dense(found.features, dictionary), features.to_dense(), atol=1e-5)
+            x = served.backbone.activations(torch.tensor([ids]), sites=[dictionary.site])[dictionary.site][0]
+            error = (x - dictionary.decode(features)).square().sum(1) / x.square().sum(1)
+            np.testing.assert_allclose(unpack_reconstruction_error(found), error, rtol=1e-4, atol=1e-5)
+
+
+async def test_offsets_of_tokens(served: Served) -> None:
+    text = "é😀!"
+    reply = await served.features.ExtractFeatures(
+        pb.ExtractFeaturesRequest(
+            inputs=[
+                common_pb2.TextInput(text=text),
+                common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=text_ids(served, text))),
+                # Begins inside the emoji.
+                common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=text_ids(served, text)[3:])),
+            ],
+            dictionaries=["mid"],
+            include_tokens=True,
+        )
+    )
+    for tokens in (reply.results[0].tokens, reply.results[1].tokens):
+        assert b"".join(tokens.pieces).decode() == text
+        assert list(tokens.byte_starts) == [0, 1, 2, 3, 4, 5, 6]
+        assert list(tokens.byte_ends) == [1, 2, 3, 4, 5, 6, 7]
+        assert list(tokens.char_starts) == [0, 0, 1, 1, 1, 1, 2]
+        assert list(tokens.char_ends) == [1, 1, 2, 2, 2, 2, 3]
+    cut = reply.results[2].tokens
+    assert b"".join(cut.pieces) == text.encode()[3:]
+    assert list(cut.byte_ends) == [1, 2, 3, 4]
+    assert list(cut.char_starts) == sorted(cut.char_starts)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "combine"),
+    [
+        (pb.AGGREGATION_MAX, lambda z: z.max(0)),
+        (pb.AGGREGATION_MEAN, lambda z: z.mean(0)),
+        (pb.AGGREGATION_SUM, lambda z: z.sum(0)),
+        (pb.AGGREGATION_LAST, lambda z: z[-1]),
+    ],
+)
+async def test_aggregation(served: Served, aggregation: pb.Aggregation, combine) -> None:
+    reply = await served.features.ExtractFeatures(
+        pb.ExtractFeaturesRequest(
+            inputs=[common_pb2.TextInput(text=TEXTS[0])], dictionaries=["early"], aggregation=aggregation
+        )
+    )
+    found = dense(reply.results[0].dictionaries[0].features, served.dictionaries["early"])
+    expected = combine(expected_rows(served, "early", text_ids(served, TEXTS[0])))
+    np.testing.assert_allclose(found, expected[None], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("selection", "keep"),
+    [
+        (pb.FeatureSelection(top_k=3), lambda z: z >= np.sort(z, axis=1)[:, [-3]]),
+        (pb.FeatureSelection(threshold=0.5), lambda z: z > 0.5),
+        (
+            pb.FeatureSelection(features=pb.FeatureIds(ids=[7, 90, 0])),
+            lambda z: np.isin(np.arange(z.shape[1]), [7, 90, 0])[None],
+        ),
+    ],
+)
+async def test_selection(served: Served, selection: pb.FeatureSelection, keep) -> None:
+    reply = await served.features.ExtractFeatures(
+        pb.ExtractFeaturesRequest(
+            inputs=[common_pb2.TextInput(text=TEXTS[3])], dictionaries=["wide"], selection=selection
+        )
+    )
+    z = expected_rows(served, "wide", text_ids(served, TEXTS[3]))
+    found = dense(reply.results[0].dictionaries[0].features, served.dictionaries["wide"])
+    np.testing.assert_allclose(found, z * keep(z), atol=1e-5)
+
+
+async def test_truncation_drops_the_end_and_counts_it(served: Served) -> None:
+    limit = served.runtime.limits.max_tokens_per_input
+    text = "ab" * limit
+    reply = await served.features.ExtractFeatures(
+        pb.ExtractFeaturesRequest(
+            inputs=[common_pb2.TextInput(text=text)],
+            dictionaries=["mid"],
+            include_tokens=True,
+            overflow=common_pb2.OVERFLOW_TRUNCATE,
+        )
+    )
+    result = reply.results[0]
+    assert (result.n_tokens, result.truncated_tokens) == (limit, limit)
+    assert b"".join(result.tokens.pieces) == text[:limit].encode()
+    assert len(result.tokens.byte_ends) == limit
+    found = dense(result.dictionaries[0].features, served.dictionaries["mid"])
+    np.testing.assert_allclose(found, expected_rows(served, "mid", text_ids(served, text)[:limit]), atol=1e-5)
+
+
+async def test_64_concurrent_requests_of_mixed_length(served: Served) -> None:
+    rng = random.Random(3)
+    rows = [[rng.randrange(1, 257) for _ in range(rng.choice((1, 3, 17, 40, 96)))] for _ in range(64)]
+    names = [rng.choice(sorted(served.dictionaries)) for _ in rows]
+    replies = await asyncio.gather(
+        *(
+            served.features.ExtractFeatures(
+                pb.ExtractFeaturesRequest(
+                    inputs=[common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=ids))], dictionaries=[name]
+                )
+            )
+            for ids, name in zip(rows, names, strict=True)
+        )
+    )
+    for reply, ids, name in zip(replies, rows, names, strict=True):
+        found = dense(reply.results[0].dictionaries[0].features, served.dictionaries[name])
+        np.testing.assert_allclose(found, expected_rows(served, name, ids), atol=1e-5)
+
+
+async def test_stream_answers_in_order_and_ends_with_the_first_error(served: Served) -> None:
+    texts = [TEXTS[i % 4] * (1 + i % 2) for i in range(3 * STREAM_WINDOW)]
+
+    def message(i: int, text: str, dictionary: str = "mid") -> pb.ExtractFeaturesStreamRequest:
+        return pb.ExtractFeaturesStreamRequest(
+            request=pb.ExtractFeaturesRequest(
+                request_id=f"s-{i}", inputs=[common_pb2.TextInput(text=text)], dictionaries=[dictionary]
+            )
+        )
+
+    requests = [message(i, text) for i, text in enumerate(texts)]
+    replies = [reply async for reply in served.features.ExtractFeaturesStream(iter(requests))]
+    assert [reply.response.request_id for reply in replies] == [f"s-{i}" for i in range(len(texts))]
+    for reply, text in zip(replies, texts, strict=True):
+        found = dense(reply.response.results[0].dictionaries[0].features, served.dictionaries["mid"])
+        np.testing.assert_allclose(found, expected_rows(served, "mid", text_ids(served, text)), atol=1e-5)
+
+    requests[5] = message(5, "x", dictionary="nowhere")
+    # Six requests: a grpc.aio client that is still writing when a stream ends reports INTERNAL on its own account.
+    call = served.features.ExtractFeaturesStream(iter(requests[:6]))
+    seen = [(await call.read()).response.request_id for _ in range(5)]
+    assert seen == [f"s-{i}" for i in range(5)]
+    assert await call.code() == grpc.StatusCode.NOT_FOUND
+    assert ("request-id", "s-5") in tuple(await call.trailing_metadata())
+
+
+@pytest.mark.parametrize("name", ["mid", "early"])
+async def test_encode_and_decode(served: Served, name: str) -> None:
+    dictionary = served.dictionaries[name]
+    x = 3 * torch.randn(5, dictionary.d_in, generator=torch.Generator().manual_seed(1)) + 1
+    encoded = await served.features.EncodeActivations(
+        pb.EncodeActivationsRequest(dictionary=name, activations=pack_tensor(x.numpy()))
+    )
+    features = dictionary.encode(x)
+    np.testing.assert_allclose(dense(encoded.features, dictionary), features.to_dense(), atol=1e-5)
+    assert encoded.timing.compute_ms > 0
+    decoded = await served.features.DecodeFeatures(
+        pb.DecodeFeaturesRequest(dictionary=name, features=encoded.features, input_statistics=encoded.input_statistics)
+    )
+    np.testing.assert_allclose(unpack_tensor(decoded.activations), dictionary.decode(features), atol=1e-4)
+    if dictionary.normalize:
+        mean, std = unpack_input_statistics(encoded.input_statistics)
+        np.testing.assert_allclose(mean, x.mean(1), atol=1e-5)
+        np.testing.assert_allclose(std, x.std(1), atol=1e-4)
+    else:
+        assert not encoded.HasField("input_statistics")
+
+
+async def test_decode_without_statistics_stays_in_the_normalised_space(served: Served) -> None:
+    dictionary = served.dictionaries["mid"]
+    rows = pack_sparse_rows(np.array([0, 2, 2]), np.array([9, 4]), np.array([0.5, 2.0]))
+    decoded = await served.features.DecodeFeatures(pb.DecodeFeaturesRequest(dictionary="mid", features=rows))
+    expected = torch.stack(
+        [dictionary.pre_bias + 0.5 * dictionary.decoder[9] + 2 * dictionary.decoder[4], dictionary.pre_bias]
+    )
+    np.testing.assert_allclose(unpack_tensor(decoded.activations), expected, atol=1e-5)
+
+    moved = await served.features.DecodeFeatures(
+        pb.DecodeFeaturesRequest(
+            dictionary="mid",
+            features=rows,
+            input_statistics=pack_input_statistics(np.array([1.0, -1.0]), np.array([2.0, 3.0])),
+        )
+    )
+    statistics = InputStatistics(torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0], [3.0]]))
+    expected = expected * statistics.std + statistics.mean
+    np.testing.assert_allclose(unpack_tensor(moved.activations), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "convert"),
+    [
+        (common_pb2.DATA_TYPE_FLOAT16, lambda x: x.half().numpy().tobytes()),
+        (common_pb2.DATA_TYPE_BFLOAT16, lambda x: x.bfloat16().view(torch.int16).numpy().tobytes()),
+    ],
+)
+async def test_encode_reads_half_precision(served: Served, dtype: common_pb2.DataType, convert) -> None:
+    dictionary = served.dictionaries["early"]
+    x = torch.randn(2, dictionary.d_in, generator=torch.Generator().manual_seed(2))
+    tensor = common_pb2.Tensor(shape=[2, dictionary.d_in], dtype=dtype, data=convert(x))
+    reply = await served.features.EncodeActivations(pb.EncodeActivationsRequest(dictionary="early", activations=tensor))
+    rounded = (x.half() if dtype == common_pb2.DATA_TYPE_FLOAT16 else x.bfloat16()).float()
+    np.testing.assert_allclose(dense(reply.features, dictionary), dictionary.encode_dense(rounded), atol=1e-5)

@@ -1,0 +1,96 @@
+"""Settings: one object, filled from a file, the environment and flags under the same names."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from service.settings import (
+    AppSettings,
+    ServeSettings,
+    SettingsError,
+    add_setting_flags,
+    flag_of,
+    load_settings,
+    setting_fields,
+)
+
+
+def test_defaults_listen_on_this_machine_only() -> None:
+    settings = load_settings(environment={})
+    assert (settings.host, settings.grpc_port, settings.http_port) == ("127.0.0.1", 9000, 8000)
+    assert settings.backbone == "builtin"
+    assert settings.dictionaries == "builtin"
+
+
+def test_flags_win_over_the_environment_and_it_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        "grpc_port: 1111\nhttp_port: 1112\nreplicas: 3\nengine:\n  max_batch_tokens: 7\n  batch_window_ms: 0\n"
+    )
+    settings = load_settings(
+        file,
+        {"grpc_port": "3333", "replicas": None, "engine.max_batch_tokens": "9"},
+        {"SAESERVE_GRPC_PORT": "2222", "SAESERVE_HTTP_PORT": "2223", "HOME": "/"},
+    )
+    assert (settings.grpc_port, settings.http_port, settings.replicas) == (3333, 2223, 3)
+    assert (settings.engine.max_batch_tokens, settings.engine.batch_window_ms) == (9, 0)
+
+
+def test_every_setting_has_a_flag_a_variable_and_a_description() -> None:
+    parser = argparse.ArgumentParser()
+    add_setting_flags(parser)
+    for name, default, description in setting_fields():
+        assert description, name
+        given = parser.parse_args([flag_of(name), "x"])
+        assert getattr(given, name) == "x"
+        variable = "SAESERVE_" + name.replace(".", "__").upper()
+        text = ",".join(map(str, default)) if isinstance(default, (tuple, list)) else str(default)
+        settings = load_settings(environment={variable: text})
+        assert settings == ServeSettings(), name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("builtin", "builtin"), ("resid-mid", ("resid-mid",)), ("a, b/c ,d", ("a", "b/c", "d"))],
+)
+def test_dictionaries_are_a_list_or_a_word(text: str, expected: object) -> None:
+    assert load_settings(flags={"dictionaries": text}, environment={}).dictionaries == expected
+
+
+@pytest.mark.parametrize(
+    ("yaml", "environment", "message"),
+    [
+        ("grpc_prt: 9000", {}, r"grpc_prt: no such setting \(from .*settings.yaml\)"),
+        ("engine: {max_tokens: 1}", {}, r"engine.max_tokens: no such setting \(from .*settings.yaml\)"),
+        ("", {"SAESERVE_GRPC_PRT": "1"}, "environment variable SAESERVE_GRPC_PRT is no setting"),
+        ("", {"SAESERVE_GRPC_PORT": "many"}, r"grpc_port: .*integer.*'many' \(from SAESERVE_GRPC_PORT\)"),
+        ("replicas: 0", {}, r"replicas: .*greater than or equal to 1, not 0"),
+        ("- a list", {}, "must hold a mapping of settings, not a list"),
+        ("a: b: c", {}, "cannot read settings from"),
+        ("grpc_port: 8000", {}, "grpc_port and http_port are both 8000"),
+        ("max_ongoing_requests: 80", {}, r"max_ongoing_requests \(80\) must exceed .* \(80\)"),
+    ],
+)
+def test_errors_name_the_setting_and_its_origin(
+    tmp_path: Path, yaml: str, environment: dict[str, str], message: str
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml)
+    with pytest.raises(SettingsError, match=message):
+        load_settings(file, environment=environment)
+
+
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"cannot read settings from .*no\.yaml"):
+        load_settings(tmp_path / "no.yaml", environment={})
+
+
+def test_threads_are_shared_out_over_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for replicas, threads in ((1, 8), (2, 4), (16, 1)):
+        assert AppSettings(replicas=replicas).replica_settings().engine.torch_threads == threads
+    chosen = load_settings(flags={"engine.torch_threads": "3", "replicas": "2"}, environment={})
+    assert chosen.replica_settings().engine.torch_threads == 3

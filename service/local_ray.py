@@ -76,6 +76,9 @@ def environment(settings: ServeSettings, directory: Path) -> dict[str, str]:
     haproxy = directory / "h"  # and short names: Ray adds 56 characters, and HAProxy takes 97
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's default of 15 lets every other program on the machine go before replicas
+        # Ray kills proxies that are not up in time (5 s), which a busy machine misses, and the start fails with them.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         # A token of this run only; left to itself Ray writes one to the home directory.
         "RAY_AUTH_MODE": "token",
         _TOKEN: secrets.token_hex(32),

@@ -1,0 +1,260 @@
+"""Measures the service against bare PyTorch, on this machine, as ratios taken in one run.
+
+    python -m loadtests.bench --out build/bench.json
+
+For the builtin model and for a random model of GPT-2 small's shape (32,768 latents, k 32, read at layer 8) it starts
+`saeserve serve` on free loopback ports and compares, in interleaved rounds over the same requests:
+
+    extract_vs_bare        tokens/s of ExtractFeatures at concurrency 16 over gRPC, against hand-written PyTorch on the
+                           same requests in padded batches of 16 (Hugging Face's GPT-2, F.linear, topk)
+    extract_vs_sequential  the same tokens/s, against a plain gRPC server that runs the same PyTorch code on one request
+                           at a time (sequential_server.py), under the same load of 16 callers
+    latency_over_forward_ms  median over requests of the latency at concurrency 1, less the time of the PyTorch code
+
+The service tokenizes, selects, and answers in protobuf; the PyTorch code starts from token ids and ends with tensors.
+The client runs on the same cores as the service. Every figure is a median over rounds; the table shows their range.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from loadtests.bare import BareExtractor
+from loadtests.load import closed_loop
+from loadtests.shapes import write_gpt2_shape
+from sae_runtime.formats.published import read_manifest
+from sae_runtime.kernels.benchmark import measure_tiled_topk
+from service.client import Client
+from service.pb.saeserve.v1 import common_pb2
+from service.pb.saeserve.v1 import feature_service_pb2 as pb
+from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
+
+BUILTIN = Path(__file__).resolve().parent.parent / "sae_runtime" / "builtin"
+PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
+CONCURRENCY = 16
+SETTLE_S = 0.1  # between two arms: idle worker threads of the first stop spinning
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model to measure on, and how much work a round is."""
+
+    name: str
+    backbone: Path
+    dictionary: Path
+    requests_per_round: int
+    latency_requests: int
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and the values it is the median of."""
+
+    value: float
+    samples: list[float]
+
+    @classmethod
+    def median_of(cls, samples: Sequence[float]) -> "Figure":
+        return cls(statistics.median(samples), list(samples))
+
+
+@contextlib.contextmanager
+def running_service(shape: Shape, log: Path) -> Iterator[str]:
+    """`saeserve serve` on free loopback ports; yields the gRPC address, then interrupts it and waits.
+
+    Raises:
+        RuntimeError: the service did not become ready; holds the end of its output.
+    """
+    grpc_port, http_port = free_ports(2)
+    settings = {
+        "grpc_port": grpc_port,
+        "http_port": http_port,
+        "backbone": str(shape.backbone),
+        "dictionaries": [str(shape.dictionary)],
+    }
+    with tempfile.TemporaryDirectory() as directory, log.open("w") as output:
+        config = Path(directory) / "serve.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "service.cli", "serve", "--config", str(config)]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            address = f"127.0.0.1:{grpc_port}"
+            with Client(address) as client:
+                deadline = time.monotonic() + 120
+                while not client.is_healthy():
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        raise RuntimeError(f"the service did not start:\n{log.read_text()[-2000:]}")
+                    time.sleep(0.2)
+            yield address
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+
+
+@contextlib.contextmanager
+def sequential_server(shape: Shape) -> Iterator[str]:
+    """The usual server on a free loopback port; yields its address."""
+    (port,) = free_ports(1)
+    command = [
+        sys.executable,
+        "-m",
+        "loadtests.sequential_server",
+        str(shape.backbone),
+        str(shape.dictionary),
+        str(port),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        address = f"127.0.0.1:{port}"
+        with grpc.insecure_channel(address) as channel:
+            grpc.channel_ready_future(channel).result(timeout=60)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+def free_ports(n: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes, after letting the machine settle."""
+    time.sleep(SETTLE_S)
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(shape: Shape, rounds: int, log: Path) -> dict[str, Figure]:
+    """The figures of the module's docstring, by name without the shape's suffix."""
+    manifest = read_manifest(shape.dictionary)
+    bare = BareExtractor(shape.backbone, shape.dictionary)
+    texts = [json.loads(line)["text"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    texts = texts[: shape.requests_per_round * rounds]
+    with running_service(shape, log) as address, sequential_server(shape) as sequential:
+        requests = [
+            pb.ExtractFeaturesRequest(inputs=[common_pb2.TextInput(text=text)], dictionaries=[manifest.name])
+            for text in texts
+        ]
+        rows = token_rows(address, texts, manifest.name)
+        check_same_features(bare, address, requests[:4], rows[:4])
+        warm_up = slice(0, 2 * CONCURRENCY)
+        for server in (address, sequential):
+            asyncio.run(closed_loop(server, requests[warm_up], CONCURRENCY))
+        bare.extract(rows[:CONCURRENCY])
+
+        speeds: dict[str, list[float]] = {"service": [], "bare": [], "sequential": []}
+        for i in range(rounds):
+            chosen = slice(i * shape.requests_per_round, (i + 1) * shape.requests_per_round)
+            own_rows, own_requests = rows[chosen], requests[chosen]
+            arms: dict[str, Callable[[], object]] = {
+                "service": lambda r=own_requests: asyncio.run(closed_loop(address, r, CONCURRENCY)),
+                "bare": lambda r=own_rows: [
+                    bare.extract(r[j : j + CONCURRENCY]) for j in range(0, len(r), CONCURRENCY)
+                ],
+                "sequential": lambda r=own_requests: asyncio.run(closed_loop(sequential, r, CONCURRENCY)),
+            }
+            n_tokens = sum(map(len, own_rows))
+            for name in sorted(arms, key=lambda name: (list(arms).index(name) + i) % 3):  # no arm is always first
+                speeds[name].append(n_tokens / timed(arms[name]))
+        over_forward_ms = []
+        with grpc.insecure_channel(address) as channel:
+            stub = FeatureServiceStub(channel)
+            stub.ExtractFeatures(requests[0])
+            for request, row in list(zip(requests, rows, strict=True))[: shape.latency_requests]:
+                forward = timed(lambda row=row: bare.extract([row]))
+                latency = timed(lambda request=request: stub.ExtractFeatures(request))
+                over_forward_ms.append(1e3 * (latency - forward))
+
+    def ratio(over: str) -> Figure:
+        return Figure.median_of([a / b for a, b in zip(speeds["service"], speeds[over], strict=True)])
+
+    return {
+        "extract_vs_bare": ratio("bare"),
+        "extract_vs_sequential": ratio("sequential"),
+        "latency_over_forward_ms": Figure.median_of(over_forward_ms),
+        "extract_tokens_per_s": Figure.median_of(speeds["service"]),
+        "bare_tokens_per_s": Figure.median_of(speeds["bare"]),
+        "sequential_tokens_per_s": Figure.median_of(speeds["sequential"]),
+    }
+
+
+def token_rows(address: str, texts: Sequence[str], dictionary: str) -> list[list[int]]:
+    """Token ids of each text, as the service sees them."""
+    rows: list[list[int]] = []
+    with Client(address) as client:
+        for start in range(0, len(texts), 8):
+            result = client.extract_features(
+                list(texts[start : start + 8]), dictionaries=[dictionary], top_k=1, aggregation="max", tokens=True
+            )
+            rows += [entry.tokens.ids.tolist() for entry in result.inputs]
+    return rows
+
+
+def check_same_features(
+    bare: BareExtractor, address: str, requests: Sequence[pb.ExtractFeaturesRequest], rows: Sequence[Sequence[int]]
+) -> None:
+    """Both arms must do the same work: the same activations come out (AssertionError otherwise)."""
+    replies = asyncio.run(closed_loop(address, requests, len(requests))).replies
+    served = [value for reply in replies for value in reply.results[0].dictionaries[0].features.values]
+    values, _ = bare.extract(rows)
+    expected = values[values > 0]
+    torch.testing.assert_close(torch.tensor(served), expected, atol=1e-3, rtol=1e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/bench.json"), help="flat JSON: name to number")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of every comparison")
+    parser.add_argument("--shapes", nargs="+", choices=("builtin", "gpt2_shape"), default=["builtin", "gpt2_shape"])
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    numbers: dict[str, float] = {}
+    table = Table(title=f"medians of {arguments.rounds} rounds on {os.cpu_count()} cores, {torch.__version__}")
+    for column in ("figure", "value", "lowest", "highest"):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    with tempfile.TemporaryDirectory() as directory:
+        for name in arguments.shapes:
+            if name == "builtin":
+                shape = Shape(name, BUILTIN / "backbone", BUILTIN / "dictionaries" / "resid-late", 320, 40)
+            else:
+                folders = write_gpt2_shape(Path(directory), BUILTIN / "backbone")
+                shape = Shape(name, *folders, requests_per_round=48, latency_requests=15)
+            figures = measure(shape, arguments.rounds, arguments.out.with_name(f"bench-{name}.log"))
+            for key, figure in figures.items():
+                numbers[f"{key}.{name}"] = figure.value
+                table.add_row(
+                    f"{key}.{name}", *(f"{v:.4g}" for v in (figure.value, min(figure.samples), max(figure.samples)))
+                )
+    for key, value in measure_tiled_topk().items():
+        numbers[key] = value
+        table.add_row(key, f"{value:.4g}", "", "")
+    arguments.out.write_text(json.dumps(numbers, indent=1) + "\n")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

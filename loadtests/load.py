@@ -1,0 +1,52 @@
+"""A closed-loop gRPC load: a fixed number of callers, each sending its next request when the last is answered."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from service.pb.saeserve.v1 import feature_service_pb2 as pb
+from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
+
+_LOOPBACK = ("127.", "localhost:", "[::1]:")
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What a run of requests took."""
+
+    seconds: float
+    """From the first request's start to the last reply's end."""
+    latencies_s: list[float]
+    """One a request, in the order of the requests."""
+    replies: list[pb.ExtractFeaturesResponse]
+    """In the order of the requests."""
+
+
+async def closed_loop(address: str, requests: Sequence[pb.ExtractFeaturesRequest], concurrency: int) -> LoadResult:
+    """Sends all requests over one channel from `concurrency` callers.
+
+    Raises:
+        ValueError: the address is not a loopback address.
+        grpc.aio.AioRpcError: a call failed.
+    """
+    if not address.startswith(_LOOPBACK):
+        raise ValueError(f"load tests talk to loopback only, not {address}")
+    replies: list[pb.ExtractFeaturesResponse] = [pb.ExtractFeaturesResponse()] * len(requests)
+    latencies = [0.0] * len(requests)
+    pending = iter(range(len(requests)))
+
+    async def caller(stub: FeatureServiceStub) -> None:
+        for i in pending:
+            started = time.perf_counter()
+            replies[i] = await stub.ExtractFeatures(requests[i])  # type: ignore[misc]
+            latencies[i] = time.perf_counter() - started
+
+    async with grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)]) as channel:
+        await channel.channel_ready()
+        stub = FeatureServiceStub(channel)
+        started = time.perf_counter()
+        await asyncio.gather(*(caller(stub) for _ in range(concurrency)))
+        return LoadResult(time.perf_counter() - started, latencies, replies)

@@ -36,6 +36,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from loadtests.bare import BareExtractor
 from loadtests.load import closed_loop
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=("builtin", "gpt2_shape"), default=["builtin", "gpt2_shape"])
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
     numbers: dict[str, float] = {}
     table = Table(title=f"medians of {arguments.rounds} rounds on {os.cpu_count()} cores, {torch.__version__}")
     for column in ("figure", "value", "lowest", "highest"):
@@ -239,10 +241,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         for name in arguments.shapes:
             if name == "builtin":
-                shape = Shape(name, BUILTIN / "backbone", BUILTIN / "dictionaries" / "resid-late", 320, 40)
+                shape = Shape(name, BUILTIN / "backbone", BUILTIN / "dictionaries" / "resid-late", 192, 40)
             else:
                 folders = write_gpt2_shape(Path(directory), BUILTIN / "backbone")
-                shape = Shape(name, *folders, requests_per_round=48, latency_requests=15)
+                shape = Shape(name, *folders, requests_per_round=32, latency_requests=12)
             figures = measure(shape, arguments.rounds, arguments.out.with_name(f"bench-{name}.log"))
             for key, figure in figures.items():
                 numbers[f"{key}.{name}"] = figure.value

@@ -45,12 +45,16 @@ def write_gpt2_shape(folder: Path, tokenizer: Path, seed: int = 0) -> tuple[Path
         name="gpt2-shape",
     )
     backbone = Backbone.load(backbone_folder)
-    zeros = torch.zeros(N_LATENTS)
     save_dictionary(
         dictionary,
         dictionary_folder,
         backbone=BackboneReference(backbone.name, backbone.fingerprint, backbone.tokenizer_fingerprint),
-        statistics=LatentStatistics(zeros, zeros, zeros, zeros, zeros[:, None], torch.tensor([0.5]), n_tokens=0),
+        statistics=LatentStatistics(
+            **{name: torch.zeros(N_LATENTS) for name in ("firing_rate", "mean", "mean_square", "max")},
+            quantiles=torch.zeros(N_LATENTS, 1),
+            quantile_levels=torch.tensor([0.5]),
+            n_tokens=0,
+        ),
         dtype="float32",
     )
     return backbone_folder, dictionary_folder

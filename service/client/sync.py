@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service.client import channel as channels
 from service.client import messages, results
 from service.client.edits import Edit
-from service.client.errors import DeadlineExceeded, SaeserveError, Unavailable, error_of_call
+from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Unavailable, error_of_call
 from service.client.retry import Attempts, RetryPolicy
 from service.pb.saeserve.v1 import (
     catalog_service_pb2,
@@ -268,7 +268,10 @@ class Client:
         try:
             reply = self._health.Check(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as failure:
-            raise error_of_call(failure) from failure
+            error = error_of_call(failure)
+            if isinstance(error, NotFound) and not service:
+                return False  # the server as a whole is unknown only to Ray's ingress, before the application is up
+            raise error from failure
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _names(self, dictionaries: str | Sequence[str] | None) -> Sequence[str]:

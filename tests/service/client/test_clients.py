@@ -8,12 +8,14 @@ import math
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2_grpc
 
 from service.client import (
     NO_RETRY,
@@ -453,6 +455,24 @@ def test_health(run: Run, running: Running):
 def test_nothing_there_is_not_healthy(unused_address: str):
     with Client(unused_address) as client:
         assert client.is_healthy() is False
+
+
+class _KnowsNothing(health_pb2_grpc.HealthServicer):
+    def Check(self, request: Any, context: grpc.ServicerContext) -> Any:
+        context.abort(grpc.StatusCode.NOT_FOUND, "Application metadata not set.")
+
+
+def test_an_ingress_without_the_application_is_not_healthy():
+    """Ray's ingress answers NOT_FOUND to every call until the application is up."""
+    ingress = grpc.server(ThreadPoolExecutor(max_workers=1))
+    health_pb2_grpc.add_HealthServicer_to_server(_KnowsNothing(), ingress)
+    port = ingress.add_insecure_port("127.0.0.1:0")
+    ingress.start()
+    try:
+        with Client(f"127.0.0.1:{port}") as client:
+            assert client.is_healthy() is False
+    finally:
+        ingress.stop(None)
 
 
 def test_wait_until_ready(run: Run, running: Running):

@@ -19,12 +19,15 @@ from grpc_tools import protoc
 
 PROTOS = Path(__file__).resolve().parent
 OUTPUT = PROTOS.parent / "service" / "pb"
+PLUGINS = ("mypy", "mypy_grpc")
 
 
 def generate(out: Path) -> None:
     sources = sorted(str(path) for path in PROTOS.glob("saeserve/**/*.proto"))
     well_known = str(resources.files("grpc_tools") / "_proto")
-    flags = [f"--{plugin}_out={out}" for plugin in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    flags = [f"--{plugin}_out={out}" for plugin in ("python", "grpc_python", *PLUGINS)]
+    # By full path: the plugins live beside this interpreter, whether or not its folder is on PATH.
+    flags += [f"--plugin=protoc-gen-{plugin}={Path(sys.executable).parent / f'protoc-gen-{plugin}'}" for plugin in PLUGINS]
     if protoc.main(["protoc", f"-I{PROTOS}", f"-I{well_known}", *flags, *sources]) != 0:
         raise SystemExit("protoc failed")
     for path in out.rglob("*.py*"):

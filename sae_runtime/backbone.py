@@ -1,7 +1,7 @@
 """The backbone: a GPT-2 whose activations are read, edited and continued, on packed rows.
 
-Weights come through transformers; the forward pass is written out here, because it works on rows without padding,
-stops after the last site that somebody asked for, and lets activations be replaced on the way.
+Weights and tokenizer are Hugging Face files; the forward pass is written out here, because it works on rows without
+padding, stops after the last site that somebody asked for, and lets activations be replaced on the way.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_runtime import gpt2_weights
 from sae_runtime.attention import AttentionPlan
+from sae_runtime.gpt2_config import ACTIVATIONS, GPT2Settings
 from sae_runtime.kv_cache import KVCache
 from sae_runtime.packed import PackedTokens
 from sae_runtime.sites import LOCATIONS, Site
@@ -49,25 +50,25 @@ class Backbone:
         self,
         *,
         name: str,
-        config: GPT2Config,
+        settings: GPT2Settings,
         weights: gpt2_weights.GPT2Weights,
         fingerprint: str,
         tokenizer: PreTrainedTokenizerFast | Path | None = None,
     ) -> None:
         """Use `Backbone.load` or `Backbone.random`. `tokenizer` may be a folder to read it from when first needed."""
         self.name = name
-        self.config = config
+        self.settings = settings
         self.fingerprint = fingerprint
         """sha256 over the weights cast to float16: equal for a float16 file and for what it is loaded as."""
         self._weights = weights
         self._tokenizer = tokenizer
-        self.n_layers: int = config.n_layer
-        self.d_model: int = config.n_embd
-        self.context_length: int = config.n_positions
-        self.vocab_size: int = config.vocab_size
+        self.n_layers: int = settings.n_layer
+        self.d_model: int = settings.n_embd
+        self.context_length: int = settings.n_positions
+        self.vocab_size: int = settings.vocab_size
         self.dtype: torch.dtype = weights.wte.dtype
         self.device: torch.device = weights.wte.device
-        self._gelu: str = gpt2_weights.ACTIVATIONS[config.activation_function]
+        self._gelu: str = ACTIVATIONS[settings.activation_function]
 
     @classmethod
     def load(
@@ -86,12 +87,12 @@ class Backbone:
         """
         dtype, device = check_dtype(dtype), check_device(device)
         folder = gpt2_weights.find_folder(str(name_or_path))
-        config, state = gpt2_weights.read_folder(folder)
+        settings, state = gpt2_weights.read_folder(folder)
         return cls(
             name=str(name_or_path),
-            config=config,
-            weights=gpt2_weights.assemble(state, config.n_layer, dtype, device),
-            fingerprint=gpt2_weights.fingerprint(state, config),
+            settings=settings,
+            weights=gpt2_weights.assemble(state, settings.n_layer, dtype, device),
+            fingerprint=gpt2_weights.fingerprint(state, settings),
             tokenizer=folder,
         )
 
@@ -110,10 +111,8 @@ class Backbone:
         tokenizer: PreTrainedTokenizerFast | Path | None = None,
     ) -> Backbone:
         """Random weights of any shape, for tests and measurements. The same seed gives the same weights."""
-        from transformers import GPT2Config
-
         dtype, device = check_dtype(dtype), check_device(device)
-        config = GPT2Config(
+        settings = GPT2Settings(
             vocab_size=vocab_size,
             n_positions=context_length,
             n_embd=d_model,
@@ -122,14 +121,12 @@ class Backbone:
             bos_token_id=0,
             eos_token_id=0,
         )
-        if d_model % n_heads:
-            raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}")
-        state = gpt2_weights.random_state(config, seed)
+        state = gpt2_weights.random_state(settings, seed)
         return cls(
             name=f"random-{n_layers}x{d_model}-seed{seed}",
-            config=config,
+            settings=settings,
             weights=gpt2_weights.assemble(state, n_layers, dtype, device),
-            fingerprint=gpt2_weights.fingerprint(state, config),
+            fingerprint=gpt2_weights.fingerprint(state, settings),
             tokenizer=tokenizer,
         )
 
@@ -149,6 +146,11 @@ class Backbone:
             device=device,
         )
 
+    @property
+    def config(self) -> GPT2Config:
+        """transformers' object of the same settings."""
+        return self.settings.to_transformers()
+
     # Sites
 
     def check_site(self, site: Site | str) -> Site:
@@ -165,23 +167,28 @@ class Backbone:
     def site_width(self, site: Site | str) -> int:
         """Size of one token's activation at the site."""
         site = self.check_site(site)
-        return int(self.config.n_inner or 4 * self.d_model) if site.location == "mlp_post_act" else self.d_model
+        return self.settings.d_mlp if site.location == "mlp_post_act" else self.d_model
 
     # Text
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the backbone came with tokenizer files."""
+        if not isinstance(self._tokenizer, Path):
+            return self._tokenizer is not None
+        return (self._tokenizer / "tokenizer.json").exists() or (
+            (self._tokenizer / "vocab.json").exists() and (self._tokenizer / "merges.txt").exists()
+        )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """transformers' tokenizer, or None when the backbone came without tokenizer files. Not safe for threads."""
-        if not isinstance(self._tokenizer, Path):
-            return self._tokenizer
+        if not isinstance(self._tokenizer, Path) or not self.has_tokenizer:
+            return None if isinstance(self._tokenizer, Path) else self._tokenizer
         from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
-        has = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (self._tokenizer / name).exists()}
-        tokenizer: PreTrainedTokenizerFast | None = None
-        if "tokenizer.json" in has:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(self._tokenizer, local_files_only=True)
-        elif has == {"vocab.json", "merges.txt"}:
-            tokenizer = GPT2Tokenizer.from_pretrained(self._tokenizer, local_files_only=True)
+        reader = PreTrainedTokenizerFast if (self._tokenizer / "tokenizer.json").exists() else GPT2Tokenizer
+        tokenizer: PreTrainedTokenizerFast = reader.from_pretrained(self._tokenizer, local_files_only=True)
         return tokenizer
 
     @cached_property
@@ -191,14 +198,17 @@ class Backbone:
         Raises:
             ValueError: the backbone came without a tokenizer, or it is not byte-level.
         """
-        if self.tokenizer is None:
+        if not self.has_tokenizer:
             raise ValueError(f"backbone {self.name!r} has no tokenizer files; give token ids instead of text")
+        if isinstance(self._tokenizer, Path) and (self._tokenizer / "tokenizer.json").exists():
+            return TextTokenizer.from_file(self._tokenizer / "tokenizer.json")  # without transformers: a quick start
+        assert self.tokenizer is not None
         return TextTokenizer.copy_of(self.tokenizer.backend_tokenizer)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """sha256 of vocabulary and merges; empty without a tokenizer."""
-        return "" if self.tokenizer is None else self.text_tokenizer.fingerprint
+        return self.text_tokenizer.fingerprint if self.has_tokenizer else ""
 
     def encode_text(self, text: str) -> TokenizedText:
         """Token ids with exact byte and character spans, without special tokens (see TextTokenizer.encode)."""
@@ -218,9 +228,9 @@ class Backbone:
         return KVCache(
             n_layers=self.n_layers,
             n_slots=n_slots,
-            n_heads=self.config.n_head,
+            n_heads=self.settings.n_head,
             max_length=max_length,
-            head_dim=self.d_model // self.config.n_head,
+            head_dim=self.d_model // self.settings.n_head,
             dtype=self.dtype,
             device=self.device,
         )
@@ -317,13 +327,15 @@ class Backbone:
         scores = None
         if logits != "none":
             x = x if logits == "all" else x[packed.row_ends]
-            x = F.layer_norm(x, (self.d_model,), weights.ln_f_weight, weights.ln_f_bias, self.config.layer_norm_epsilon)
+            x = F.layer_norm(
+                x, (self.d_model,), weights.ln_f_weight, weights.ln_f_bias, self.settings.layer_norm_epsilon
+            )
             scores = F.linear(x, weights.lm_head).float()
         return ForwardResult(taps.captured, scores)
 
     def _block(self, layer: int, x: Tensor, plan: AttentionPlan, cache: KVCache | None, taps: _Taps) -> Tensor:
         """One block on the residual stream [N, d]; returns early after the last site anybody needs."""
-        w, config, d = self._weights.blocks[layer], self.config, (self.d_model,)
+        w, config, d = self._weights.blocks[layer], self.settings, (self.d_model,)
         scale = (d[0] // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1

@@ -6,18 +6,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from transformers import GPT2Config
+from sae_runtime.gpt2_config import ACTIVATIONS, GPT2Settings
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "backbone"
 
-ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
-"""Activation functions of the MLP by Hugging Face's names, and the form of GELU that they are."""
+_MASKS = (".attn.bias", ".attn.masked_bias")
+"""Ends of the names of causal masks, which old files hold."""
 
 # Everything a backbone needs from a hub repository; pickled weights are never fetched.
 _HUB_FILES = (
@@ -81,19 +82,19 @@ def assemble(state: Mapping[str, Tensor], n_layers: int, dtype: torch.dtype, dev
     )
 
 
-def fingerprint(state: Mapping[str, Tensor], config: GPT2Config) -> str:
+def fingerprint(state: Mapping[str, Tensor], settings: GPT2Settings) -> str:
     """sha256 over the weights cast to float16 in order of their names, and the settings that change what they compute.
 
     A float16 file and the float32 weights that it was made from have the same fingerprint.
     """
-    settings = {
-        "activation": ACTIVATIONS[config.activation_function],
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "n_head": config.n_head,
-        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
-        "scale_attn_weights": config.scale_attn_weights,
+    deciding = {
+        "activation": ACTIVATIONS[settings.activation_function],
+        "layer_norm_epsilon": settings.layer_norm_epsilon,
+        "n_head": settings.n_head,
+        "scale_attn_by_inverse_layer_idx": settings.scale_attn_by_inverse_layer_idx,
+        "scale_attn_weights": settings.scale_attn_weights,
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
     for name in sorted(state):
         if name == "lm_head.weight" and torch.equal(state[name], state["transformer.wte.weight"]):
             continue  # tied, whether or not the file repeats it
@@ -134,96 +135,103 @@ def find_folder(name_or_path: str) -> Path:
         ) from error
 
 
-def read_folder(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
-    """Reads config.json and safetensors weights through transformers, as float32 under GPT2LMHeadModel's names.
+def read_folder(folder: Path) -> tuple[GPT2Settings, dict[str, Tensor]]:
+    """Reads config.json and safetensors weights as they are stored, under GPT2LMHeadModel's names.
+
+    Takes what transformers' `save_pretrained` writes (one file, or shards with an index) and the hub's own GPT-2 files,
+    whose names lack the prefix "transformer." and which hold causal masks.
 
     Raises:
         FileNotFoundError: config.json or the weights are missing.
         ValueError: not a GPT-2, pickled weights only, or weights that do not fit config.json.
     """
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json: expected a Hugging Face GPT-2 folder")
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    if model_type != "gpt2":
-        raise ValueError(f"{folder} holds a model of type {model_type!r}; only 'gpt2' is supported")
-    if not any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
-        if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
-            raise ValueError(
-                f"{folder} has pickled weights (pytorch_model.bin) but no model.safetensors. Pickles can run code when "
-                "they are read, so they are refused: convert them with transformers' save_pretrained()."
-            )
-        raise FileNotFoundError(f"{folder} has no model.safetensors")
-
-    from safetensors import SafetensorError
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging
-
-    config = GPT2Config.from_pretrained(folder)
-    check_config(config)
-    shows_progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        loaded: Any = GPT2LMHeadModel.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,  # holds float16 and bfloat16 files exactly
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except SafetensorError as error:
-        raise ValueError(f"{folder} has a model.safetensors that cannot be read (truncated?): {error}") from error
-    except RuntimeError as error:  # shapes that do not fit
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {error}") from error
-    finally:
-        if shows_progress:
-            logging.enable_progress_bar()
-    model, info = loaded
-    # transformers fills missing weights with random numbers; here that is an error.
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")}
-    if any(wrong.values()):
-        found = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in wrong.items() if names)
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {found}")
-    return config, dict(model.state_dict(keep_vars=True))
-
-
-def check_config(config: GPT2Config) -> None:
-    """Raises ValueError for settings of GPT-2 that the forward pass does not compute."""
-    if config.activation_function not in ACTIVATIONS:
-        raise ValueError(
-            f"activation_function {config.activation_function!r} is not supported; expected {', '.join(ACTIVATIONS)}"
-        )
-    if config.add_cross_attention:
-        raise ValueError("add_cross_attention is not supported: the backbone is a decoder alone")
-
-
-def random_state(config: GPT2Config, seed: int) -> dict[str, Tensor]:
-    """Random float32 weights under GPT2LMHeadModel's names, tied; gains and biases are non-trivial on purpose."""
-    generator = torch.Generator().manual_seed(seed)
-    d, d_mlp = config.n_embd, config.n_inner or 4 * config.n_embd
-    vectors = {"attn_c_attn": 3 * d, "mlp_c_fc": d_mlp}  # sizes of biases and gains that are not d
-    matrices = {"attn_c_attn": (d, 3 * d), "attn_c_proj": (d, d), "mlp_c_fc": (d, d_mlp), "mlp_c_proj": (d_mlp, d)}
-
-    def normal(*shape: int, std: float, mean: float = 0.0) -> Tensor:
-        return torch.randn(*shape, generator=generator).mul_(std).add_(mean)
-
-    state = {
-        "transformer.wte.weight": normal(config.vocab_size, d, std=0.05),
-        "transformer.wpe.weight": normal(config.n_positions, d, std=0.02),
-        "transformer.ln_f.weight": normal(d, std=0.1, mean=1.0),
-        "transformer.ln_f.bias": normal(d, std=0.02),
+    settings = GPT2Settings.from_folder(folder)
+    state: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            state |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read (truncated?): {error}") from error
+    state = {_full_name(name): tensor for name, tensor in state.items() if not name.endswith(_MASKS)}
+    shapes = expected_shapes(settings)
+    if settings.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    else:
+        shapes["lm_head.weight"] = shapes["transformer.wte.weight"]
+    wrong = {
+        "missing keys": sorted(set(shapes) - set(state)),
+        "unexpected keys": sorted(set(state) - set(shapes)),
+        "mismatched shapes": [
+            f"{name} {list(state[name].shape)}, expected {list(shape)}"
+            for name, shape in shapes.items()
+            if name in state and tuple(state[name].shape) != shape
+        ],
+        "types that are not floating": [name for name, tensor in state.items() if not tensor.is_floating_point()],
     }
-    for layer in range(config.n_layer):
+    if any(wrong.values()):
+        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {found}")
+    return settings, state
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
+        if wrong := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise ValueError(f"{index} names {wrong[0]!r}, expected safetensors files beside it")
+        return [folder / name for name in names]
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+        raise ValueError(
+            f"{folder} has pickled weights (pytorch_model.bin) but no model.safetensors. Pickles can run code when "
+            "they are read, so they are refused: convert them with transformers' save_pretrained()."
+        )
+    raise FileNotFoundError(f"{folder} has no model.safetensors")
+
+
+def _full_name(name: str) -> str:
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def expected_shapes(settings: GPT2Settings) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by GPT2LMHeadModel's names, but for `lm_head.weight`."""
+    d, d_mlp = settings.n_embd, settings.d_mlp
+    wide = {"attn_c_attn": 3 * d, "mlp_c_fc": d_mlp}  # outputs of a matrix where they are not d
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (settings.vocab_size, d),
+        "transformer.wpe.weight": (settings.n_positions, d),
+        "transformer.ln_f.weight": (d,),
+        "transformer.ln_f.bias": (d,),
+    }
+    for layer in range(settings.n_layer):
         for field in BlockWeights._fields:
             part, _, kind = field.rpartition("_")
-            if kind == "bias":
-                tensor = normal(vectors.get(part, d), std=0.02)
-            elif part in matrices:
-                # Keeps the variance of unit-normal inputs at about 1, so that every part of the block matters.
-                tensor = normal(*matrices[part], std=matrices[part][0] ** -0.5)
-            else:
-                tensor = normal(d, std=0.1, mean=1.0)
-            state[f"transformer.h.{layer}.{_dotted(field)}"] = tensor
+            outputs = wide.get(part, d)
+            inputs = d_mlp if part == "mlp_c_proj" else d
+            is_matrix = kind == "weight" and not part.startswith("ln_")
+            shapes[f"transformer.h.{layer}.{_dotted(field)}"] = (inputs, outputs) if is_matrix else (outputs,)
+    return shapes
+
+
+def random_state(settings: GPT2Settings, seed: int) -> dict[str, Tensor]:
+    """Random float32 weights under GPT2LMHeadModel's names, tied; gains and biases are non-trivial on purpose."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in expected_shapes(settings).items():
+        if name.endswith("wte.weight"):
+            std, mean = 0.05, 0.0
+        elif len(shape) == 1 and name.endswith("weight"):  # gains of layer norms
+            std, mean = 0.1, 1.0
+        elif len(shape) == 1 or name.endswith("wpe.weight"):
+            std, mean = 0.02, 0.0
+        else:  # keeps the variance of unit-normal inputs at about 1, so that every part of the block matters
+            std, mean = shape[0] ** -0.5, 0.0
+        state[name] = torch.randn(*shape, generator=generator).mul_(std).add_(mean)
     return state
 
 

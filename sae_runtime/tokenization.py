@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +58,17 @@ class TextTokenizer:
         from tokenizers import Tokenizer
 
         return cls(Tokenizer.from_str(backend.to_str()))
+
+    @classmethod
+    def from_file(cls, path: Path) -> TextTokenizer:
+        """Reads a tokenizer.json. ValueError: it is none, or not byte-level."""
+        from tokenizers import Tokenizer
+
+        try:
+            backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
+        return cls(backend)
 
     @cached_property
     def fingerprint(self) -> str:

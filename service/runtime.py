@@ -132,7 +132,7 @@ def load_model(settings: ReplicaSettings) -> tuple[Backbone, dict[str, Dictionar
 
     device = pick_device(settings.device)
     backbone = Backbone.load(settings.backbone, dtype=settings.dtype, device=device)
-    if backbone.tokenizer is not None:
+    if backbone.has_tokenizer:
         backbone.encode_text("The first text takes longer: tables are made.")
     sources = list_builtin_dictionaries() if settings.dictionaries == "builtin" else settings.dictionaries
     dictionaries: dict[str, Dictionary] = {}

@@ -218,7 +218,7 @@ class Engine:
         if work.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {work.max_new_tokens}, expected at least 1")
         check_row(work.prompt, self.backbone, self._max_sequence_tokens - 1)
-        if work.stop and self.backbone.tokenizer is None:
+        if work.stop and not self.backbone.has_tokenizer:
             raise ValueError("stop strings need a backbone with a tokenizer")
         check_edits(work.edits, self.dictionaries, len(work.prompt))
         events: asyncio.Queue[Event] = asyncio.Queue()

@@ -87,8 +87,8 @@ class Generation:
         self._dictionaries = dictionaries
         self._prefill_tokens = settings.prefill_chunk_tokens
         self._max_tokens = max_tokens
-        self._end_of_text = backbone.config.eos_token_id
-        self._has_text = backbone.tokenizer is not None
+        self._end_of_text = backbone.settings.eos_token_id
+        self._has_text = backbone.has_tokenizer
         if self._has_text:
             backbone.token_bytes(0)  # builds the table of all tokens now rather than in the first step
         self._n_slots = settings.max_concurrent_generations

@@ -40,7 +40,7 @@ class TextInputReader:
     def __init__(self, backbone: Backbone, limits: Limits) -> None:
         self._backbone = backbone
         self._limits = limits
-        self._has_tokenizer = backbone.tokenizer is not None
+        self._has_tokenizer = backbone.has_tokenizer
         self._pieces = [_piece(backbone, token) for token in range(backbone.vocab_size)] if self._has_tokenizer else []
         # One thread: long texts wait for each other and leave the cores to the model.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")

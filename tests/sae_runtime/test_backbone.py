@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_runtime import Backbone, PackedTokens, Site, gpt2_weights
+from sae_runtime.gpt2_config import GPT2Settings
 from sae_runtime.sites import LOCATIONS
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "hooks_gpt2_tiny"
@@ -293,8 +294,8 @@ def test_gradients_flow_through_edits() -> None:
 
 def backbone_that_fails_after(site: Site) -> Backbone:
     """Every weight that is first needed after `site` is empty, so that computing with it raises."""
-    config = variant_config()
-    state = gpt2_weights.random_state(config, seed=0)
+    settings = GPT2Settings.from_mapping(variant_config().to_dict())
+    state = gpt2_weights.random_state(settings, seed=0)
     first_used_at = {
         "ln_1": "resid_delta_attn",
         "attn": "resid_delta_attn",
@@ -310,8 +311,8 @@ def backbone_that_fails_after(site: Site) -> Backbone:
                 state[name] = torch.empty(0)
         elif "ln_f" in name:
             state[name] = torch.empty(0)
-    weights = gpt2_weights.assemble(state, config.n_layer, torch.float32, torch.device("cpu"))
-    return Backbone(name="fails", config=config, weights=weights, fingerprint="")
+    weights = gpt2_weights.assemble(state, settings.n_layer, torch.float32, torch.device("cpu"))
+    return Backbone(name="fails", settings=settings, weights=weights, fingerprint="")
 
 
 @pytest.mark.parametrize("site", ALL_SITES, ids=str)
@@ -409,7 +410,7 @@ def test_random_backbones_repeat_and_keep_the_global_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert first.fingerprint == second.fingerprint != other.fingerprint
     assert (first.n_layers, first.d_model, first.vocab_size, first.context_length) == (2, 32, 100, 64)
-    with pytest.raises(ValueError, match="multiple of n_heads"):
+    with pytest.raises(ValueError, match="multiple of n_head"):
         Backbone.random(d_model=30, n_heads=4)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_runtime import Backbone, gpt2_weights
+from sae_runtime.gpt2_config import GPT2Settings
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "hooks_gpt2_tiny"
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
@@ -121,7 +125,11 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     [
         (without("transformer.h.1.mlp.c_fc.bias"), r"missing keys: transformer\.h\.1\.mlp\.c_fc\.bias"),
         (lambda state: state | {"transformer.h.0.extra": torch.zeros(2)}, "unexpected keys.*extra"),
-        (lambda state: state | {"transformer.wpe.weight": torch.zeros(3, 32)}, "do not fit"),
+        (
+            lambda state: state | {"transformer.wpe.weight": torch.zeros(3, 32)},
+            r"do not fit.*wpe\.weight \[3, 32\], expected \[64, 32\]",
+        ),
+        (lambda state: state | {"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int8)}, "not floating.*ln_f"),
     ],
 )
 def test_weights_that_do_not_fit_the_config(
@@ -145,12 +153,53 @@ def test_a_truncated_file(folder: Path) -> None:
         ({"model_type": "llama"}, "'llama'.*only 'gpt2'"),
         ({"activation_function": "relu"}, "activation_function 'relu'"),
         ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"n_head": 5}, "not a multiple of n_head 5"),
+        ({"n_layer": "3"}, "n_layer is '3'"),
+        ({"tie_word_embeddings": False}, r"missing keys: lm_head\.weight"),
     ],
 )
 def test_other_models_are_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     rewrite_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         Backbone.load(folder)
+
+
+def test_settings_are_what_transformers_reads(folder: Path, golden: Backbone) -> None:
+    """Also under transformers' other names, and with its defaults where config.json is silent."""
+    values = json.loads((folder / "config.json").read_text())
+    values = {name: value for name, value in values.items() if name != "n_embd" and name != "layer_norm_epsilon"}
+    (folder / "config.json").write_text(json.dumps(values | {"hidden_size": 32}))
+    expected = GPT2Config.from_pretrained(folder)
+    for settings in (Backbone.load(folder).settings, golden.settings):
+        for name, value in asdict(settings).items():
+            assert value == getattr(expected, name), name
+    assert asdict(GPT2Settings.from_mapping(golden.config.to_dict())) == asdict(golden.settings)
+    assert asdict(GPT2Settings()) == {name: getattr(GPT2Config(), name) for name in asdict(GPT2Settings())}
+
+
+def test_a_config_that_is_not_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        Backbone.load(folder)
+
+
+def test_an_index_that_leads_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    for text, message in (('{"weight_map": {"a": "../other.safetensors"}}', "other"), ("[]", "not an index")):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Backbone.load(folder)
+
+
+def test_loading_does_not_import_transformers() -> None:
+    """It takes seconds, which every start of a replica would pay."""
+    code = (
+        "import sys; from sae_runtime import Backbone, load_dictionary, list_builtin_dictionaries as names;"
+        "Backbone.load().encode_text('text'); [load_dictionary(name) for name in names()];"
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_missing_folders_and_files(tmp_path: Path) -> None:
@@ -218,7 +267,7 @@ def test_both_forms_of_tokenizer_files(tmp_path: Path, folder: Path, byte_bpe: T
     (folder / "tokenizer.json").unlink()
     byte_bpe.model.save(str(folder))  # vocab.json and merges.txt, the form of GPT-2's release
     released = Backbone.load(folder)
-    assert modern.tokenizer is not None  # read on first use: the first file is gone already
+    assert modern.has_tokenizer
     text = "some words, größer 🙂<|endoftext|>"
     expected = byte_bpe.encode(text, add_special_tokens=False).ids
     for backbone in (released, Backbone.load(folder)):

@@ -100,7 +100,7 @@ class SlowGenerator:
 
     def __init__(self, backbone: Backbone, dictionaries: dict[str, Dictionary], seed: int = 5) -> None:
         self.model = GPT2LMHeadModel(backbone.config).eval()
-        self.model.load_state_dict(random_state(backbone.config, seed), strict=False)
+        self.model.load_state_dict(random_state(backbone.settings, seed), strict=False)
         self.model.tie_weights()
         self.dictionaries = dictionaries
 

@@ -30,7 +30,7 @@ class BareExtractor:
         self.model.ln_f = torch.nn.Identity()
         tensors = {name: tensor.float() for name, tensor in load_file(dictionary / "weights.safetensors").items()}
         self.encoder, self.pre_bias, self.latent_bias = (tensors[n] for n in ("encoder", "pre_bias", "latent_bias"))
-        self.k, self.normalize = manifest.k, manifest.normalize
+        self.k, self.normalize = manifest.k, manifest.normalization == "layer_norm"
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Sequence[int]]) -> Tensor:

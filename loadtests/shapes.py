@@ -40,7 +40,7 @@ def write_gpt2_shape(folder: Path, tokenizer: Path, seed: int = 0) -> tuple[Path
         latent_bias=0.1 * torch.randn(N_LATENTS),
         activation="topk",
         k=K,
-        normalize=True,
+        normalization="layer_norm",
         site=f"{LAYER}.resid_post_mlp",
         name="gpt2-shape",
     )

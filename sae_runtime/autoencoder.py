@@ -1,32 +1,49 @@
 """A dictionary: a sparse autoencoder over the activations of one site, for inference.
 
-    encode   z = act(encoder (x' - pre_bias) + latent_bias),   x' = (x - mean) / (std + eps) if normalize else x
-    decode   x^ = (decoder^T z + pre_bias) * std + mean,       without std and mean unless normalize
+    encode   z = act(encoder (x' - pre_bias) + latent_bias),   x' the normalised input (`normalization`)
+    decode   x^ = mean + std * (decoder^T z + output_bias) + skip x,   mean, std as the normalisation took them out
 
-act is ReLU, or TopK: the k largest pre-activations of a row are kept, then ReLU. This is OpenAI's sparse_autoencoder
-(Gao et al. 2024, section 2), whose layer normalisation has the unbiased std and adds eps = 1e-5 outside the root.
+output_bias is pre_bias unless given, skip is absent unless given. act is one of
+
+    topk      the k largest pre-activations of a row are kept, then ReLU (unless postact is "identity")
+    groupmax  latents are cut into k runs of neighbours, the largest of each run is kept, then ReLU
+    relu, jumprelu, gated   each latent alone, see `LatentActivation`
+
+With topk, layer_norm and one bias this is OpenAI's sparse_autoencoder (Gao et al. 2024, section 2). A training family
+is served in its inference form: BatchTopK and Matryoshka as jumprelu with their learned threshold, and a factor on
+latents (SAELens' rescale_acts_by_decoder_norm) is multiplied into the encoder and divided out of the decoder.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sae_runtime.features import InputStatistics, SparseFeatures
+from sae_runtime.kernels.latent_activation import LatentActivation
+from sae_runtime.kernels.screened_topk import Screen, can_screen, screened_topk, screening_is_fast
 from sae_runtime.kernels.sparse_decode import sparse_decode
-from sae_runtime.kernels.tiled_relu import tiled_relu
+from sae_runtime.kernels.tiled_active import tiled_active
+from sae_runtime.kernels.tiled_groupmax import tiled_groupmax
 from sae_runtime.kernels.tiled_topk import tiled_topk
+from sae_runtime.kernels.topk_membership import kept_in_topk
+from sae_runtime.normalization import NORMALIZATIONS, Normalization, normalize_rows, restore_rows
 from sae_runtime.statistics import LatentStatistics
 
 if TYPE_CHECKING:
     from sae_runtime.formats.manifest import Manifest
+    from sae_runtime.formats.origin import Origin
 
-LAYER_NORM_EPS = 1e-5
+Activation = Literal["topk", "relu", "jumprelu", "gated", "groupmax"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+CHOOSING = ("topk", "groupmax")  # a latent's value depends on the other latents of its row
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Tensors that a dictionary may have besides encoder, decoder, pre_bias and latent_bias; and whose they are.
+OPTIONAL_TENSORS = ("output_bias", "threshold", "magnitude_scale", "magnitude_bias", "skip")
+_OF_ACTIVATION = {"threshold": "jumprelu", "magnitude_scale": "gated", "magnitude_bias": "gated"}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,42 +52,61 @@ class Dictionary:
 
     encoder: Tensor  # [n_latents, d_in]
     decoder: Tensor  # [n_latents, d_in], one row per latent; the encoder itself when tied
-    pre_bias: Tensor  # [d_in], subtracted before encoding, added when decoding
-    latent_bias: Tensor  # [n_latents]
-    activation: Literal["topk", "relu"]
-    k: int | None = None  # latents kept per row; None for "relu"
-    normalize: bool = False  # layer-normalise the input (OpenAI's way), undo it when decoding
-    postact: Literal["relu", "identity"] = "relu"  # after TopK; "identity" keeps negative values among the k
+    pre_bias: Tensor  # [d_in], subtracted before encoding (zeros: nothing is); added when decoding without output_bias
+    latent_bias: Tensor  # [n_latents]; of "gated" the bias of the gate
+    activation: Activation
+    k: int | None = None  # latents kept per row at most, of "topk" and "groupmax"; else None
+    normalization: Normalization = "none"  # of each input row, undone when decoding
+    postact: Literal["relu", "identity"] = "relu"  # after "topk"; "identity" keeps negative values among the k
+    output_bias: Tensor | None = None  # [d_in], added when decoding; None: pre_bias is
+    threshold: Tensor | None = None  # [n_latents], of "jumprelu": pre-activations above it pass, negative ones act as 0
+    magnitude_scale: Tensor | None = None  # [n_latents], of "gated": exp(r_mag)
+    magnitude_bias: Tensor | None = None  # [n_latents], of "gated"
+    skip: Tensor | None = None  # [d_in, d_in], output by input: the reconstruction gets skip @ x of the raw input
+    transcoder: bool = False  # decodes to another activation than it reads; then edits and errors at its site are void
     site: str | None = None  # where the activations come from, for example "8.resid_post_mlp"; None if unknown
     name: str = ""
     manifest: Manifest | None = None  # of a published dictionary
+    origin: Origin | None = None  # of a file of another project: what it says beyond the weights
     statistics: LatentStatistics | None = None
+    screen: Screen | None = None  # see `with_screen`
 
     def __post_init__(self) -> None:
         """ValueError names the tensor or field at fault, what was found and what was expected."""
         if self.encoder.ndim != 2:
             raise ValueError(f"encoder has shape {list(self.encoder.shape)}, expected [n_latents, d_in]")
         n_latents, d_in = self.encoder.shape
-        expected = {"decoder": (n_latents, d_in), "pre_bias": (d_in,), "latent_bias": (n_latents,)}
-        for name, shape in expected.items():
-            found = tuple(getattr(self, name).shape)
-            if found != shape:
-                raise ValueError(f"{name} has shape {list(found)}, expected {list(shape)}")
+        per_latent = ("latent_bias", "threshold", "magnitude_scale", "magnitude_bias")
+        expected: dict[str, tuple[int, ...]] = {"decoder": (n_latents, d_in), "skip": (d_in, d_in)}
+        expected |= dict.fromkeys(("pre_bias", "output_bias"), (d_in,)) | dict.fromkeys(per_latent, (n_latents,))
+        tensors = {name: tensor for name in expected if (tensor := getattr(self, name)) is not None}
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != expected[name]:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name])}")
         if self.dtype not in DTYPES:
             raise ValueError(f"encoder has dtype {self.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        for name in expected:
-            tensor = getattr(self, name)
+        for name, tensor in tensors.items():
             if tensor.dtype != self.dtype or tensor.device != self.device:
                 found_on, wanted_on = f"{tensor.dtype} on {tensor.device}", f"{self.dtype} on {self.device}"
                 raise ValueError(f"{name} is {found_on}, expected {wanted_on} like the encoder")
-        if self.activation not in ("topk", "relu"):
-            raise ValueError(f"activation is {self.activation!r}, expected 'topk' or 'relu'")
-        if self.activation == "topk" and (self.k is None or not 1 <= self.k <= n_latents):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        for name, activation in _OF_ACTIVATION.items():
+            if (name in tensors) != (self.activation == activation):
+                lack = "lacks" if self.activation == activation else "has"
+                raise ValueError(f"the activation is {self.activation!r} and {lack} {name}, which {activation!r} needs")
+        if self.activation in CHOOSING and (self.k is None or not 1 <= self.k <= n_latents):
             raise ValueError(f"k is {self.k}, expected 1 to n_latents = {n_latents}")
-        if self.activation == "relu" and (self.k is not None or self.postact != "relu"):
-            raise ValueError("k and postact belong to the activation 'topk'")
-        if self.normalize and d_in < 2:
-            raise ValueError(f"normalize needs d_in of at least 2, found {d_in}")
+        if self.activation == "groupmax" and n_latents % (self.k or 1):
+            raise ValueError(f"k is {self.k}, expected a divisor of n_latents = {n_latents} for groupmax")
+        if self.activation not in CHOOSING and self.k is not None:
+            raise ValueError(f"k is {self.k}, but it belongs to the activations {' and '.join(CHOOSING)}")
+        if self.activation != "topk" and self.postact != "relu":
+            raise ValueError(f"postact is {self.postact!r}, but only the activation 'topk' has another than 'relu'")
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization is {self.normalization!r}, expected one of {', '.join(NORMALIZATIONS)}")
+        if self.normalization == "layer_norm" and d_in < 2:
+            raise ValueError(f"layer_norm needs d_in of at least 2, found {d_in}")
         if self.statistics is not None and self.statistics.n_latents != n_latents:
             raise ValueError(f"statistics are of {self.statistics.n_latents} latents, expected {n_latents}")
 
@@ -94,39 +130,71 @@ class Dictionary:
     def device(self) -> torch.device:
         return self.encoder.device
 
+    @property
+    def normalizes_input(self) -> bool:
+        """Whether decoding needs the `InputStatistics` that encoding returns."""
+        return self.normalization != "none"
+
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Dictionary:
         """The same dictionary elsewhere; statistics stay float32 on the host."""
+        names = ("encoder", "decoder", "pre_bias", "latent_bias", *OPTIONAL_TENSORS)
+        tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         moved = {
-            name: getattr(self, name).to(device=device, dtype=dtype) for name in ("encoder", "pre_bias", "latent_bias")
+            name: tensor.to(device=device, dtype=dtype)
+            for name, tensor in tensors.items()
+            if not (self.tied and name == "decoder")
         }
-        decoder = moved["encoder"] if self.tied else self.decoder.to(device=device, dtype=dtype)
-        return replace(self, decoder=decoder, **moved)
+        return replace(self, **({"screen": None, "decoder": moved["encoder"]} | moved))
+
+    def with_screen(self) -> Dictionary:
+        """The same dictionary, with a bfloat16 copy of the encoder if that makes the exact float32 top-k faster here.
+
+        It does for "topk" on a CPU with bfloat16 matrix units (see kernels/screened_topk.py), and costs half the memory
+        of the encoder again; elsewhere the dictionary itself is returned. `to` leaves the copy behind.
+        """
+        if (
+            self.activation == "topk"
+            and self.dtype == torch.float32
+            and self.device.type == "cpu"
+            and screening_is_fast()
+        ):
+            return replace(self, screen=Screen.of(self.encoder, self.latent_bias))
+        return self
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseFeatures:
         """Active latents of each row of x [n, d_in] (any floating dtype).
 
-        TopK: k columns, of which a row uses fewer if fewer of its k largest are positive. ReLU: as many columns as the
-        row with the most active latents has. Neither holds more than a tile of the dense latents.
+        topk, groupmax: k columns, of which a row uses fewer if fewer of the k are positive. The others: as many columns
+        as the row with the most active latents has. None holds more than a tile of the dense latents.
         ValueError: wrong width, or values that are not finite or overflow the dictionary's dtype.
         """
+        raw = x
         x, statistics = self._prepare(x)
-        if self.activation == "relu":
-            values, indices = tiled_relu(x, self.encoder, self.latent_bias)
-        else:
+        if self.activation == "topk":
             assert self.k is not None
             relu = self.postact == "relu"
-            values, indices = tiled_topk(x, self.encoder, self.latent_bias, self.k, relu=relu)
+            if self.screen is not None and can_screen(x, self.n_latents, self.k):
+                values, indices = screened_topk(x, self.encoder, self.latent_bias, self.screen, self.k, relu=relu)
+            else:
+                values, indices = tiled_topk(x, self.encoder, self.latent_bias, self.k, relu=relu)
+        elif self.activation == "groupmax":
+            assert self.k is not None
+            values, indices = tiled_groupmax(x, self.encoder, self.latent_bias, self.k)
+        else:
+            values, indices = tiled_active(x, self.encoder, self._latent_activation)
         self._check_overflow(values)
-        return SparseFeatures(indices, values, self.n_latents, statistics)
+        # A copy, because the caller may change its activations in place before it decodes.
+        skip_input = None if self.skip is None else raw.to(device=self.device, dtype=self.dtype, copy=True)
+        return SparseFeatures(indices, values, self.n_latents, statistics, skip_input)
 
     @torch.no_grad()
     def encode_dense(self, x: Tensor) -> Tensor:
         """All latents of each row, x [n, d_in] -> [n, n_latents]. Errors as `encode`."""
-        if self.activation == "topk":
+        if self.activation in CHOOSING:
             return self.encode(x).to_dense()
         x, _ = self._prepare(x)
-        z = F.linear(x, self.encoder, self.latent_bias).relu_()
+        z = self._latent_activation.before_relu(x, self.encoder).relu_()
         self._check_overflow(z)
         return z
 
@@ -134,7 +202,7 @@ class Dictionary:
     def encode_features(self, x: Tensor, features: Tensor) -> Tensor:
         """Values of some latents, [n, m] for x [n, d_in] and `features` int64 [m]: columns of `encode_dense`.
 
-        A ReLU dictionary computes only these latents; TopK must see them all to know which are kept.
+        relu, jumprelu and gated compute only these latents; topk and groupmax must see all to know which are kept.
         ValueError as `encode`, and for a feature outside the dictionary.
         """
         if features.numel():
@@ -145,34 +213,75 @@ class Dictionary:
         return self.encode_ascending(x, ascending)[0][:, column]
 
     @torch.no_grad()
-    def encode_ascending(self, x: Tensor, features: Tensor) -> tuple[Tensor, InputStatistics | None]:
+    def encode_ascending(
+        self, x: Tensor, features: Tensor, wanted: Tensor | None = None
+    ) -> tuple[Tensor, InputStatistics | None]:
         """`encode_features` for valid latents in ascending order without repeats; with the input statistics.
 
-        For callers that prepare `features` once, as edits do at every decoded token.
+        For callers that prepare `features` once, as edits do at every decoded token. `wanted`, bool [n, m], says which
+        values they look at; others may be 0. topk and groupmax then encode in full only the rows in which a wanted
+        latent has a positive pre-activation: elsewhere it is 0 whichever latents are kept. On the CPU, where reading
+        the encoder takes the time, topk looks only at as much of it as shows that the latent is not kept.
         """
-        if self.activation == "topk":
+        if self.activation in CHOOSING:
+            if wanted is not None and self.postact == "relu":
+                return self._encode_wanted(x, features, wanted)
             encoded = self.encode(x)
             return encoded.select_ascending(features), encoded.input_statistics
         x, statistics = self._prepare(x)
-        z = F.linear(x, self.encoder[features], self.latent_bias[features]).relu_()
+        z = self._latent_activation[features].before_relu(x, self.encoder[features]).relu_()
         self._check_overflow(z)
+        return z, statistics
+
+    def _encode_wanted(self, x: Tensor, features: Tensor, wanted: Tensor) -> tuple[Tensor, InputStatistics | None]:
+        prepared, statistics = self._prepare(x)
+        pre = torch.addmm(self.latent_bias[features], prepared, self.encoder[features].T)
+        may_be_active = ~(pre <= 0)  # NaN included: encoding in full finds the overflow
+        z = torch.zeros_like(pre)
+        if self.activation == "topk" and self.dtype != torch.float16 and self.device.type == "cpu":
+            assert self.k is not None
+            rows, columns = (may_be_active & wanted).nonzero(as_tuple=True)
+            found = pre[rows, columns]
+            kept = kept_in_topk(prepared, self.encoder, self.latent_bias, self.k, rows, features[columns], found)
+            z[rows, columns] = torch.where(kept, found, 0.0)
+            self._check_overflow(z)
+            return z, statistics
+        rows = (may_be_active & wanted).any(dim=1).nonzero().squeeze(1)
+        if len(rows) == len(x):
+            return self.encode(x).select_ascending(features), statistics
+        if len(rows):
+            z[rows] = self.encode(x[rows]).select_ascending(features)
         return z, statistics
 
     def decode(self, features: SparseFeatures) -> Tensor:
         """Reconstruction [n, d_in] in the units of the encoder's input, in the dictionary's dtype.
 
-        ValueError: features of another dictionary size, or without the input statistics that `normalize` needs.
+        It is affine in the latents: decode(f') - decode(f) = std * sum (z' - z) d_f with d_f the rows of `decoder` and
+        std of the input statistics (1 without them), whatever the biases and the skip connection.
+        ValueError: features of another dictionary size, or without what the normalisation or the skip connection needs.
         """
         if features.n_latents != self.n_latents:
             raise ValueError(f"features are of {features.n_latents} latents, the dictionary has {self.n_latents}")
-        if self.normalize and features.input_statistics is None:
-            raise ValueError("features lack input_statistics, which this dictionary (normalize=True) decodes with")
-        x = sparse_decode(features.indices, features.values.to(self.dtype), self.decoder) + self.pre_bias
-        if not self.normalize:
-            return x
-        statistics = features.input_statistics
-        assert statistics is not None
-        return torch.addcmul(statistics.mean, x.to(statistics.std.dtype), statistics.std).to(self.dtype)
+        statistics, skip_input = features.input_statistics, features.skip_input
+        if self.normalizes_input and statistics is None:
+            raise ValueError(
+                f"features lack input_statistics, which this dictionary ({self.normalization}) decodes with"
+            )
+        if self.skip is not None and skip_input is None:
+            raise ValueError("features lack skip_input, which this dictionary with a skip connection decodes with")
+        bias = self.pre_bias if self.output_bias is None else self.output_bias
+        x = sparse_decode(features.indices, features.values.to(self.dtype), self.decoder) + bias
+        if self.normalizes_input:
+            assert statistics is not None
+            x = restore_rows(x, statistics).to(self.dtype)
+        if self.skip is not None:
+            assert skip_input is not None
+            x = torch.addmm(x, skip_input, self.skip.T)
+        return x
+
+    @property
+    def _latent_activation(self) -> LatentActivation:
+        return LatentActivation(self.latent_bias, self.threshold, self.magnitude_scale, self.magnitude_bias)
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, InputStatistics | None]:
         """Check, normalise (in float32 or better) and centre the input; returns it in the dictionary's dtype."""
@@ -187,13 +296,7 @@ class Dictionary:
             # A finite row whose squares overflow would give infinite or undefined latents.
             count = f"{len(rows)} of {len(x)} rows"
             raise ValueError(f"activations are not finite, or too large, in {count}; the first is row {int(rows[0])}")
-        statistics = None
-        if self.normalize:
-            mean = x.mean(dim=1, keepdim=True)
-            x = x - mean
-            std = x.std(dim=1, keepdim=True)
-            x = x / (std + LAYER_NORM_EPS)
-            statistics = InputStatistics(mean, std)
+        x, statistics = normalize_rows(x, self.normalization)
         x = (x - self.pre_bias).to(self.dtype)
         if self.dtype == torch.float16:  # the one dtype whose range is narrower than the input's
             self._check_overflow(x)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """Per-row mean and standard deviation that the encoder took out of its input; the decoder puts them back.
+    """Per-row shift and scale that the encoder took out of its input; the decoder puts them back as mean + std * y.
 
     They travel with the features, never on the dictionary, so that concurrent calls cannot mix them.
     """
 
-    mean: Tensor  # float32 (float64 for a float64 dictionary) [n, 1]
-    std: Tensor  # same dtype [n, 1]; unbiased, without the encoder's eps
+    mean: Tensor  # float32 (float64 for a float64 dictionary) [n, 1]; 0 with constant_norm
+    std: Tensor  # same dtype [n, 1]; unbiased, without the encoder's eps; with constant_norm the root mean square
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class SparseFeatures:
     values: Tensor  # [n, k] in the dictionary's dtype, 0 at the padding
     n_latents: int
     input_statistics: InputStatistics | None = None  # None where the dictionary does not normalise its input
+    skip_input: Tensor | None = None  # [n, d_in], the encoder's raw input, where the dictionary has a skip connection
 
     def __len__(self) -> int:
         return self.indices.shape[0]
@@ -71,8 +72,14 @@ class SparseFeatures:
         return row_splits, indices[listed].astype(np.uint32), values[listed]
 
     def __getitem__(self, rows: slice | Tensor) -> SparseFeatures:
-        """The given rows (a slice, or an index or boolean tensor), with their input statistics."""
+        """The given rows (a slice, or an index or boolean tensor), with all that decoding them needs."""
         statistics = self.input_statistics
         if statistics is not None:
             statistics = InputStatistics(statistics.mean[rows], statistics.std[rows])
-        return replace(self, indices=self.indices[rows], values=self.values[rows], input_statistics=statistics)
+        return replace(
+            self,
+            indices=self.indices[rows],
+            values=self.values[rows],
+            input_statistics=statistics,
+            skip_input=None if self.skip_input is None else self.skip_input[rows],
+        )

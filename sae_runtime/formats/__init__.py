@@ -10,14 +10,19 @@ import torch
 
 from sae_runtime.autoencoder import Dictionary
 from sae_runtime.errors import DictionaryFormatError, FingerprintMismatch, UnknownDictionary
-from sae_runtime.formats.openai import load_openai
+from sae_runtime.formats import dictionary_learning, openai, saelens, sparsify
 from sae_runtime.formats.published import MANIFEST_FILE, load_published
+from sae_runtime.formats.torch_file import read_torch_file
 from sae_runtime.sites import Site
 
 if TYPE_CHECKING:
     from sae_runtime.backbone import Backbone
 
-KNOWN_FORMATS = f"a published dictionary (a folder with {MANIFEST_FILE}) or OpenAI's sparse_autoencoder (a .pt file)"
+KNOWN_FORMATS = (
+    f"a published dictionary (a folder with {MANIFEST_FILE}), a folder of SAELens (cfg.json and "
+    f"{saelens.WEIGHTS_FILE}), sparsify (cfg.json and {sparsify.WEIGHTS_FILE}) or dictionary_learning "
+    f"({dictionary_learning.WEIGHTS_FILE}), or OpenAI's sparse_autoencoder (a .pt file)"
+)
 _BUILTIN = Path(__file__).resolve().parent.parent / "builtin" / "dictionaries"
 
 
@@ -35,20 +40,14 @@ def load_dictionary(
 ) -> Dictionary:
     """A dictionary from a folder or file of any supported format, or a builtin one ("builtin/NAME" or just NAME).
 
+    A file may be the weights or the configuration of a folder's format, or a .pt file of OpenAI or dictionary_learning.
     Weights stored in any floating dtype are loaded as `dtype`. With a `backbone`, the dictionary must belong to it.
     No code in a file is ever run.
 
     UnknownDictionary: no builtin dictionary of that name. DictionaryFormatError: missing, unknown, truncated or
     inconsistent files. FingerprintMismatch: made for another backbone or tokenizer.
     """
-    path = _locate(path_or_name)
-    if path.is_dir():
-        if not (path / MANIFEST_FILE).is_file():
-            found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            raise DictionaryFormatError(f"{path}: found {found}; expected {KNOWN_FORMATS}")
-        dictionary = load_published(path, dtype=dtype, device=device)
-    else:
-        dictionary = load_openai(path, dtype=dtype, device=device)
+    dictionary = _read(_locate(path_or_name), dtype, device)
     if backbone is not None:
         check_backbone(dictionary, backbone)
     return dictionary
@@ -82,6 +81,28 @@ def check_backbone(dictionary: Dictionary, backbone: Backbone) -> None:
                 f"dictionary {dictionary.name!r} reads {dictionary.d_in} values per token, "
                 f"site {site} of backbone {backbone.name!r} has {width}"
             )
+
+
+def _read(path: Path, dtype: torch.dtype, device: str | torch.device) -> Dictionary:
+    """Find out the format, by the names in a folder and by the keys in a .pt file, and read it."""
+    if path.name in (MANIFEST_FILE, saelens.CONFIG_FILE, saelens.WEIGHTS_FILE, sparsify.WEIGHTS_FILE):
+        path = path.parent
+    if path.is_file():
+        state = read_torch_file(path, "OpenAI's or dictionary_learning's state dict")
+        foreign = {"pre_bias", "latent_bias"}.isdisjoint(state)
+        if foreign and ("ae" in state or {"W_dec", "decoder.weight"} & set(state)):
+            return dictionary_learning.load_dictionary_learning(path, dtype=dtype, device=device, state=state)
+        return openai.load_openai(path, dtype=dtype, device=device, state=state)
+    if (path / MANIFEST_FILE).is_file():
+        return load_published(path, dtype=dtype, device=device)
+    if (path / saelens.WEIGHTS_FILE).is_file():
+        return saelens.load_saelens(path, dtype=dtype, device=device)
+    if (path / sparsify.WEIGHTS_FILE).is_file():
+        return sparsify.load_sparsify(path, dtype=dtype, device=device)
+    if (path / dictionary_learning.WEIGHTS_FILE).is_file():
+        return dictionary_learning.load_dictionary_learning(path, dtype=dtype, device=device)
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    raise DictionaryFormatError(f"{path}: found {found}; expected {KNOWN_FORMATS}")
 
 
 def _locate(path_or_name: str | os.PathLike[str]) -> Path:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+from sae_runtime.autoencoder import CHOOSING, Activation
 from sae_runtime.errors import DictionaryFormatError
+from sae_runtime.normalization import Normalization
 
 SCHEMA_VERSION = 1
-Architecture = Literal["topk", "relu"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,16 @@ class Manifest:
     name: str
     backbone: BackboneReference
     site: str  # for example "8.resid_post_mlp"
-    architecture: Architecture
+    architecture: Activation  # the inference form; the training family stands in provenance.config
     d_in: int
     n_latents: int
-    k: int | None  # of "topk"; None for "relu"
-    normalize: bool  # input layer-normalised before encoding
+    k: int | None  # latents kept per token, of "topk" and "groupmax"; else None
+    normalization: Normalization  # of each input row before encoding
     tied: bool  # the decoder is the encoder's transpose and is not stored
     dtype: str  # of the stored encoder and decoder: "float16", "bfloat16" or "float32"
     context_length: int | None = None  # tokens per row in training; later positions are out of distribution
     postact: Literal["relu", "identity"] = "relu"  # what follows the top-k; "identity" keeps negative values
+    transcoder: bool = False  # it decodes to another activation than the one it reads
     provenance: Provenance = field(default_factory=Provenance)
     evaluation: dict[str, float] = field(default_factory=dict)  # held-out figures: nmse, l0, loss_recovered, ...
     files: dict[str, str] = field(default_factory=dict)  # sha256 (hex) of each data file beside the manifest
@@ -91,10 +93,12 @@ class Manifest:
         for name in ("d_in", "n_latents"):
             if getattr(self, name) < 1:
                 raise DictionaryFormatError(f"manifest.{name} is {getattr(self, name)}, expected a positive integer")
-        if self.architecture == "topk" and (self.k is None or not 1 <= self.k <= self.n_latents):
-            raise DictionaryFormatError(f"manifest.k is {self.k}, expected 1 to n_latents = {self.n_latents} for topk")
-        if self.architecture == "relu" and self.k is not None:
-            raise DictionaryFormatError(f"manifest.k is {self.k}, expected null for relu")
+        choosing = self.architecture in CHOOSING
+        if choosing and (self.k is None or not 1 <= self.k <= self.n_latents):
+            wanted = f"1 to n_latents = {self.n_latents} for {self.architecture}"
+            raise DictionaryFormatError(f"manifest.k is {self.k}, expected {wanted}")
+        if not choosing and self.k is not None:
+            raise DictionaryFormatError(f"manifest.k is {self.k}, expected null for {self.architecture}")
 
 
 def _parse(cls: type, raw: object, where: str) -> dict[str, Any]:

@@ -8,10 +8,8 @@ postact_fn). The input is layer-normalised exactly when the activation is TopK. 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +19,14 @@ from torch import Tensor
 
 from sae_runtime.autoencoder import Dictionary
 from sae_runtime.errors import DictionaryFormatError
-from sae_runtime.formats.weights import build_dictionary, check_tensors, convert
+from sae_runtime.formats.origin import Origin
+from sae_runtime.formats.torch_file import read_torch_file
+from sae_runtime.formats.weights import (
+    build_dictionary,
+    check_tensors,
+    convert,
+    latent_bias_without_pre_bias,
+)
 from sae_runtime.sites import LOCATIONS
 
 EXPECTED = "OpenAI's sparse_autoencoder state dict (encoder.weight, decoder.weight, pre_bias, latent_bias, activation)"
@@ -35,13 +40,15 @@ def load_openai(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     site: str | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Dictionary:
     """A dictionary from OpenAI's .pt file. The file does not say its site: give it, or keep the published path.
 
+    `state` is the file's content where it was read before.
     DictionaryFormatError says what is wrong with the file; code pickled into it is refused, not run.
     """
     path = Path(path)
-    state = _read(path)
+    state = read_torch_file(path, EXPECTED) if state is None else state
     encoder = state.get("encoder.weight")
     if not isinstance(encoder, Tensor) or encoder.ndim != 2:
         found = (
@@ -68,20 +75,36 @@ def load_openai(
         latent_bias=convert(state["latent_bias"], dtype, device),
         activation=activation,
         k=k,
-        normalize=activation == "topk",
+        normalization="layer_norm" if activation == "topk" else "none",
         postact=postact,
         site=site,
         name=path.stem if published is None else f"{published[1]}{published[2] or ''}-{published[3]}",
+        origin=Origin("openai", model=None if published is None else "gpt2-small"),
     )
 
 
 def save_openai(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
     """Write a dictionary as OpenAI's .pt file, float32; atomic (a temporary file beside it, then renamed).
 
-    ValueError for what the format cannot say: TopK without input normalisation, ReLU with it.
+    A bias that is added after decoding but is not the one subtracted before (OpenAI has one) is taken for both, and the
+    difference goes into latent_bias. ValueError for what the format cannot say: activations other than topk and relu,
+    topk without layer norm, relu with a normalisation, a skip connection, a transcoder.
     """
-    if dictionary.normalize != (dictionary.activation == "topk"):
-        raise ValueError("OpenAI's format normalises the input exactly when the activation is TopK; this one differs")
+    unsaid = {
+        f"the activation {dictionary.activation}": dictionary.activation not in ("topk", "relu"),
+        f"{dictionary.activation} with normalization {dictionary.normalization}": dictionary.normalization
+        != ("layer_norm" if dictionary.activation == "topk" else "none"),
+        "a skip connection": dictionary.skip is not None,
+        "a transcoder": dictionary.transcoder,
+    }
+    if found := [name for name, present in unsaid.items() if present]:
+        possible = "it has topk with layer_norm and relu without normalisation"
+        raise ValueError(f"OpenAI's format cannot say {' and '.join(found)}; {possible}")
+    pre_bias, latent_bias = dictionary.pre_bias, dictionary.latent_bias
+    if dictionary.output_bias is not None:
+        pre_bias = dictionary.output_bias
+        shift = dictionary.encoder.double() @ pre_bias.double()
+        latent_bias = latent_bias_without_pre_bias(dictionary) + shift
     path = Path(path)
     names = {"relu": "ReLU", "identity": "Identity"}
     topk = {"k": dictionary.k, "postact_fn": names[dictionary.postact]} if dictionary.activation == "topk" else {}
@@ -90,18 +113,20 @@ def save_openai(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
         return tensor.detach().to(device="cpu", dtype=torch.float32)
 
     state = {
-        "pre_bias": stored(dictionary.pre_bias),
-        "latent_bias": stored(dictionary.latent_bias),
+        "pre_bias": stored(pre_bias),
+        "latent_bias": stored(latent_bias),
         "stats_last_nonzero": torch.zeros(dictionary.n_latents, dtype=torch.int64),
         "encoder.weight": stored(dictionary.encoder),
         "decoder.weight": stored(dictionary.decoder).T.contiguous(),
         "activation": "TopK" if topk else "ReLU",
         "activation_state_dict": topk,
     }
-    statistics = dictionary.statistics
-    if statistics is not None:
-        state["latents_activation_frequency"] = stored(statistics.firing_rate)
-        state["latents_mean_square"] = stored(statistics.mean_square)
+    # Their loader wants these two, known or not: then as in an autoencoder of theirs that was not trained.
+    n_latents, statistics = dictionary.n_latents, dictionary.statistics
+    state["latents_activation_frequency"] = (
+        torch.ones(n_latents) if statistics is None else stored(statistics.firing_rate)
+    )
+    state["latents_mean_square"] = torch.zeros(n_latents) if statistics is None else stored(statistics.mean_square)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -112,26 +137,6 @@ def save_openai(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        # Mapping needs the zip container that torch has written since 1.6; older files are read whole.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
-        raise DictionaryFormatError(
-            f"{path}: not plain tensors, so it was not loaded (code in it was not run); expected {EXPECTED}: {reason}"
-        ) from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError and others on damaged files
-        size = path.stat().st_size if path.is_file() else "no"
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DictionaryFormatError(
-            f"{path}: found {size} bytes that do not read as {EXPECTED}; truncated or another format? {reason}"
-        ) from error
-    if not isinstance(state, Mapping):
-        raise DictionaryFormatError(f"{path}: found a {type(state).__name__}, expected {EXPECTED}")
-    return state
 
 
 def _activation(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_runtime.autoencoder import Dictionary
@@ -30,12 +33,46 @@ def check_tensors(path: Path, found: Mapping[str, object], expected: Mapping[str
             raise DictionaryFormatError(f"{path}: {name} holds NaN or infinite values")
 
 
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file; DictionaryFormatError if it is absent, truncated or something else."""
+    try:
+        return load_file(file)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise DictionaryFormatError(f"{file}: cannot be read as safetensors: {error}") from error
+
+
+def read_config(file: Path, expected: str) -> dict[str, Any]:
+    """The JSON object in a file; DictionaryFormatError if it is absent or something else. `expected` names the kind."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DictionaryFormatError(f"{file}: cannot be read as JSON, expected {expected}: {error}") from error
+    if not isinstance(config, dict):
+        raise DictionaryFormatError(f"{file}: found a {type(config).__name__}, expected {expected}")
+    return config
+
+
+def integer(file: Path, config: Mapping[str, Any], key: str, *, minimum: int = 1) -> int:
+    """A whole number of a configuration (8 or 8.0); DictionaryFormatError if it is absent, too small or no number."""
+    value = config.get(key)
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    if type(whole) is not int or whole < minimum:
+        found = repr(value) if key in config else "absent"
+        raise DictionaryFormatError(f"{file}: {key} is {found}, expected an integer, {minimum} or more")
+    return whole
+
+
 def build_dictionary(path: Path, **fields: Any) -> Dictionary:
     """`Dictionary(...)` whose complaints name the file."""
     try:
         return Dictionary(**fields)
     except ValueError as error:
         raise DictionaryFormatError(f"{path}: {error}") from error
+
+
+def latent_bias_without_pre_bias(dictionary: Dictionary) -> Tensor:
+    """The latent bias, float64 [n_latents], with which nothing need be subtracted before encoding."""
+    return dictionary.latent_bias.double() - dictionary.encoder.double() @ dictionary.pre_bias.double()
 
 
 def convert(tensor: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures the tiled encoder: `python -m sae_runtime.kernels.benchmark [--json FILE]`.
+"""Measures the encoders: `python -m sae_runtime.kernels.benchmark [--json FILE]`.
 
 Memory: a fresh process makes a dictionary of random weights and its input, then encodes; "peak extra" is the highest
 resident set size of the process during the encode (VmHWM of /proc/self/status, reset before) less the size before it.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sae_runtime.autoencoder import Dictionary
+from sae_runtime.kernels.screened_topk import screening_is_fast
 
 SPEED_SIZES = {  # name -> rows per turn, latents, width
     "131k_d768": (128, 131_072, 768),
@@ -48,17 +49,23 @@ def measure_peak(*, rows: int, n_latents: int, d_in: int, k: int, dense: bool = 
 
 
 def measure_speed() -> dict[str, float]:
-    """rows/s of tiled and dense encoding, their ratio, and the share of the tiled time beyond the matrix product."""
+    """rows/s of tiled and dense encoding, their ratio, the share of the tiled time beyond the matrix product, and the
+    ratio of screened and dense encoding where the CPU has bfloat16 units."""
     figures: dict[str, float] = {}
     for name, (rows, n_latents, d_in) in SPEED_SIZES.items():
         dictionary, x = _example(rows, n_latents, d_in, k=32)
-        tiled, dense, product = _take_turns(
-            partial(dictionary.encode, x), partial(_dense_topk, dictionary, x), partial(_product, dictionary, x)
+        tiled, dense, product, screened = _take_turns(
+            partial(dictionary.encode, x),
+            partial(_dense_topk, dictionary, x),
+            partial(_product, dictionary, x),
+            partial(dictionary.with_screen().encode, x),
         )
         figures[f"tiled_topk_rows_per_s.{name}"] = rows / tiled
         figures[f"dense_topk_rows_per_s.{name}"] = rows / dense
         figures[f"tiled_topk_vs_dense.{name}"] = dense / tiled
         figures[f"tiled_topk_selection_share.{name}"] = max(0.0, 1 - product / tiled)
+        if screening_is_fast():
+            figures[f"screened_topk_vs_dense.{name}"] = dense / screened
     return figures
 
 
@@ -73,7 +80,7 @@ def _example(rows: int, n_latents: int, d_in: int, k: int) -> tuple[Dictionary, 
         latent_bias=torch.empty(n_latents).normal_(0, 0.1, generator=generator),
         activation="topk",
         k=k,
-        normalize=True,
+        normalization="layer_norm",
     )
     return dictionary, torch.empty(rows, d_in).normal_(0, 1, generator=generator)
 

@@ -52,6 +52,13 @@ def _list(dictionaries: tuple[DictionaryInfo, ...]) -> Table:
     return table
 
 
+_INPUT = {
+    "none": "as it is",
+    "layer_norm": "mean 0 and standard deviation 1 per token",
+    "constant_norm": "constant norm per token",
+}
+
+
 def _details(details: DictionaryDetails) -> Table:
     dictionary, provenance = details.dictionary, details.provenance
     facts = {
@@ -59,7 +66,7 @@ def _details(details: DictionaryDetails) -> Table:
         "site": dictionary.site,
         "latents": f"{dictionary.n_latents:,} over width {dictionary.d_in:,}",
         "activation": _activation(dictionary),
-        "input": "normalised per token" if dictionary.normalizes_input else "as it is",
+        "input": _INPUT.get(dictionary.normalization, dictionary.normalization),
         "statistics": "yes"
         if dictionary.has_statistics
         else "no (no edits in multiples of the maximum, or to the mean)",

@@ -49,7 +49,10 @@ def _describe(name: str, dictionary: Dictionary) -> pb.Dictionary:
         d_in=dictionary.d_in,
         n_latents=dictionary.n_latents,
         k=dictionary.k or 0,
-        normalizes_input=dictionary.normalize,
+        normalizes_input=dictionary.normalizes_input,
+        normalization=dictionary.normalization,
+        has_skip_connection=dictionary.skip is not None,
+        transcoder=dictionary.transcoder,
         has_statistics=dictionary.statistics is not None,
         context_length=0 if manifest is None else manifest.context_length or 0,
     )

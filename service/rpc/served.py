@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from service.presets import Presets
 from service.rpc.errors import dictionary_not_found
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ class ServedModel:
     backbone: Backbone
     dictionaries: Mapping[str, Dictionary]
     """By name, sorted. Every one has a site."""
+    presets: Presets = field(default_factory=Presets)
+    """Edits that requests can name."""
 
     def require(self, names: Sequence[str]) -> None:
         """RpcError NOT_FOUND unless there is a dictionary of every name; names all that are missing."""

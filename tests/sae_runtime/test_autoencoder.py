@@ -1,4 +1,4 @@
-"""Dictionary against a float64 reading of the equations: both activations, tied or not, normalised or not."""
+"""Dictionary against a float64 reading of the equations: every activation, normalisation, bias and skip connection."""
 
 from __future__ import annotations
 
@@ -23,14 +23,22 @@ def make_dictionary(*, seed: int = 0, tied: bool = False, **fields: Any) -> Dict
         return torch.randn(shape, generator=generator)
 
     encoder = normal(N_LATENTS, D_IN) / D_IN**0.5
+    tensors = {
+        "encoder": encoder,
+        "decoder": encoder if tied else normal(N_LATENTS, D_IN) / D_IN**0.5,
+        "pre_bias": normal(D_IN),
+        "latent_bias": normal(N_LATENTS) * 0.1 - 0.5,
+    }
+    own = {
+        "output_bias": normal(D_IN),
+        "threshold": normal(N_LATENTS) + 1,  # some are negative
+        "magnitude_scale": normal(N_LATENTS).exp(),
+        "magnitude_bias": normal(N_LATENTS),
+        "skip": normal(D_IN, D_IN) / D_IN**0.5,
+    }
     fields = {"activation": "topk", "k": K} | fields
-    return Dictionary(
-        encoder=encoder,
-        decoder=encoder if tied else normal(N_LATENTS, D_IN) / D_IN**0.5,
-        pre_bias=normal(D_IN),
-        latent_bias=normal(N_LATENTS) * 0.1 - 0.5,
-        **fields,
-    )
+    # True stands for a tensor of the right shape.
+    return Dictionary(**tensors, **{name: own[name] if value is True else value for name, value in fields.items()})
 
 
 def make_input(rows: int = 40, seed: int = 1) -> Tensor:
@@ -44,28 +52,52 @@ def by_hand(dictionary: Dictionary, x: Tensor) -> tuple[np.ndarray[Any, Any], np
     encoder, decoder, pre_bias, latent_bias = (
         getattr(dictionary, name).double().numpy() for name in ("encoder", "decoder", "pre_bias", "latent_bias")
     )
+    optional = {
+        name: getattr(dictionary, name).double().numpy()
+        for name in ("output_bias", "threshold", "magnitude_scale", "magnitude_bias", "skip")
+        if getattr(dictionary, name) is not None
+    }
     acts, reconstructions = [], []
     for row in x.double().numpy():
-        mean, std = row.mean(), row.std(ddof=1)
-        scaled = (row - mean) / (std + 1e-5) if dictionary.normalize else row
-        pre = encoder @ (scaled - pre_bias) + latent_bias
+        shift, scale, eps = 0.0, 1.0, 0.0
+        if dictionary.normalization == "layer_norm":
+            shift, scale, eps = row.mean(), row.std(ddof=1), 1e-5
+        elif dictionary.normalization == "constant_norm":
+            scale = np.linalg.norm(row) / np.sqrt(D_IN)
+        product = encoder @ ((row - shift) / (scale + eps) - pre_bias)
+        z = product + latent_bias
         if dictionary.activation == "topk":
             assert dictionary.k is not None
-            pre[np.argsort(-pre, kind="stable")[dictionary.k :]] = 0
-        z = pre if dictionary.postact == "identity" else np.maximum(pre, 0)
-        x_hat = decoder.T @ z + pre_bias
+            z[np.argsort(-z, kind="stable")[dictionary.k :]] = 0
+        elif dictionary.activation == "groupmax":
+            assert dictionary.k is not None
+            for group in np.split(np.arange(N_LATENTS), dictionary.k):
+                z[np.delete(group, np.argmax(z[group]))] = 0
+        elif dictionary.activation == "jumprelu":
+            z = z * (z > optional["threshold"])
+        elif dictionary.activation == "gated":
+            z = (z > 0) * (np.maximum(optional["magnitude_scale"] * product + optional["magnitude_bias"], 0))
+        z = z if dictionary.postact == "identity" else np.maximum(z, 0)
+        x_hat = (decoder.T @ z + optional.get("output_bias", pre_bias)) * scale + shift
         acts.append(z)
-        reconstructions.append(x_hat * std + mean if dictionary.normalize else x_hat)
+        reconstructions.append(x_hat + optional["skip"] @ row if "skip" in optional else x_hat)
     return np.stack(acts), np.stack(reconstructions)
 
 
 KINDS = {
     "topk": {},
-    "topk normalised": {"normalize": True},
-    "topk tied": {"tied": True, "normalize": True},
+    "topk normalised": {"normalization": "layer_norm"},
+    "topk tied": {"tied": True, "normalization": "layer_norm"},
     "topk identity": {"postact": "identity", "k": 280},
     "relu": {"activation": "relu", "k": None},
-    "relu normalised, tied": {"activation": "relu", "k": None, "normalize": True, "tied": True},
+    "relu normalised, tied": {"activation": "relu", "k": None, "normalization": "layer_norm", "tied": True},
+    "relu constant norm": {"activation": "relu", "k": None, "normalization": "constant_norm", "output_bias": True},
+    "jumprelu": {"activation": "jumprelu", "k": None, "threshold": True, "output_bias": True},
+    "jumprelu normalised": {"activation": "jumprelu", "k": None, "threshold": True, "normalization": "layer_norm"},
+    "gated": {"activation": "gated", "k": None, "magnitude_scale": True, "magnitude_bias": True},
+    "groupmax": {"activation": "groupmax", "output_bias": True},
+    "groupmax, skip": {"activation": "groupmax", "normalization": "constant_norm", "skip": True},
+    "topk, skip": {"skip": True, "output_bias": True},
 }
 
 
@@ -88,8 +120,8 @@ def test_features_are_sorted_and_padded(kind: str) -> None:
     assert torch.equal(features.l0, (dictionary.encode_dense(make_input()) != 0).sum(dim=1))
     assert not features.values[~listed].any()
     assert (features.values[:, :-1] >= features.values[:, 1:])[listed[:, 1:]].all()
-    assert (features.input_statistics is not None) == dictionary.normalize
-    if dictionary.activation == "relu":
+    assert (features.input_statistics is not None) == dictionary.normalizes_input
+    if dictionary.activation not in ("topk", "groupmax"):
         assert features.indices.shape[1] == int(features.l0.max())
 
 
@@ -103,8 +135,23 @@ def test_chosen_features_are_columns_of_the_dense_latents(kind: str) -> None:
         dictionary.encode_features(x, torch.tensor([1, 300]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_of_latents_moves_the_reconstruction_along_decoder_rows(kind: str) -> None:
+    """What edits rely on: decode(f') - decode(f) = std * sum (z' - z) d_f in every family."""
+    dictionary, x = make_dictionary(**KINDS[kind]).to(dtype=torch.float64), make_input().double()
+    features = dictionary.encode(x)
+    change = torch.randn(features.values.shape, generator=torch.Generator().manual_seed(4)).double()
+    change *= features.indices >= 0
+    changed = dictionary.decode(replace(features, values=features.values + change))
+    dense = torch.zeros(len(x), N_LATENTS).double().scatter_add_(1, features.indices.clamp_min(0), change)
+    statistics = features.input_statistics
+    scale = 1 if statistics is None else statistics.std
+    expected = dictionary.decode(features) + dense @ dictionary.decoder * scale
+    torch.testing.assert_close(changed, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-@pytest.mark.parametrize("kind", ["topk normalised", "relu"])
+@pytest.mark.parametrize("kind", ["topk normalised", "relu", "gated", "topk, skip"])
 def test_half_precision_reconstructs_alike(kind: str, dtype: torch.dtype, tolerance: float) -> None:
     dictionary, x = make_dictionary(**KINDS[kind]), make_input()
     half = dictionary.to(dtype=dtype)
@@ -118,14 +165,14 @@ def test_half_precision_reconstructs_alike(kind: str, dtype: torch.dtype, tolera
 
 
 def test_float64_is_exact_to_float64() -> None:
-    dictionary, x = make_dictionary(normalize=True).to(dtype=torch.float64), make_input().double()
+    dictionary, x = make_dictionary(normalization="layer_norm").to(dtype=torch.float64), make_input().double()
     acts, reconstruction = by_hand(dictionary, x)
     np.testing.assert_allclose(dictionary.encode_dense(x).numpy(), acts, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(dictionary.decode(dictionary.encode(x)).numpy(), reconstruction, rtol=1e-11, atol=1e-11)
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
-    dictionary, x = make_dictionary(normalize=True), make_input()
+    dictionary, x = make_dictionary(normalization="layer_norm"), make_input()
     together = dictionary.encode(x)
     for row in range(len(x)):
         alone = dictionary.encode(x[row : row + 1])
@@ -134,11 +181,31 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 
 def test_constant_row_normalises_to_zero() -> None:
-    dictionary = make_dictionary(normalize=True)
+    dictionary = make_dictionary(normalization="layer_norm")
     features = dictionary.encode(torch.full((1, D_IN), 0.75))
     assert features.input_statistics is not None
     assert features.input_statistics.std.item() == 0
     assert torch.equal(dictionary.decode(features), torch.full((1, D_IN), 0.75))
+
+
+def test_row_without_length_stays_zero_under_constant_norm() -> None:
+    """SAELens divides by the norm and gives NaN; here the row is encoded as zero and decodes to zero."""
+    dictionary = make_dictionary(**KINDS["relu constant norm"])
+    features = dictionary.encode(torch.cat([torch.zeros(1, D_IN), torch.full((1, D_IN), 1e-30)]))
+    expected = (dictionary.latent_bias - dictionary.encoder @ dictionary.pre_bias).relu()
+    torch.testing.assert_close(features.to_dense(), expected.expand(2, -1), rtol=1e-5, atol=1e-5)
+    assert not dictionary.decode(features).any()
+
+
+def test_skip_input_is_the_input_as_it_was() -> None:
+    dictionary, x = make_dictionary(skip=True), make_input()
+    features = dictionary.encode(x)
+    expected = dictionary.decode(features)
+    x.zero_()
+    assert torch.equal(dictionary.decode(features), expected)
+    torch.testing.assert_close(dictionary.decode(features[3:5]), expected[3:5], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="lack skip_input"):
+        dictionary.decode(replace(features, skip_input=None))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -160,7 +227,7 @@ def test_overflow_of_a_narrow_dtype_is_refused() -> None:
 
 
 def test_wrong_inputs_are_named() -> None:
-    dictionary = make_dictionary(normalize=True)
+    dictionary = make_dictionary(normalization="layer_norm")
     with pytest.raises(ValueError, match=r"shape \[5, 23\], expected \[n, 24\]"):
         dictionary.encode(torch.zeros(5, 23))
     with pytest.raises(ValueError, match=r"torch.int64, expected a floating dtype"):
@@ -180,8 +247,16 @@ def test_wrong_inputs_are_named() -> None:
         ({"pre_bias": torch.zeros(D_IN).double()}, "pre_bias is torch.float64 on cpu, expected torch.float32"),
         ({"k": 301}, "k is 301, expected 1 to n_latents = 300"),
         ({"k": None}, "k is None"),
-        ({"activation": "relu"}, "belong to the activation 'topk'"),
+        ({"activation": "relu"}, "k is 12, but it belongs to the activations topk and groupmax"),
+        ({"activation": "relu", "k": None, "postact": "identity"}, "postact is 'identity', but only the activation"),
         ({"activation": "gelu"}, "activation is 'gelu'"),
+        ({"activation": "jumprelu", "k": None}, "'jumprelu' and lacks threshold"),
+        ({"activation": "gated", "k": None}, "'gated' and lacks magnitude_scale"),
+        ({"threshold": torch.zeros(N_LATENTS)}, "'topk' and has threshold, which 'jumprelu' needs"),
+        ({"activation": "groupmax", "k": 7}, "k is 7, expected a divisor of n_latents = 300"),
+        ({"skip": torch.zeros(D_IN, 1)}, r"skip has shape \[24, 1\], expected \[24, 24\]"),
+        ({"output_bias": torch.zeros(1)}, r"output_bias has shape \[1\], expected \[24\]"),
+        ({"normalization": True}, "normalization is True, expected one of none, layer_norm, constant_norm"),
     ],
 )
 def test_inconsistent_dictionaries_are_refused(change: dict[str, Any], message: str) -> None:
@@ -198,7 +273,7 @@ def test_tied_weights_stay_one_tensor() -> None:
 
 def test_concurrent_calls_do_not_mix_normalisation() -> None:
     """Rows of very different mean and scale per thread; any shared state would show in the reconstructions."""
-    dictionary = make_dictionary(normalize=True)
+    dictionary = make_dictionary(normalization="layer_norm")
     inputs = [make_input(rows=8, seed=seed) * 10.0 ** (seed % 5) + 100 * seed for seed in range(16)]
     expected = [dictionary.decode(dictionary.encode(x)) for x in inputs]
 
@@ -213,7 +288,7 @@ def test_concurrent_calls_do_not_mix_normalisation() -> None:
 
 
 def test_decode_passes_gradients_to_values() -> None:
-    dictionary = make_dictionary(normalize=True)
+    dictionary = make_dictionary(normalization="layer_norm")
     features = dictionary.encode(make_input())
     values = features.values.clone().requires_grad_()
     dictionary.decode(replace(features, values=values)).sum().backward()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_runtime import (
+    Backbone,
     Condition,
     Dictionary,
     Edit,
@@ -21,7 +22,16 @@ from sae_runtime import (
     Site,
     UnknownDictionary,
 )
-from sae_runtime.interventions import RowEdits, check_edits, plan_edits
+from sae_runtime.interventions import (
+    AfterText,
+    AllOf,
+    AnyOf,
+    Reference,
+    RowEdits,
+    Where,
+    check_edits,
+    plan_edits,
+)
 
 D_IN, N_LATENTS, K = 20, 120, 10
 SITE = Site.parse("1.resid_post_mlp")
@@ -45,7 +55,7 @@ def make_dictionary(kind: str = "topk", *, seed: int = 0, site: str | None = str
         latent_bias=normal(N_LATENTS) * 0.3,
         activation="relu" if kind.startswith("relu") else "topk",
         k=None if kind.startswith("relu") else K,
-        normalize=kind.endswith("normalised"),
+        normalization="layer_norm" if kind.endswith("normalised") else "none",
         site=site,
         statistics=statistics,
     )
@@ -57,7 +67,7 @@ def activations(rows: int = 12, seed: int = 1) -> Tensor:
 
 def latents(dictionary: Dictionary, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """z of one token, float64, from the definition."""
-    scaled = (x - x.mean()) / (x.std(ddof=1) + 1e-5) if dictionary.normalize else x
+    scaled = (x - x.mean()) / (x.std(ddof=1) + 1e-5) if dictionary.normalizes_input else x
     pre = dictionary.encoder.double().numpy() @ (scaled - dictionary.pre_bias.double().numpy())
     pre = pre + dictionary.latent_bias.double().numpy()
     if dictionary.k is not None:
@@ -107,7 +117,7 @@ def slow_edit(
                     new = 0.0
                 else:
                     new = float(statistics.mean[edit.feature])
-                std = before[token].std(ddof=1) if dictionary.normalize else 1.0
+                std = before[token].std(ddof=1) if dictionary.normalizes_input else 1.0
                 after[token] += std * (new - z) * dictionary.decoder[edit.feature].double().numpy()
             token += 1
     return after
@@ -264,7 +274,6 @@ def test_cached_decoding_edits_the_same_positions_as_one_pass(positions: Any) ->
     pieces += [plan_edits([RowEdits(edits, 4, t, 1)], dictionaries).apply(SITE, x[t : t + 1]) for t in range(4, 8)]
     torch.testing.assert_close(torch.cat(pieces), at_once, rtol=1e-6, atol=1e-6)
     edited = [t for t in range(8) if not torch.equal(at_once[t], x[t])]
-    assert edited == [t for t in range(8) if edits[0].at(t, prompt_length=4)]
     expected = {"all": list(range(8)), "prompt": [0, 1, 2, 3], "generated": [4, 5, 6, 7]}.get(str(positions), positions)
     assert edited == list(expected)
 
@@ -311,7 +320,7 @@ def test_autograd_sees_an_edit_as_a_constant() -> None:
         (Edit("d", 0, "set", maximum=1.0), "maximum"),
         (Edit("d", 0, "set", unit="percent"), "unit"),  # type: ignore[arg-type]
         (Edit("d", 0, "scale", value=2.0, unit="max"), "unit"),
-        (Edit("d", 0, "set", positions="last"), "positions"),  # type: ignore[arg-type]
+        (Edit("d", 0, "set", positions="first"), "positions"),  # type: ignore[arg-type]
         (Edit("d", 0, "set", positions=()), "positions"),
         (Edit("d", 0, "set", positions=(0, -1)), "positions"),
         (Edit("d", 0, "set", condition=Condition(-1)), "condition"),
@@ -335,6 +344,91 @@ def test_wrong_edits_name_their_field(edit: Edit, field: str) -> None:
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("edit", "field", "reason"),
+    [
+        (Edit("d", 0, "set", positions=AfterText("")), "positions", "empty text"),
+        (Edit("d", 0, "set", positions=AfterText("é" * 129)), "positions", "258 bytes"),
+        (Edit("d", 0, "set", positions=AfterText("a", "each")), "positions", "without max_tokens"),
+        (Edit("d", 0, "set", positions=AfterText("a", "last")), "positions", "'first' or 'each'"),  # type: ignore[arg-type]
+        (Edit("d", 0, "set", positions=AfterText("a", max_tokens=0)), "positions", "1 or more"),
+        (Edit("d", 0, "resample"), "reference", "needs a reference text"),
+        (Edit("d", 0, "resample", reference=Reference("")), "reference", "no tokens"),
+        (Edit("d", 0, "resample", reference=Reference((1,), "first")), "reference", "expected one of"),  # type: ignore[arg-type]
+        (Edit("d", 0, "set", reference=Reference("a")), "reference", "belongs to resample"),
+        (Edit("d", 1, "replace"), "feature", "whole dictionary"),
+        (Edit("d", 0, "replace", value=2.0), "value", "takes no value"),
+        (Edit("d", 0, "set", values=(1.0, float("nan"))), "values", "finite"),
+        (Edit("d", 0, "add", values=(1.0,)), "values", "belongs to set"),
+        (Edit("d", 0, "set", condition=AllOf(())), "condition", "at least one"),
+        (Edit("d", 0, "set", condition=AnyOf((Condition(0),) * 17)), "condition", "17 thresholds"),
+        (Edit("d", 0, "set", condition=Condition(0, dictionary="")), "condition", "dictionary is empty"),
+        (Edit("d", 0, "set", condition=Condition(0, comparison="below")), "condition", "at_most"),  # type: ignore[arg-type]
+        (Edit("d", 0, "set", condition=Condition(0, unit="x")), "condition", "'raw' or 'max'"),  # type: ignore[arg-type]
+        (Edit("d", 0, "set", condition=AnyOf((Condition(1), Condition(N_LATENTS)))), "condition", "outside"),
+        (Edit("d", 0, "set", condition=Condition(0, 1.0, "bare", unit="max")), "condition", "needs statistics"),
+        (Edit("d", 0, "set", condition=Condition(0, 1.0, "late")), "condition", "after the edit's site"),
+        (Edit("decoder", 0, "set"), "dictionary", "transcoder"),
+        (Edit("far", 0, "set"), "dictionary", "layers 0 to 1"),
+    ],
+)
+def test_what_an_edit_cannot_say(edit: Edit, field: str, reason: str) -> None:
+    dictionaries = {
+        "d": make_dictionary(),
+        "bare": replace(make_dictionary(), statistics=None),
+        "late": make_dictionary(site="2.resid_post_mlp"),
+        "far": make_dictionary(site="7.resid_pre"),
+        "decoder": replace(make_dictionary(), transcoder=True),
+    }
+    backbone = Backbone.random(n_layers=2, d_model=8, n_heads=2)
+    with pytest.raises(InvalidEdit, match=rf"^edits\[0\]\.{field}: .*{reason}"):
+        check_edits([edit], dictionaries, backbone=None if edit.condition else backbone)
+
+
+def test_conditions_nest_to_a_depth() -> None:
+    condition: Where = Condition(0)
+    for _ in range(4):
+        condition = AllOf((condition, Condition(1)))
+    check_edits([Edit("d", 0, "set", condition=condition)], {"d": make_dictionary()})
+    with pytest.raises(InvalidEdit, match="more than 4 inside one another"):
+        check_edits([Edit("d", 0, "set", condition=AnyOf((condition,)))], {"d": make_dictionary()})
+
+
+@pytest.mark.parametrize(
+    ("edits", "names"),
+    [
+        ([Edit("d", 0, "replace"), Edit("e", 0, "replace")], ("edits[0] (replace", "edits[1] (replace")),
+        ([Edit("d", 0, "replace"), Edit("d", 0, "replace", positions="last")], ("edits[0]", "positions last")),
+        ([Edit("e", 3, "set"), Edit("d", 0, "replace")], ("edits[0] (set", "edits[1] (replace", "'e' and 'd'")),
+        ([Edit("d", 0, "replace", positions=(4,)), Edit("e", 3, "set", positions="last")], ("edits[0]", "edits[1]")),
+        ([Edit("d", 3, "set", positions=AfterText("x")), Edit("d", 3, "add", positions=(0,))], ("after 'x'",)),
+        (
+            [Edit("d", 3, "set", condition=Condition(1, 2.0)), Edit("d", 3, "add", condition=Condition(2, 3.0))],
+            ("edits[0] (set, positions all, conditional)", "edits[1] (add, positions all, conditional)"),
+        ),
+    ],
+)
+def test_conflicts_name_both(edits: list[Edit], names: tuple[str, ...]) -> None:
+    dictionaries = {"d": make_dictionary(), "e": make_dictionary()}
+    with pytest.raises(EditConflict) as raised:
+        check_edits(edits, dictionaries, prompt_length=5)
+    assert all(name in str(raised.value) for name in names)
+
+
+def test_a_replacement_goes_with_its_own_edits_and_with_other_sites_and_positions() -> None:
+    other_site = make_dictionary(site="0.resid_pre")
+    dictionaries = {"d": make_dictionary(), "e": make_dictionary(), "other": other_site}
+    check_edits(
+        [
+            Edit("d", 0, "replace", positions="prompt"),
+            Edit("d", 3, "set"),
+            Edit("other", 0, "replace"),
+            Edit("e", 4, "set", positions="generated"),
+        ],
+        dictionaries,
+    )
+
+
 def test_unknown_dictionary_names_those_loaded() -> None:
     with pytest.raises(UnknownDictionary, match=r"edits\[0\]\.dictionary: no dictionary 'x'; loaded: d"):
         check_edits([Edit("x", 0, "set")], {"d": make_dictionary()})
@@ -354,6 +448,14 @@ def test_unknown_dictionary_names_those_loaded() -> None:
         ("prompt", (4,), 5, True),
         ("generated", (4,), 5, False),
         ("generated", (5,), 5, True),
+        ("last", "generated", None, False),
+        ("last", "prompt", None, True),
+        ("last", "all", None, True),
+        ("last", (3,), None, True),
+        ("last", (3,), 5, False),
+        ("last", (4,), 5, True),
+        (AfterText("a"), "prompt", 5, True),
+        (AfterText("a"), AfterText("b"), None, True),
     ],
 )
 def test_two_edits_of_one_latent_conflict_where_they_overlap(

@@ -191,3 +191,120 @@ def test_memory_is_what_the_shape_says(backbone: Backbone) -> None:
     assert (
         backbone.new_cache(4, 16).nbytes == 2 * 3 * 4 * 16 * 32 * 4
     )  # keys and values, layers, slots, length, d, float32
+
+
+class Arena:
+    """Rows of any lengths that come, grow and go in one arena; checks every step against the full forward."""
+
+    def __init__(self, backbone: Backbone, n_slots: int, max_tokens: int) -> None:
+        self.backbone, self.cache = backbone, backbone.new_cache(n_slots, max_tokens=max_tokens)
+        self.rows: dict[int, list[int]] = {}
+        self.past: dict[int, int] = {}
+
+    def start(self, slot: int, row: list[int]) -> None:
+        self.cache.reserve(slot, len(row))
+        self.rows[slot], self.past[slot] = row, 0
+
+    def step(self, slots: list[int], n: int = 1) -> None:
+        pieces = {
+            slot: (self.rows[slot], self.past[slot], min(self.past[slot] + n, len(self.rows[slot]))) for slot in slots
+        }
+        check_step(self.backbone, self.cache, pieces)
+        for slot, (_, _, end) in pieces.items():
+            self.past[slot] = end
+
+    def stop(self, slot: int) -> None:
+        self.cache.release(slot)
+        del self.rows[slot], self.past[slot]
+
+
+def test_rows_of_any_length_share_an_arena(backbone: Backbone) -> None:
+    """Reservations of many sizes come and go until free places lie apart and rows must be moved."""
+    rng = random.Random(3)
+    arena, moves = Arena(backbone, 8, 100), 0
+    move = arena.cache._move_together
+
+    def counted() -> None:
+        nonlocal moves
+        moves += 1
+        move()
+
+    arena.cache._move_together = counted  # type: ignore[method-assign]
+    for _ in range(60):
+        length = rng.randint(2, 40)
+        free = [slot for slot in range(8) if slot not in arena.rows]
+        if free and length <= arena.cache.free_tokens:
+            arena.start(rng.choice(free), [rng.randrange(120) for _ in range(length)])
+        chosen = [slot for slot in arena.rows if rng.random() < 0.8]
+        if chosen:
+            arena.step(chosen, rng.choice([1, 1, 1, 7]))
+        for slot in [slot for slot, row in arena.rows.items() if arena.past[slot] == len(row)]:
+            arena.stop(slot)
+    assert moves > 2
+    assert arena.cache.free_tokens == 100 - sum(map(len, arena.rows.values()))
+
+
+def test_a_row_of_nan_between_two_others_stays_alone(backbone: Backbone) -> None:
+    """Rows that decode together, one of them NaN from this step on."""
+    cache = backbone.new_cache(3, max_tokens=60)
+    for slot, size in enumerate((20, 20, 20)):
+        cache.reserve(slot, size)
+    rows = {0: [1, 2, 3], 1: [7, 8], 2: list(range(20, 38))}
+    packed = PackedTokens.from_rows([row[:-1] for row in rows.values()], slots=list(rows))
+    backbone.forward(packed, cache=cache)
+    packed = PackedTokens.from_rows(
+        [row[-1:] for row in rows.values()], past=[len(row) - 1 for row in rows.values()], slots=list(rows)
+    )
+    logits = backbone.forward(
+        packed,
+        cache=cache,
+        logits="last",
+        edit=lambda _, x: torch.where((packed.row_of_token == 1)[:, None], torch.nan, x),
+        edit_sites=[Site(0, "resid_pre")],
+    ).logits
+    assert logits is not None
+    for i, row in rows.items():
+        expected = full_forward(backbone, row)[1][-1]
+        if i == 1:
+            assert logits[i].isnan().all()
+        else:
+            torch.testing.assert_close(logits[i], expected, atol=1e-4, rtol=1e-5)
+    cache.release(1)
+    cache.reserve(1, 4)
+    assert all(bool(torch.isfinite(part).all()) for part in (cache._keys, cache._values))
+
+
+def test_a_copied_row_goes_on_by_itself(backbone: Backbone) -> None:
+    arena = Arena(backbone, 3, 90)
+    row = [3, 1, 4, 1, 5, 9, 2, 6]
+    for slot, rest in enumerate(([7, 7, 7], [8, 9, 10, 11], [2])):
+        arena.start(slot, [*row, *rest])
+    arena.step([0], len(row))
+    arena.cache.copy(0, [1, 2], len(row))
+    arena.past = dict.fromkeys(arena.past, len(row))
+    arena.step([0, 1, 2])
+    arena.step([0, 1])
+    with pytest.raises(ValueError, match="holds 10 tokens, not 11"):
+        arena.cache.copy(0, [2], 11)
+    with pytest.raises(ValueError, match="10 tokens does not fit a cache slot of 9"):
+        arena.cache.copy(0, [2], 10)
+
+
+def test_reservations_are_bounded(backbone: Backbone) -> None:
+    cache = backbone.new_cache(2, 32, max_tokens=40)
+    assert cache.nbytes == 2 * 3 * 40 * 32 * 4
+    cache.reserve(0, 30)
+    for slot, n, message in [
+        (0, 1, "has 30 tokens reserved already"),
+        (1, 33, "expected 1 to 32"),
+        (1, 11, "11 tokens do not fit the cache: 10 of 40 are free"),
+        (2, 1, "slot 2 does not exist"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cache.reserve(slot, n)
+    with pytest.raises(ValueError, match="slot 1 has no tokens reserved"):
+        cache.release(1)
+    with pytest.raises(ValueError, match="slot 1 has no tokens reserved"):
+        backbone.forward(PackedTokens.from_rows([[1]], slots=[1]), cache=cache)
+    with pytest.raises(ValueError, match="31 tokens does not fit a cache slot of 30"):
+        backbone.forward(PackedTokens.from_rows([[1] * 31], slots=[0]), cache=cache)

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_runtime.kernels.benchmark import measure_peak
-from sae_runtime.kernels.tiled_relu import reference_relu, tiled_relu
+from sae_runtime.kernels.latent_activation import LatentActivation
+from sae_runtime.kernels.tiled_active import reference_active, tiled_active
+from sae_runtime.kernels.tiled_groupmax import reference_groupmax, tiled_groupmax
 from sae_runtime.kernels.tiled_topk import reference_topk, tiled_topk, topk_of_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -88,26 +90,54 @@ def test_no_rows() -> None:
     _, weight, bias = random_layer(1, 96, 16, torch.float32)
     values, indices = tiled_topk(torch.zeros(0, 16), weight, bias, 8)
     assert values.shape == indices.shape == (0, 8)
-    values, indices = tiled_relu(torch.zeros(0, 16), weight, bias)
+    values, indices = tiled_active(torch.zeros(0, 16), weight, LatentActivation(bias))
     assert values.shape == indices.shape == (0, 0)
 
 
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_relu_equals_the_dense_reference_for_any_tiling(dtype: torch.dtype) -> None:
+def test_active_latents_equal_the_dense_reference_for_any_tiling(dtype: torch.dtype, kind: str) -> None:
     generator = torch.Generator().manual_seed(2)
     x, weight = (torch.randint(-3, 4, shape, generator=generator).to(dtype) for shape in ((37, 12), (203, 12)))
-    bias = torch.randint(-30, 4, (203,), generator=generator).to(dtype)
-    expected = reference_relu(x, weight, bias)
+    bias, threshold, scale, shift = (
+        torch.randint(low, high, (203,), generator=generator).to(dtype)
+        for low, high in ((-30, 4), (-3, 9), (1, 4), (-9, 9))
+    )
+    activation = {
+        "relu": LatentActivation(bias),
+        "jumprelu": LatentActivation(bias, threshold),
+        "gated": LatentActivation(bias, magnitude_scale=scale, magnitude_bias=shift),
+    }[kind]
+    expected = reference_active(x, weight, activation)
+    by_hand = x @ weight.T + bias
+    gate, value = by_hand > (threshold if kind == "jumprelu" else 0), by_hand
+    if kind == "gated":
+        value = (by_hand - bias) * scale + shift
+    dense = torch.zeros_like(by_hand).scatter_add_(1, expected[1].clamp_min(0), expected[0])
+    assert torch.equal(dense, torch.where(gate, value, 0).relu())
     for tile_rows, tile_latents in ((None, None), (5, 203), (37, 15), (1, 64)):
-        found = tiled_relu(x, weight, bias, tile_rows=tile_rows, tile_latents=tile_latents)
+        found = tiled_active(x, weight, activation, tile_rows=tile_rows, tile_latents=tile_latents)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
 
 
 def test_relu_without_any_active_latent_has_no_columns() -> None:
     x, weight, _ = random_layer(3, 96, 16, torch.float32)
-    values, indices = tiled_relu(x, weight, torch.full((96,), -1e6))
+    values, indices = tiled_active(x, weight, LatentActivation(torch.full((96,), -1e6)))
     assert values.shape == indices.shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 6, 96])
+def test_groupmax_equals_the_dense_reference_for_any_tiling(dtype: torch.dtype, k: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, weight = (torch.randint(-3, 4, shape, generator=generator).to(dtype) for shape in ((37, 12), (96, 12)))
+    bias = torch.randint(-30, 4, (96,), generator=generator).to(dtype)  # ties are frequent, silent groups too
+    expected = reference_groupmax(x, weight, bias, k)
+    for tile_elements in (1, 96, 5 * 96, 1 << 22):
+        found = tiled_groupmax(x, weight, bias, k, tile_elements=tile_elements)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
 
 
 def test_peak_memory_stays_far_below_the_dense_latents() -> None:

@@ -26,7 +26,7 @@ def test_one(call: Call):
         "site            2.resid_post_mlp",
         "latents         64 over width 4",
         "activation      topk, k 8",
-        "input           normalised per token",
+        "input           mean 0 and standard deviation 1 per token",
         "statistics      yes",
         "context         32 tokens",
         "trained on      4,000,000 tokens of corpus",

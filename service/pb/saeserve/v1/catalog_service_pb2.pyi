@@ -170,24 +170,37 @@ class Dictionary(_message.Message):
     NORMALIZES_INPUT_FIELD_NUMBER: _builtins.int
     HAS_STATISTICS_FIELD_NUMBER: _builtins.int
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    NORMALIZATION_FIELD_NUMBER: _builtins.int
+    HAS_SKIP_CONNECTION_FIELD_NUMBER: _builtins.int
+    TRANSCODER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique in the server."""
     site: _builtins.str
     """Where its activations are read, "<layer>.<location>", such as "8.resid_post_mlp"."""
     architecture: _builtins.str
-    """How latents are chosen: "topk" or "relu"."""
+    """How latents are computed: "topk", "relu", "jumprelu", "gated" or "groupmax". Dictionaries trained as BatchTopK or
+    Matryoshka are served as "jumprelu", with the threshold that they learned.
+    """
     d_in: _builtins.int
     """Width of the activations."""
     n_latents: _builtins.int
     """Number of features."""
     k: _builtins.int
-    """Features kept per token; 0 where the architecture has no such number."""
+    """Most features kept per token, of "topk" and "groupmax"; 0 where the architecture has no such number."""
     normalizes_input: _builtins.bool
-    """Whether each input row is brought to mean 0 and standard deviation 1 before encoding."""
+    """Whether each input row is normalised before encoding; DecodeFeatures then needs the input statistics."""
     has_statistics: _builtins.bool
     """Whether largest and mean activations are known: UNIT_RECORDED_MAXIMUM and ABLATION_MEAN need them."""
     context_length: _builtins.int
     """Tokens in a training context; later positions are outside what it was trained on. 0: unknown."""
+    normalization: _builtins.str
+    """How each input row is normalised: "none", "layer_norm" (mean 0, standard deviation 1) or "constant_norm" (Euclidean
+    norm sqrt(d_in)).
+    """
+    has_skip_connection: _builtins.bool
+    """Whether decoding needs the raw input of encoding too (a skip connection); DecodeFeatures refuses such a dictionary."""
+    transcoder: _builtins.bool
+    """Whether it decodes to another activation than it reads; it is then not edited and has no reconstruction error."""
     def __init__(
         self,
         *,
@@ -200,10 +213,13 @@ class Dictionary(_message.Message):
         normalizes_input: _builtins.bool = ...,
         has_statistics: _builtins.bool = ...,
         context_length: _builtins.int = ...,
+        normalization: _builtins.str = ...,
+        has_skip_connection: _builtins.bool = ...,
+        transcoder: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "d_in", b"d_in", "has_statistics", b"has_statistics", "k", b"k", "n_latents", b"n_latents", "name", b"name", "normalizes_input", b"normalizes_input", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "d_in", b"d_in", "has_skip_connection", b"has_skip_connection", "has_statistics", b"has_statistics", "k", b"k", "n_latents", b"n_latents", "name", b"name", "normalization", b"normalization", "normalizes_input", b"normalizes_input", "site", b"site", "transcoder", b"transcoder"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,18 +1,19 @@
-"""Sparse `relu(x @ weight.T + bias)` that never holds more than a tile of the dense result."""
+"""Sparse result of an activation that looks at each latent alone, never holding more than a tile of the dense one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from sae_runtime.kernels.latent_activation import LatentActivation
 from sae_runtime.kernels.tiled_topk import BITS, MIN_TILE_ROWS, TILE_ELEMENTS, TILE_LATENTS
 
 GROUP = 64
 
 
-def reference_relu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """What `tiled_relu` computes, from the dense result."""
-    dense = torch.addmm(bias, x, weight.T).relu()
+def reference_active(x: Tensor, weight: Tensor, activation: LatentActivation) -> tuple[Tensor, Tensor]:
+    """What `tiled_active` computes, from the dense result."""
+    dense = activation.before_relu(x, weight).relu()
     values, indices = dense.sort(dim=-1, descending=True, stable=True)
     longest = int((dense > 0).sum(dim=1).max()) if len(dense) else 0
     values, indices = values[:, :longest], indices[:, :longest]
@@ -20,19 +21,19 @@ def reference_relu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def tiled_relu(
+def tiled_active(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    activation: LatentActivation,
     *,
     tile_rows: int | None = None,
     tile_latents: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Positive entries of each row of `x @ weight.T + bias`.
+    """Active latents of each row of x.
 
-    x [n, d_in], weight [n_latents, d_in], bias [n_latents], all of one floating dtype. Returns values [n, k]
-    descending with 0 at the padding, and indices int64 [n, k] with -1 there; k is the largest number of positive
-    entries in any row (0 if there are none), equal values by ascending index.
+    x [n, d_in], weight [n_latents, d_in] and the activation's tensors [n_latents] are of one floating dtype. Returns
+    values [n, k] descending with 0 at the padding, and indices int64 [n, k] with -1 there; k is the largest number of
+    active latents in any row (0 if there are none), equal values by ascending index.
     """
     n, n_latents = x.shape[0], weight.shape[0]
     tile_latents = min(n_latents, tile_latents or TILE_LATENTS)
@@ -46,7 +47,7 @@ def tiled_relu(
         for start in range(0, n_latents, tile_latents):
             stop = min(n_latents, start + tile_latents)
             pre = tile[: m * (stop - start)].view(m, stop - start)
-            torch.addmm(bias[start:stop], x_rows, weight[start:stop].T, out=pre)
+            activation[start:stop].before_relu(x_rows, weight[start:stop], out=pre)
             for rows, latents in _positive(pre):
                 found_rows.append(rows)
                 found_latents.append(latents + start)

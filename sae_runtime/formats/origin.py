@@ -1,0 +1,31 @@
+"""What a file of another project says about a dictionary beyond its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Kept as the file has it, so that nothing is lost where this project has no word for it."""
+
+    format: str  # "openai", "saelens", "sparsify" or "dictionary_learning"
+    hook: str | None = None  # the file's own name for the site, for example "blocks.8.hook_resid_pre"
+    model: str | None = None  # the file's own name for the model
+    context_length: int | None = None  # tokens per row in training
+    config: Mapping[str, Any] = field(default_factory=dict)  # its configuration file, whole
+
+    @classmethod
+    def of(
+        cls, format: str, *, hook: object, model: object, context_length: object, config: Mapping[str, Any]
+    ) -> Origin:
+        """From the values of a configuration file, of which those of another type than expected count as absent."""
+        return cls(
+            format,
+            hook=hook if isinstance(hook, str) and hook else None,
+            model=model if isinstance(model, str) and model else None,
+            context_length=context_length if type(context_length) is int and context_length > 0 else None,
+            config=config,
+        )

@@ -1,0 +1,54 @@
+"""Against a dense product and torch.topk."""
+
+import pytest
+import torch
+
+from sae_runtime.kernels import topk_membership
+from sae_runtime.kernels.topk_membership import kept_in_topk
+from tests.service.engine.models import random_dictionary
+
+
+@pytest.mark.parametrize(("n_latents", "k"), [(50, 7), (5000, 32), (3000, 2999), (1500, 1)])
+def test_equals_a_dense_topk(n_latents: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(n_latents)
+    # Whole numbers: sums are exact in any order, and many values are equal.
+    x, weight, bias = (
+        torch.randint(-3, 4, s, generator=generator).float() for s in ((6, 9), (n_latents, 9), (n_latents,))
+    )
+    dense = x @ weight.T + bias
+    order = dense.argsort(dim=1, descending=True, stable=True)  # of equals the lower latent first
+    rank = order.argsort(dim=1)
+    rows = torch.randint(0, 6, (200,), generator=generator)
+    latents = torch.randint(0, n_latents, (200,), generator=generator)
+    latents[:40] = order[rows[:40], torch.randint(0, k, (40,), generator=generator)]  # kept ones, some at the edge
+    latents[40:50] = order[rows[40:50], min(k, n_latents - 1)]
+    found = kept_in_topk(x, weight, bias, k, rows, latents, dense[rows, latents])
+    assert found.tolist() == (rank[rows, latents] < k).tolist()
+    assert found.any()
+    assert k >= n_latents - 1 or not found.all()
+
+
+def test_looks_at_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, addmm = [], torch.addmm
+    monkeypatch.setattr(
+        topk_membership.torch, "addmm", lambda b, x, w: seen.append((x.shape[0], w.shape[1])) or addmm(b, x, w)
+    )
+    weight = torch.eye(20_000, 2) + 1
+    x, bias = torch.ones(3, 2), torch.zeros(20_000)
+    pairs = torch.tensor([0, 2]), torch.tensor([19_000, 0])  # one of the smallest values, one of the two largest
+    assert kept_in_topk(x, weight, bias, 4, *pairs, torch.tensor([2.0, 3.0])).tolist() == [False, True]
+    assert seen[0] == (2, 1024)
+    assert {rows for rows, _ in seen[1:]} == {1}
+    assert sum(n for _, n in seen) == 20_000
+
+
+def test_edits_read_the_same_values_as_encoding_in_full() -> None:
+    dictionary = random_dictionary("0.resid_post_mlp", 32, k=8, normalize=True, seed=3, n_latents=3000)
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    dense = dictionary.encode_dense(x)
+    features = torch.cat([dense.sum(0).topk(60).indices, torch.arange(2000, 2100)]).unique()
+    wanted = torch.rand(40, len(features), generator=torch.Generator().manual_seed(2)) < 0.3
+    found, statistics = dictionary.encode_ascending(x, features, wanted)
+    torch.testing.assert_close(found * wanted, dense[:, features] * wanted)
+    assert (found * wanted).count_nonzero() > 20
+    assert statistics is not None

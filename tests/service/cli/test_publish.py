@@ -1,0 +1,67 @@
+"""`saeserve publish` and `saeserve export`: between the formats on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae_runtime import load_dictionary
+from tests.sae_runtime.conftest import tiny_backbone_folder  # noqa: F401 (a fixture)
+
+Saeserve = Callable[..., tuple[int, str, str]]
+GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden"
+
+
+def test_publish_with_statistics(saeserve: Saeserve, tmp_path: Path, tiny_backbone_folder: Path):  # noqa: F811
+    text = tmp_path / "text.txt"
+    text.write_text("a cat and a dog and a fox " * 20)
+    command = ["publish", str(GOLDEN / "sparsify_topk"), "--backbone", str(tiny_backbone_folder)]
+    code, out, err = saeserve(*command, str(tmp_path / "d"))
+    assert code == 1
+    assert "does not say which site it reads" in err
+    code, out, err = saeserve(
+        *command, str(tmp_path / "d"), "--site", "0.resid_pre", "--name", "cats", "--data", str(text), "--tokens", "64"
+    )
+    assert code == 0, err
+    assert "over 64 tokens" in out
+    published = load_dictionary(tmp_path / "d")
+    assert (published.name, published.site, published.activation) == ("cats", "0.resid_pre", "topk")
+    assert published.statistics is not None
+    assert published.statistics.n_tokens == 64
+
+    code, out, err = saeserve(*command, str(tmp_path / "d"), "--site", "0.resid_pre")
+    assert code == 1
+    assert "exists" in err
+    statistics = str(tmp_path / "d" / "stats.safetensors")
+    code, out, err = saeserve(
+        *command, str(tmp_path / "e"), "--site", "0.resid_pre", "--statistics", statistics, "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["statistics_tokens"] == 64
+
+
+@pytest.mark.parametrize(("format_name", "name"), [("openai", "copy.pt"), ("saelens", "copy")])
+def test_export(saeserve: Saeserve, tmp_path: Path, format_name: str, name: str):
+    source, copy = GOLDEN / "openai_topk_ln" / "autoencoder.pt", tmp_path / "new" / name
+    code, out, err = saeserve("export", str(source), "--format", format_name, str(copy))
+    assert code == 0, err
+    assert out == f"wrote {copy} ({format_name}, topk, 96 latents)\n"
+    x = load_file(source.parent / "expected.safetensors")["x"]
+    torch.testing.assert_close(load_dictionary(copy).encode_dense(x), load_dictionary(source).encode_dense(x))
+    code, _, err = saeserve("export", str(source), "--format", format_name, str(copy))
+    assert (code, err) == (1, f"saeserve: {copy} exists; remove it first\n")
+
+
+def test_what_a_format_cannot_say(saeserve: Saeserve, tmp_path: Path):
+    code, _, err = saeserve("export", str(GOLDEN / "dl_gated"), "--format", "openai", str(tmp_path / "x.pt"))
+    assert code == 1
+    assert "OpenAI's format cannot say the activation gated" in err
+    code, _, err = saeserve("export", "nowhere", "--format", "saelens", str(tmp_path / "x"))
+    assert code == 1
+    assert "no builtin dictionary 'nowhere'" in err
+    assert not list(tmp_path.iterdir())

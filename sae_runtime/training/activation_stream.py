@@ -1,9 +1,9 @@
-"""Activations of the backbone at one site, read from rows of tokens."""
+"""Activations of the backbone at several sites, read from rows of tokens in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,25 +13,24 @@ from sae_runtime.packed import PackedTokens
 from sae_runtime.sites import Site
 
 
-def activation_chunks(
-    backbone: Backbone,
-    site: Site,
-    rows: Iterator[list[int]],
-    *,
-    tokens_per_pass: int,
-    context_length: int,
-    skip_first: bool = False,
-) -> Iterator[Tensor]:
-    """Yields [n, width] activations in the backbone's dtype, tokens in reading order, of as many rows as fit a pass.
+def read_activations(
+    backbone: Backbone, sites: Sequence[Site], rows: Sequence[Sequence[int]], *, skip_first: bool = False
+) -> dict[Site, Tensor]:
+    """[n, width] activations of each site in the backbone's dtype, tokens in reading order, of one forward pass.
 
     Args:
-        tokens_per_pass: most tokens in one forward pass; at least one row is read.
-        context_length: most tokens in a row.
+        rows: token ids, each at most the backbone's context length.
         skip_first: leave out every row's first token (a prepended end-of-text).
     """
-    rows_per_pass = max(1, tokens_per_pass // context_length)
-    while batch := list(islice(rows, rows_per_pass)):
-        packed = PackedTokens.from_rows(batch).to(backbone.device)
-        with torch.no_grad():
-            activations = backbone.forward(packed, capture=[site]).activations[site]  # (N, width)
-        yield activations[packed.positions > 0] if skip_first else activations
+    packed = PackedTokens.from_rows(rows).to(backbone.device)
+    with torch.no_grad():
+        captured = backbone.forward(packed, capture=sites).activations
+    if skip_first:
+        kept = packed.positions > 0
+        return {site: captured[site][kept] for site in sites}
+    return {site: captured[site] for site in sites}
+
+
+def text_tokens(rows: Sequence[Sequence[int]], *, skip_first: bool) -> list[int]:
+    """The token ids that `read_activations` gives activations of, in the same order."""
+    return list(chain.from_iterable(row[1:] if skip_first else row for row in rows))

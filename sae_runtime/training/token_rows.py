@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from sae_runtime.backbone import Backbone
-from sae_runtime.training.text import Document, read_documents
+from sae_runtime.training.text import Document, DocumentFile, mix
 
 Encode = Callable[[list[str]], list[list[int]]]
 """Texts to token ids, without special tokens."""
@@ -38,21 +38,9 @@ _BATCH_CHARACTERS = 1 << 18  # text tokenized at a time: enough for the tokenize
 
 
 def mixed_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
-    """Documents of all files, each file drawn from in proportion to its size, so that every stretch mixes them all.
-
-    The next document comes from the file that is least far read, measured in characters read per byte on disk.
-    """
-    sizes = [max(Path(path).stat().st_size, 1) for path in paths]
-    files = {i: iter(read_documents([path])) for i, path in enumerate(paths)}
-    read = dict.fromkeys(files, 0)
-    while files:
-        chosen = min(files, key=lambda i: read[i] / sizes[i])
-        document = next(files[chosen], None)
-        if document is None:
-            del files[chosen]
-            continue
-        read[chosen] += len(document.text) + 1
-        yield document
+    """Documents of all files (see read_documents), mixed in proportion to their sizes (see mix)."""
+    files = [DocumentFile(Path(path)) for path in paths]
+    return mix((file.size, iter(file)) for file in files)
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
@@ -80,9 +68,10 @@ def shuffled_held_out(documents: Iterable[Document], max_characters: int, seed: 
 
 @dataclass
 class CutterState:
-    """Position in the text: documents read in this epoch, and tokens read but not yet given out in a row."""
+    """Position in the text: rows given and documents read in this epoch, tokens read but not yet given in a row."""
 
     epoch: int = 0
+    rows: int = 0
     documents: int = 0
     remainder: list[int] = field(default_factory=list)
 
@@ -104,11 +93,16 @@ class RowCutter:
 
         In packed mode a last row that is not full stays in `state.remainder`.
         """
+        return self.cut_tokens(encoded(documents, self.encode), state)
+
+    def cut_tokens(self, documents: Iterable[list[int]], state: CutterState) -> Iterator[list[int]]:
+        """The same for documents that are tokens already, without special tokens."""
         yield from self._full_rows(state)
-        for ids in self._encoded(documents):
+        for ids in documents:
             # A document counts as read once its tokens are in the remainder.
             state.documents += 1
-            state.remainder += [*ids, self.end_of_text] if self.mode == "packed" else ids
+            if ids:  # an empty document is nothing between two others
+                state.remainder += [*ids, self.end_of_text] if self.mode == "packed" else ids
             yield from self._full_rows(state)
 
     def _full_rows(self, state: CutterState) -> Iterator[list[int]]:
@@ -120,17 +114,19 @@ class RowCutter:
             if len(row) > 1:  # a single token has no context and predicts nothing
                 yield row
 
-    def _encoded(self, documents: Iterable[Document]) -> Iterator[list[int]]:
-        batch: list[str] = []
-        characters = 0
-        for document in documents:
-            batch.append(document.text)
-            characters += len(document.text)
-            if characters >= _BATCH_CHARACTERS:
-                yield from self.encode(batch)
-                batch, characters = [], 0
-        if batch:
-            yield from self.encode(batch)
+
+def encoded(documents: Iterable[Document], encode: Encode) -> Iterator[list[int]]:
+    """The token ids of each document, tokenized many at a time."""
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document.text)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield from encode(batch)
+            batch, characters = [], 0
+    if batch:
+        yield from encode(batch)
 
 
 class TrainingRows:
@@ -153,10 +149,15 @@ class TrainingRows:
     def __next__(self) -> list[int]:
         return next(self._rows)
 
+    @property
+    def epoch(self) -> int:
+        """Epoch of the row given last, from 0."""
+        return self._state.epoch
+
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self._state), "remainder": list(self._state.remainder)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where `state_dict` was taken; skipped documents are read again but not tokenized."""
         self._state = CutterState(**state)
         self._rows = self._endless()
@@ -164,12 +165,15 @@ class TrainingRows:
     def _endless(self) -> Iterator[list[int]]:
         state = self._state
         while True:
-            first, found = state.documents, False
+            first = state.documents
             documents = (d for d in mixed_documents(self._paths) if not is_held_out(d, self._held_out_fraction))
             for row in self._cutter.cut(islice(documents, first, None), state):
-                found = True
+                state.rows += 1
                 yield row
-            # Packed text shorter than a row is enough after some epochs; no text at all never is.
-            if first == 0 and not found and not state.remainder:
+            # Every epoch has the same rows: what is left of a last row is dropped. But text that is shorter than a row
+            # fills one after some epochs; no text at all never does.
+            if state.rows:
+                state.remainder = []
+            elif not state.remainder:
                 raise ValueError(f"no text to train on in {', '.join(str(p) for p in self._paths)}")
-            state.epoch, state.documents = state.epoch + 1, 0
+            state.epoch, state.documents, state.rows = state.epoch + 1, 0, 0

@@ -6,19 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_runtime.sites import Site
 from sae_runtime.training.shuffle_buffer import ShuffleBuffer
 
+SITE, WIDER = Site.parse("0.resid_pre"), Site.parse("0.mlp_post_act")
 
-def numbered(n_rows: int, chunk: int, start: int = 0) -> Iterator[Tensor]:
+
+def numbered(n_rows: int, chunk: int, start: int = 0) -> Iterator[dict[Site, Tensor]]:
     for first in range(start, n_rows, chunk):
-        yield torch.arange(first, min(first + chunk, n_rows), dtype=torch.float32)[:, None].expand(-1, 3)
+        numbers = torch.arange(first, min(first + chunk, n_rows), dtype=torch.float32)[:, None]
+        yield {SITE: numbers.expand(-1, 3), WIDER: -numbers.expand(-1, 5)}
 
 
 def batches(buffer: ShuffleBuffer, size: int) -> list[Tensor]:
     out = []
     while True:
         try:
-            out.append(buffer.next_batch(size))
+            batch = buffer.next_batch(size)
+            assert torch.equal(batch[SITE][:, :1].expand(-1, 5), -batch[WIDER])  # the sites stay together
+            out.append(batch[SITE])
         except StopIteration:
             return out
 
@@ -49,33 +55,33 @@ def test_neighbours_are_spread_over_the_buffers_length() -> None:
 def test_memory_is_bounded_by_the_capacity() -> None:
     pulled = 0
 
-    def stream() -> Iterator[Tensor]:
+    def stream() -> Iterator[dict[Site, Tensor]]:
         nonlocal pulled
         for chunk in numbered(10_000, 50):
-            pulled += len(chunk)
+            pulled += len(chunk[SITE])
             yield chunk
 
     buffer = ShuffleBuffer(stream(), 256, seed=0)
     for given in range(32, 8000, 32):
         buffer.next_batch(32)
         held = buffer.state_dict()
-        assert held["rows"].shape == (256, 3)
+        assert held["held"]["0.resid_pre"].shape == (256, 3)
         assert pulled - given <= 256 + 50
-        assert held["chunk"] is None or held["chunk"].untyped_storage().nbytes() <= 50 * 3 * 4
+        assert held["chunk"] is None or held["chunk"]["0.resid_pre"].untyped_storage().nbytes() <= 50 * 3 * 4
 
 
 def test_continues_exactly_from_a_state() -> None:
     expected = batches(ShuffleBuffer(numbered(2000, 30), 128, seed=3), 16)
     pulled = [0]
 
-    def counted() -> Iterator[Tensor]:
+    def counted() -> Iterator[dict[Site, Tensor]]:
         for chunk in numbered(2000, 30):
-            pulled[0] += len(chunk)
+            pulled[0] += len(chunk[SITE])
             yield chunk
 
     first = ShuffleBuffer(counted(), 128, seed=3)
     for i in range(41):
-        assert torch.equal(first.next_batch(16), expected[i])
+        assert torch.equal(first.next_batch(16)[SITE], expected[i])
     second = ShuffleBuffer(numbered(2000, 30, start=pulled[0]), 128, seed=99)
     second.load_state_dict(first.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(batches(second, 16), expected[41:], strict=True))
@@ -84,7 +90,9 @@ def test_continues_exactly_from_a_state() -> None:
 def test_peek_takes_nothing() -> None:
     buffer = ShuffleBuffer(numbered(500, 30), 128, seed=0)
     peeked = buffer.peek(50)
-    assert torch.equal(peeked, torch.cat([buffer.next_batch(25), buffer.next_batch(25)]))
+    given = [buffer.next_batch(25) for _ in range(2)]
+    for site in (SITE, WIDER):
+        assert torch.equal(peeked[site], torch.cat([batch[site] for batch in given]))
 
 
 def test_errors_name_the_bound() -> None:

@@ -1,0 +1,131 @@
+"""`saeserve tokenize`: text to a folder of token files that training reads; every field of TokenizeConfig is a flag."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sae_runtime.training.token_folder.manifest import TokenManifest
+from sae_runtime.training.token_folder.reader import TokenFolder
+from sae_runtime.training.token_folder.tokenize import TokenizeConfig, TokenizeProgress, tokenize
+from service.cli.command_error import CommandError
+from service.cli.fact_table import fact_table
+from service.cli.json_output import print_json
+from service.cli.setting_flags import add_setting_flags, given_settings, problem
+
+_LOG_INTERVAL_S = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Tokenizes text once, into a folder that `saeserve train --data FOLDER` maps into memory. A call that was "
+        "stopped goes on after its last finished file when it is started again."
+    )
+    parser.add_argument("source", nargs="*", metavar="SOURCE", help="the same as --sources")
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="YAML file of settings; flags win over it")
+    parser.add_argument("--restart", action="store_true", help="throw an unfinished folder away and begin anew")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="only verify the checksums of a finished folder")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_setting_flags(parser, TokenizeConfig)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        if arguments.check is not None:
+            folder, path = TokenFolder(arguments.check), arguments.check
+            folder.check_sums()
+            manifest = folder.manifest
+        else:
+            config = read_config(arguments)
+            path = config.out
+            with _Display(Console(stderr=True, highlight=False)) as display:
+                manifest = tokenize(config, display.show, restart=arguments.restart)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on after the last finished file.", file=sys.stderr)
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    figures = _figures(manifest)
+    if arguments.json:
+        print_json({"path": str(path), **figures})
+        return 0
+    console = Console(highlight=False)
+    console.print(f"{'Verified' if arguments.check else 'Wrote'} {path}", soft_wrap=True)
+    rows = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in figures.items()}
+    console.print(fact_table(rows))
+    if not arguments.check:
+        console.print(f"Train on it: saeserve train --data {path} ...", soft_wrap=True)
+    return 0
+
+
+def read_config(arguments: argparse.Namespace) -> TokenizeConfig:
+    """Settings of the file and the flags.
+
+    Raises:
+        CommandError: a setting is unknown, missing or wrong; one line for each.
+    """
+    try:
+        settings: Any = {} if arguments.config is None else yaml.safe_load(arguments.config.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise CommandError(f"cannot read settings: {error}", exit_code=2) from error
+    if not isinstance(settings, dict):
+        raise CommandError(f"{arguments.config}: found {type(settings).__name__}, expected settings", exit_code=2)
+    settings |= given_settings(arguments, TokenizeConfig)
+    if arguments.source:
+        settings["sources"] = arguments.source
+    try:
+        return TokenizeConfig(**settings)
+    except ValidationError as error:
+        raise CommandError("; ".join(problem(each) for each in error.errors()), exit_code=2) from error
+
+
+def _figures(manifest: TokenManifest) -> dict[str, str | int]:
+    return {
+        "training tokens": manifest.tokens("train"),
+        "training documents": manifest.documents("train"),
+        "held-out tokens": manifest.tokens("held_out"),
+        "held-out documents": manifest.documents("held_out"),
+        "context length": manifest.context_length,
+        "tokenizer": f"{manifest.tokenizer.backbone} {manifest.tokenizer.fingerprint[:16]}",
+        "fingerprint": manifest.fingerprint[:16],
+    }
+
+
+class _Display:
+    """A progress bar; on something that is no terminal, a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("tokenize"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("tokenize", total=1.0, figures="")
+        self._line_at = time.monotonic()
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, event: TokenizeProgress) -> None:
+        figures = f"{event.tokens:,} tokens  {event.tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, completed=event.share, figures=figures)
+        if not self._console.is_terminal and time.monotonic() - self._line_at > _LOG_INTERVAL_S:
+            self._line_at = time.monotonic()
+            self._console.print(f"tokenize {event.share:.0%}  {figures}", soft_wrap=True)

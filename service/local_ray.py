@@ -26,11 +26,11 @@ from typing import Any
 
 from service.settings import ServeSettings
 
-_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through it
+OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through it
 _GONE_AFTER_S = 5.0
 _SERVE_ENDS_S = 5.0
 _CORE = ("gcs_server", "raylet")
-_TOKEN = "RAY_AUTH_TOKEN"
+TOKEN = "RAY_AUTH_TOKEN"
 
 
 class StartError(Exception):
@@ -81,7 +81,7 @@ def environment(settings: ServeSettings, directory: Path) -> dict[str, str]:
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         # A token of this run only; left to itself Ray writes one to the home directory.
         "RAY_AUTH_MODE": "token",
-        _TOKEN: secrets.token_hex(32),
+        TOKEN: secrets.token_hex(32),
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(settings.max_message_bytes),
         # Between processes of Serve: calls that its own proxy passes on, as it does while HAProxy has no replica.
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(settings.max_message_bytes),
@@ -141,11 +141,11 @@ def local_ray(settings: ServeSettings, *, verbose: bool) -> Iterator[Path]:
                 _start_ray(settings, settings.ray_dir or str(directory / "ray"), verbose=verbose)
             yield directory
         finally:
-            _ignore_signals()
+            ignore_signals()
             with ray_is_silent(verbose=verbose):
                 _stop(settings.drain_s)
     finally:
-        _ignore_signals()
+        ignore_signals()
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -168,7 +168,7 @@ def _start_ray(settings: ServeSettings, ray_dir: str, *, verbose: bool) -> None:
                 address="local",
                 num_cpus=max(1, math.ceil(settings.replicas * settings.cpus_per_replica)),
                 include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
+                object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.CRITICAL,
                 _node_ip_address="127.0.0.1",  # where replicas listen if the HTTP host is loopback
@@ -182,14 +182,14 @@ def _start_ray(settings: ServeSettings, ray_dir: str, *, verbose: bool) -> None:
             _stop(settings.drain_s)
 
 
-def _ignore_signals() -> None:
+def ignore_signals() -> None:
     """A second Ctrl-C must not cut the cleaning up short."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
 
 
 def _stop(drain_s: float) -> None:
-    """Ends Serve, Ray, and what they may have left."""
+    """Ends Serve, then Ray and what they may have left."""
     import ray
     from ray.serve.context import _get_global_client  # serve.shutdown() waits 30 s for a controller that is gone
 
@@ -197,6 +197,13 @@ def _stop(drain_s: float) -> None:
         client = _get_global_client() if ray.is_initialized() else None
         if client is not None:
             client.shutdown(timeout_s=drain_s + _SERVE_ENDS_S)
+    stop_ray()
+
+
+def stop_ray() -> None:
+    """Ends Ray and every process of this run."""
+    import ray
+
     if sum(_is_core(process) for process in _our_processes()) == len(_CORE):
         with contextlib.suppress(Exception):
             ray.shutdown(wait_for_processes=True)
@@ -220,12 +227,12 @@ def _our_processes() -> list[Any]:
     """Every process of this run, orphans included: they inherit its token. psutil comes with ray."""
     import psutil
 
-    token, found = os.environ[_TOKEN], set()
+    token, found = os.environ[TOKEN], set()
     with contextlib.suppress(psutil.Error):
         found.update(psutil.Process().children(recursive=True))  # a few write over their environment
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(_TOKEN) == token:
+            if process.pid != os.getpid() and process.environ().get(TOKEN) == token:
                 found.add(process)
     return list(found)
 

@@ -8,9 +8,64 @@ from typing import Any
 
 import torch
 
+from sae_runtime.backbone import Backbone
+from sae_runtime.training.config import TrainingConfig
+
+FREE_ON_RESUME = frozenset(
+    {
+        "out",
+        "name",
+        "checkpoint",
+        "checkpoint_interval",
+        "threads",
+        "micro_batch_tokens",
+        "storage_dtype",
+        "evaluation_tokens",
+        "statistics_tokens",
+        "log",
+        "log_interval",
+        "tensorboard",
+        "wandb_project",
+        "overlap",
+        "cache",
+        "cache_gb",
+    }
+)
+"""Settings that may differ between a run and its continuation: they do not change the weights, but by rounding."""
+
+
+def run_identity(config: TrainingConfig, backbone: Backbone) -> dict[str, Any]:
+    """What must be equal for a run to go on from a checkpoint, as JSON values."""
+    settings = config.model_dump(mode="json", exclude=set(FREE_ON_RESUME))
+    return {"settings": settings, "backbone": backbone.fingerprint}
+
+
+def check_identity(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    """Makes sure that a checkpoint belongs to this run.
+
+    Raises:
+        ValueError: it does not; names the backbones' fingerprints, or the first settings that differ.
+    """
+    if found == expected:
+        return
+    if found.get("backbone") != expected["backbone"]:
+        difference = f"its backbone has fingerprint {found.get('backbone')}, this one {expected['backbone']}"
+    else:
+        theirs, ours = found.get("settings", {}), expected["settings"]
+        names = [name for name in ours if name not in theirs or theirs[name] != ours[name]]
+        shown = (f"{name} was {theirs.get(name)!r}, is {ours[name]!r}" for name in names[:3])
+        difference = ", ".join(shown) or "unknown settings"
+    raise ValueError(
+        f"{path} belongs to another run: {difference}; restore the settings, or remove the checkpoint to start anew"
+    )
+
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Writes tensors and plain values atomically: to a temporary file beside `path`, flushed to disk, then renamed."""
+    """Writes tensors and plain values atomically: to a temporary file beside `path`, flushed to disk, then renamed.
+
+    Raises:
+        OSError: the file cannot be written, for example as the disk is full; what was at `path` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -19,8 +74,25 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # PyTorch's writer turns what the file says into a RuntimeError of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        kept = "; the last checkpoint is kept" if path.exists() else ""
+        number = cause.errno if isinstance(cause, OSError) else None
+        reason = os.strerror(number) if number else str(error).splitlines()[0]
+        raise OSError(number, f"the checkpoint {path} cannot be written: {reason}{kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes the renaming itself survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -30,7 +102,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: the file is not a checkpoint.
     """
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of a training run ({error}); remove it to start anew") from error
     if not isinstance(state, dict):

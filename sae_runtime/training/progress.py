@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Literal
 
-from sae_runtime.training.topk_trainer import StepMetrics
+from sae_runtime.sites import Site
+from sae_runtime.training.trainers.trainer import StepMetrics
 
 Stage = Literal["prepare", "train", "statistics", "evaluate", "publish"]
 
@@ -73,3 +74,19 @@ class ProgressMeter:
         self._event_at, self._event_done = now, self._done
         if self._callback is not None:
             self._callback(event)
+
+
+def mean_metrics(metrics: Sequence[StepMetrics]) -> StepMetrics:
+    """The mean of each figure over the sites of a run."""
+    if len(metrics) == 1:
+        return metrics[0]
+    return StepMetrics(**{field.name: fmean(getattr(m, field.name) for m in metrics) for field in fields(StepMetrics)})
+
+
+def figures_by_site(metrics: Mapping[Site, StepMetrics]) -> dict[str, float]:
+    """Figures of a step for the run's log: by their names, after "<site>/" where there are several sites."""
+    return {
+        name if len(metrics) == 1 else f"{site}/{name}": value
+        for site, of_site in metrics.items()
+        for name, value in vars(of_site).items()
+    }

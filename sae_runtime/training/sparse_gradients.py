@@ -1,12 +1,13 @@
-"""TopK autoencoding with gradients that touch only the selected latents, and the dense reference beside it.
+"""Sparse autoencoding with gradients that touch only the selected latents, and the dense reference beside it.
 
-A TopK dictionary uses k of n latents on a token, so of the five matrix products of a dense training step only one is
-needed: the pre-activations among which the k are chosen. Everything else is a sum over k rows, which `embedding_bag`
-computes for the reconstruction as well as, with rows and columns exchanged, for both weight gradients.
+A dictionary uses few of its n latents on a token, so of the five matrix products of a dense training step only one is
+needed: the pre-activations among which the latents are chosen. Everything else is a sum over the chosen rows, which
+`embedding_bag` computes for the reconstruction as well as, with rows and columns exchanged, for both weight gradients.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,41 +18,77 @@ from torch.autograd.function import once_differentiable
 
 
 class SelectedLatents:
-    """Which k latents each of B tokens uses, readable both by token and by latent."""
+    """A sparse (rows, n_latents) pattern, readable by row and by latent: row r has indices[offsets[r] : offsets[r+1]].
 
-    def __init__(self, indices: Tensor, n_latents: int) -> None:
-        self.indices = indices  # int64 (B, k)
+    Rows are tokens; or parts of tokens, where the latents of each token are cut into consecutive parts (`split`).
+    """
+
+    def __init__(self, indices: Tensor, offsets: Tensor, n_latents: int) -> None:
+        self.indices = indices  # int64 (entries,)
+        self.offsets = offsets  # int64 (rows + 1,)
         self.n_latents = n_latents
-        self._by_latent: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def sum_by_latent(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Sum over all uses of each latent of weight × the using token's row: weights (B, k), rows (B, d) -> (n, d).
+    @classmethod
+    def equal_rows(cls, indices: Tensor, n_latents: int) -> SelectedLatents:
+        """Rows of equally many latents, from indices (rows, k)."""
+        n_rows, k = indices.shape
+        offsets = torch.arange(0, (n_rows + 1) * k, k, device=indices.device) if k else indices.new_zeros(n_rows + 1)
+        return cls(indices.reshape(-1), offsets, n_latents)
 
-        This is weightsᵀ @ rows with `weights` read as a sparse (B, n) matrix.
+    def split(self, offsets: Tensor) -> SelectedLatents:
+        """The same entries in the same order with finer rows."""
+        parts = SelectedLatents(self.indices, offsets, self.n_latents)
+        parts.__dict__["_order"] = self._order  # sorted once for both
+        return parts
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The row of each entry, int64 (entries,)."""
+        n_rows = len(self.offsets) - 1
+        return torch.repeat_interleave(
+            torch.arange(n_rows, device=self.indices.device), self.offsets.diff(), output_size=len(self.indices)
+        )
+
+    def sum_by_row(self, weight: Tensor, values: Tensor) -> Tensor:
+        """Sum over each row's entries of value × latent's row of `weight` (n, d): values (entries,) -> (rows, d)."""
+        return F.embedding_bag(
+            self.indices, weight, self.offsets, per_sample_weights=values, mode="sum", include_last_offset=True
+        )
+
+    def sum_by_latent(self, rows: Tensor, values: Tensor) -> Tensor:
+        """Sum over each latent's entries of value × the entry's row: rows (rows, d), values (entries,) -> (n, d).
+
+        This is valuesᵀ @ rows with `values` read as a sparse (rows, n) matrix.
         """
-        order, tokens, starts = self._transposed()
-        return F.embedding_bag(tokens, rows, starts, per_sample_weights=weights.reshape(-1)[order], mode="sum")
+        order, starts = self._order
+        return F.embedding_bag(
+            self._rows_by_latent, rows, starts, per_sample_weights=values[order], mode="sum", include_last_offset=True
+        )
 
-    def sum_weights(self, weights: Tensor) -> Tensor:
-        """Sum of the weights (B, k) by latent -> (n,)."""
-        return weights.new_zeros(self.n_latents).index_add_(0, self.indices.reshape(-1), weights.reshape(-1))
+    def sum_values(self, values: Tensor) -> Tensor:
+        """Sum of the values (entries,) of each latent -> (n,)."""
+        return values.new_zeros(self.n_latents).index_add_(0, self.indices, values)
 
-    def _transposed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Order of the (token, latent) pairs by latent, their tokens in that order, and each latent's start in it."""
-        if self._by_latent is None:
-            flat, k = self.indices.reshape(-1), self.indices.shape[1]
-            if flat.device.type == "cpu" and self.n_latents <= 2**16:
-                # NumPy sorts 16-bit integers by radix: some 50 times faster than torch.sort here.
-                order = torch.from_numpy(np.argsort(flat.numpy().astype(np.uint16), kind="stable"))
-            elif flat.device.type == "cpu":
-                pairs = flat.numpy() * flat.numel() + np.arange(flat.numel())  # distinct, so any sort is stable
-                pairs.sort()
-                order = torch.from_numpy(pairs % flat.numel())
-            else:
-                order = torch.argsort(flat, stable=True)
-            uses = torch.bincount(flat, minlength=self.n_latents)
-            self._by_latent = order, order // k, uses.cumsum(0) - uses
-        return self._by_latent
+    @cached_property
+    def _rows_by_latent(self) -> Tensor:
+        return self.rows[self._order[0]]
+
+    @cached_property
+    def _order(self) -> tuple[Tensor, Tensor]:
+        """Order of the entries by latent (stable), and where each latent starts in it (n + 1)."""
+        indices = self.indices
+        if indices.device.type == "cpu" and self.n_latents <= 2**16:
+            # NumPy sorts 16-bit integers by radix: some 50 times faster than torch.sort here.
+            order = torch.from_numpy(np.argsort(indices.numpy().astype(np.uint16), kind="stable"))
+        elif indices.device.type == "cpu":
+            entries = indices.numpy() * max(indices.numel(), 1) + np.arange(indices.numel())  # distinct, so stable
+            entries.sort()
+            order = torch.from_numpy(entries % max(indices.numel(), 1))
+        else:
+            order = torch.argsort(indices, stable=True)
+        starts = indices.new_zeros(self.n_latents + 1)
+        torch.cumsum(torch.bincount(indices, minlength=self.n_latents), 0, out=starts[1:])
+        return order, starts
 
 
 class _EncoderGradient(torch.autograd.Function):
@@ -60,7 +97,7 @@ class _EncoderGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        selected_values: Tensor,  # (B, k), equal to ((x - pre_bias) @ weight.T + latent_bias) at the selection
+        selected_values: Tensor,  # (entries,), equal to ((x - pre_bias) @ weight.T + latent_bias) at the selection
         selection: SelectedLatents,
         centred: Tensor,  # (B, d) = x - pre_bias
         weight: Tensor,  # (n, d)
@@ -75,8 +112,8 @@ class _EncoderGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         centred, weight = ctx.saved_tensors
-        by_latent = ctx.selection.sum_weights(gradient)  # (n,)
-        # Σ_tokens Σ_k g·w summed by latent first: one matrix-vector product instead of B·k rows.
+        by_latent = ctx.selection.sum_values(gradient)  # (n,)
+        # Σ_tokens Σ_latents g·w summed by latent first: one matrix-vector product instead of a row for each entry.
         return None, None, None, ctx.selection.sum_by_latent(centred, gradient), by_latent, -(by_latent @ weight)
 
 
@@ -104,9 +141,9 @@ def selected_pre_activations(
     latent_bias: Tensor,
     pre_bias: Tensor,
 ) -> Tensor:
-    """The chosen pre-activations (B, k) with gradients to the encoder weight, latent_bias and pre_bias.
+    """The chosen pre-activations (entries,) with gradients to the encoder weight, latent_bias and pre_bias.
 
-    `values` are what `choose_latents.choose_latents` found; `centred` (B, d) is x - pre_bias, detached.
+    `values` are what the selection found; `centred` (B, d) is x - pre_bias, detached; rows of `selection` are tokens.
     """
     selected: Tensor = _EncoderGradient.apply(  # type: ignore[no-untyped-call]
         values, selection, centred, weight, latent_bias, pre_bias
@@ -115,16 +152,18 @@ def selected_pre_activations(
 
 
 def sparse_decode(values: Tensor, selection: SelectedLatents, weight: Tensor) -> Tensor:
-    """Σ_j values[b, j] · weight[indices[b, j]], (B, d), without a bias; weight (n, d) has one row per latent."""
-    output = F.embedding_bag(selection.indices, weight.detach(), per_sample_weights=values, mode="sum")
+    """Σ of values · weight[indices] over each row's entries, (rows, d), without a bias; weight (n, d)."""
+    output = selection.sum_by_row(weight.detach(), values)
     decoded: Tensor = _DecoderGradient.apply(output, selection, values.detach(), weight)  # type: ignore[no-untyped-call]
     return decoded
 
 
 def reference_autoencode(
-    x: Tensor, encoder: Tensor, latent_bias: Tensor, decoder: Tensor, pre_bias: Tensor, indices: Tensor
+    x: Tensor, encoder: Tensor, latent_bias: Tensor, decoder: Tensor, pre_bias: Tensor, chosen: Tensor
 ) -> Tensor:
-    """What the fast path computes, written with dense matrices: Σ of the chosen latents' rows, without pre_bias."""
+    """What the fast path computes, written with dense matrices: Σ of the chosen latents' rows, without pre_bias.
+
+    `chosen` bool (B, n).
+    """
     pre_activations = (x - pre_bias) @ encoder.T + latent_bias  # (B, n)
-    gate = torch.zeros_like(pre_activations).scatter_(1, indices, 1.0)
-    return (pre_activations.relu() * gate) @ decoder
+    return (pre_activations.relu() * chosen) @ decoder

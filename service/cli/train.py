@@ -3,55 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import time
-import types
-import typing
 from pathlib import Path
-from typing import Any, Literal
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from yaml import YAMLError
 
 from sae_runtime.errors import DictionaryFormatError
-from sae_runtime.training.config import TrainingConfig
+from sae_runtime.evaluation.figure_names import describe
+from sae_runtime.formats.manifest import Manifest
+from sae_runtime.training.config import TrainingConfig, preset_names
+from sae_runtime.training.distributed.worker import workers_folder
 from sae_runtime.training.progress import TrainingProgress
-from sae_runtime.training.run import TrainingResult, run_training
+from sae_runtime.training.run import TrainingStopped, run_training
 from service.cli.command_error import CommandError
 from service.cli.fact_table import fact_table
 from service.cli.json_output import print_json
+from service.cli.setting_flags import add_setting_flags, given_settings, problem
+from service.cli.train_workers import add_worker_flags, train_on_workers
 
 _LOG_INTERVAL_S = 10.0
-
-FIGURES = {
-    "nmse": "error over that of always predicting the mean activation",
-    "relative_error": "squared error over squared norm",
-    "nmse_normalized": "nmse on layer-normalised activations",
-    "l0": "active latents per token",
-    "dead_fraction": "latents active on no token",
-    "dense_fraction": "latents active on more than a tenth of the tokens",
-    "ce_clean": "cross-entropy of the model, nats per token",
-    "ce_spliced": "the same with reconstructions in place of activations",
-    "ce_ablated": "the same with zeros in place of activations",
-    "loss_recovered": "1: reconstructions cost nothing; 0: as much as zeros",
-    "n_tokens": "held-out tokens measured",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Trains a dictionary on the activations of a backbone, measures it on held-out text and publishes it. Settings "
-        "come from a YAML file, flags of the same names, or both; flags win. A run that was stopped goes on from its "
-        "checkpoint when it is started again."
+        "Trains dictionaries on the activations of a backbone, measures them on held-out text and publishes them. "
+        "Settings come from a preset, a YAML file and flags of the same names; flags win over the file, and the file "
+        "over the preset. A run that was stopped goes on from its checkpoint when it is started again."
     )
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="YAML file of settings")
+    parser.add_argument("--preset", choices=preset_names(), help="settings to begin with; the file may name one, too")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    group = parser.add_argument_group("settings")
-    for name, field in TrainingConfig.model_fields.items():
-        # SUPPRESS: what is not given must not hide the file's value.
-        group.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, help=_help(field), **_form(field))
+    add_worker_flags(parser)
+    add_setting_flags(parser, TrainingConfig)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,34 +46,41 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     try:
         with ProgressDisplay(console) as display:
-            result = run_training(config, display.show)
-    except KeyboardInterrupt:
-        if config.checkpoint_path.exists():
-            console.print(f"Stopped. The checkpoint is {config.checkpoint_path}; the same command goes on from it.")
+            if arguments.workers is None:
+                results = [(result.path, result.manifest) for result in run_training(config, display.show)]
+            else:
+                results = train_on_workers(config, arguments, display.show)
+    except KeyboardInterrupt as stopped:
+        checkpoint = config.checkpoint_path if arguments.workers is None else workers_folder(config)
+        if checkpoint.exists():
+            console.print(f"Stopped. The checkpoint is {checkpoint}; the same command goes on from it.")
+        if isinstance(stopped, TrainingStopped) and stopped.signal_number == signal.SIGTERM:
+            return 128 + signal.SIGTERM  # what a shell reports of a program that SIGTERM ended
         raise
-    except (OSError, ValueError, FloatingPointError, DictionaryFormatError) as error:
+    except (OSError, ValueError, FloatingPointError, ModuleNotFoundError, DictionaryFormatError) as error:
         raise CommandError(str(error)) from error
-    if arguments.json:
-        print_json({"path": str(result.path), "name": config.published_name, "figures": result.evaluation.figures()})
+    if not arguments.json:
+        for path, manifest in results:
+            _print_result(path, manifest)
+    elif config.sites:
+        print_json({"dictionaries": [_summary(*result) for result in results]})
     else:
-        _print_result(result, config)
+        print_json(_summary(*results[0]))
     return 0
 
 
 def read_config(arguments: argparse.Namespace) -> TrainingConfig:
-    """Settings of the file and the flags.
+    """Settings of the preset, the file and the flags.
 
     Raises:
         CommandError: a setting is unknown, missing or wrong; one line for each.
     """
-    flags = {name: _value(value) for name, value in vars(arguments).items() if name in TrainingConfig.model_fields}
     try:
-        return (
-            TrainingConfig(**flags) if arguments.config is None else TrainingConfig.from_yaml(arguments.config, **flags)
+        return TrainingConfig.from_yaml(
+            arguments.config, preset=arguments.preset, **given_settings(arguments, TrainingConfig)
         )
     except ValidationError as error:
-        problems = [_problem(each) for each in error.errors()]
-        raise CommandError("; ".join(problems), exit_code=2) from error
+        raise CommandError("; ".join(problem(each) for each in error.errors()), exit_code=2) from error
     except (OSError, ValueError, YAMLError) as error:
         raise CommandError(f"cannot read settings: {error}", exit_code=2) from error
 
@@ -146,63 +140,16 @@ def _figures(event: TrainingProgress) -> str:
     return "  ".join(parts)
 
 
-def _print_result(result: TrainingResult, config: TrainingConfig) -> None:
+def _summary(path: Path, manifest: Manifest) -> dict[str, object]:
+    return {"path": str(path), "name": manifest.name, "figures": manifest.evaluation}
+
+
+def _print_result(path: Path, manifest: Manifest) -> None:
     console = Console(highlight=False)
-    console.print(f"Published {config.published_name} in {result.path}", soft_wrap=True)
-    print_figures(console, result.evaluation.figures())
-    console.print(f"Serve it: saeserve serve --dictionaries {result.path}", soft_wrap=True)
-
-
-def print_figures(console: Console, figures: dict[str, float]) -> None:
-    """Figures of a DictionaryEvaluation with what they mean."""
+    console.print(f"Published {manifest.name} in {path}", soft_wrap=True)
     rows = {}
-    for name, value in figures.items():
+    for name, value in manifest.evaluation.items():
         shown = f"{value:,.0f}" if name == "n_tokens" else f"{value:.4f}"
-        rows[name] = f"{shown:>9}  [dim]{FIGURES.get(name, '')}[/dim]"
+        rows[name] = f"{shown:>9}  [dim]{describe(name)}[/dim]"
     console.print(fact_table(rows))
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _help(field: FieldInfo) -> str:
-    text = (field.description or "").replace("%", "%%")
-    if field.is_required() or field.default is None or field.default == ():
-        return text
-    return f"{text} [{field.default}]"
-
-
-def _form(field: FieldInfo) -> dict[str, Any]:
-    """How argparse reads a field. Values stay text: TrainingConfig converts and checks them, as it does for a file."""
-    kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
-    if kinds == [bool]:
-        return {"action": argparse.BooleanOptionalAction}
-    if any(typing.get_origin(kind) is Literal for kind in kinds):
-        return {"choices": [value for kind in kinds for value in typing.get_args(kind)]}
-    if any(typing.get_origin(kind) is tuple for kind in kinds):
-        return {"nargs": "+", "metavar": "FILE"}
-    return {"metavar": "PATH" if Path in kinds else "N" if {int, float} & set(kinds) else "TEXT"}
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
-
-
-def _value(value: Any) -> Any:
-    return None if value == "none" else value
-
-
-def _problem(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    match problem["type"]:
-        case "missing":
-            return f"{name} is not given (in the file, or as {_flag(name)})"
-        case "extra_forbidden":
-            return f"{name}: no such setting"
-        case "value_error":
-            message = str(problem["ctx"]["error"])
-            return f"{name}: {message}" if name else message
-        case _:
-            return f"{name}: {problem['msg']}, found {problem['input']!r}"
+    console.print(f"Serve it: saeserve serve --dictionaries {path}", soft_wrap=True)

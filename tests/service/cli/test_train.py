@@ -1,7 +1,8 @@
-"""`saeserve train` and `saeserve evaluate`; the offline job itself is tested in tests/sae_runtime."""
+"""`saeserve train`; the offline job itself is tested in tests/sae_runtime."""
 
 import io
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.progress import TrainingProgress
+from sae_runtime.training.stop_signals import TrainingStopped
 from service.cli import train
 from service.cli.main import _parser
 from tests.sae_runtime.conftest import tiny_backbone_folder  # noqa: F401 (a fixture)
@@ -46,6 +48,21 @@ def test_flags_win_over_the_file(config_file: Path):
 def test_flags_alone():
     config = config_of("--site", "0.mlp_post_act", "--data", "a.txt", "--out", "d")
     assert config == TrainingConfig(site="0.mlp_post_act", data=("a.txt",), out="d")  # type: ignore[arg-type]
+
+
+def test_a_preset_gives_way_to_file_and_flags(saeserve: Saeserve, config_file: Path):
+    config = config_of(str(config_file), "--preset", "gpt2-paper", "--batch-tokens", "1024")
+    assert (config.site, config.k, config.batch_tokens) == ("1.resid_post_mlp", 4, 1024)
+    assert (config.backbone, config.n_latents, config.ema_decay) == ("gpt2", 32_768, 0.999)
+    out = saeserve("train", "--help")[1]
+    assert "--preset {gpt2-paper,laptop}" in out
+    config_file.write_text(config_file.read_text() + "preset: desktop\n")
+    assert "no preset 'desktop', expected one of gpt2-paper, laptop" in saeserve("train", str(config_file))[2]
+
+
+def test_several_sites():
+    config = config_of("--sites", "0.resid_pre", "1.mlp_post_act", "--data", "a.txt", "--out", "d")
+    assert config.all_sites == ("0.resid_pre", "1.mlp_post_act")
 
 
 def test_every_setting_has_a_flag_and_a_description(saeserve: Saeserve):
@@ -100,6 +117,16 @@ def test_ctrl_c_says_where_the_checkpoint_is(
     assert f"The checkpoint is {checkpoint}" in err.replace("\n", "")
 
 
+def test_a_terminated_run_says_so_by_its_exit_code(
+    saeserve: Saeserve, config_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def terminate(*_: object) -> None:
+        raise TrainingStopped(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "run_training", terminate)
+    assert saeserve("train", str(config_file))[0] == 143
+
+
 def test_progress_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     with train.ProgressDisplay(Console(file=stream, width=200)) as display:
@@ -124,7 +151,7 @@ def test_progress_bar_on_a_terminal():
     assert "1,234 tokens/s  NMSE 0.2500  L0 4.0  dead 3.1 %" in stream.getvalue()
 
 
-def test_trains_publishes_and_measures(saeserve: Saeserve, tmp_path: Path, tiny_backbone_folder: Path):  # noqa: F811
+def test_trains_and_publishes(saeserve: Saeserve, tmp_path: Path, tiny_backbone_folder: Path):  # noqa: F811
     text, held_out, folder = tmp_path / "text.txt", tmp_path / "held_out.txt", tmp_path / "tiny"
     words = [f"{a}{b} " for a in "bcdfgh" for b in ("at", "og", "un", "ink")]
     text.write_text("".join(words[(i * i + 3 * i) % len(words)] for i in range(2000)))
@@ -154,26 +181,6 @@ def test_trains_publishes_and_measures(saeserve: Saeserve, tmp_path: Path, tiny_
     published = json.loads((folder / "dictionary.json").read_text())
     assert published["k"] == 4
 
-    code, out, err = saeserve("evaluate", str(folder), "--held-out", str(held_out), "--tokens", "512", "--json")
-    assert code == 0, err
-    assert json.loads(out)["figures"] == pytest.approx(published["evaluation"], rel=1e-4)
-    assert "loss_recovered" in saeserve("evaluate", str(folder), "--held-out", str(held_out), "--tokens", "64")[1]
-
     code, _, err = saeserve("train", str(config), "--k", "4")
     assert code == 1
     assert f"{folder} exists" in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["no-such-dictionary", "--held-out", "{file}"], "no-such-dictionary"),
-        (["x", "--held-out", "{file}", "{file}.none"], "no text file at {file}.none"),
-    ],
-)
-def test_evaluate_says_what_is_missing(saeserve: Saeserve, tmp_path: Path, arguments: list[str], message: str):
-    file = tmp_path / "text.txt"
-    file.write_text("text")
-    code, out, err = saeserve("evaluate", *(argument.replace("{file}", str(file)) for argument in arguments))
-    assert (code, out) == (1, "")
-    assert message.replace("{file}", str(file)) in err

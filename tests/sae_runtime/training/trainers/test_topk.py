@@ -1,96 +1,15 @@
-"""One training step against plain PyTorch, AuxK included; what each step keeps true; and that it learns."""
-
-from pathlib import Path
-from typing import Any
+"""What each step of a TopK trainer keeps true, and that it learns; gradients are tested in test_gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from sae_runtime.autoencoder import Dictionary
-from sae_runtime.training import topk_trainer
-from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.initialisation import encoder_scale, geometric_median, tied_directions
-from sae_runtime.training.topk_trainer import StepMetrics, TopKTrainer, normalize_input
-
-D_IN, N_LATENTS = 16, 128
-
-
-def config(**settings: Any) -> TrainingConfig:
-    defaults: dict[str, Any] = {
-        "site": "0.resid_post_mlp",
-        "data": [Path("unused.txt")],
-        "out": Path("unused"),
-        "n_latents": N_LATENTS,
-        "k": 4,
-        "tokens": 64_000,
-        "batch_tokens": 64,
-        "aux_k": 8,
-        "dead_after_tokens": 640,
-        "compute_dtype": "float32",
-        "learning_rate": 3e-3,
-        "warmup_steps": 0,
-        "decay_fraction": 0.0,
-    }
-    return TrainingConfig(**{**defaults, **settings})
-
-
-def activations(n: int, seed: int = 0) -> Tensor:
-    """Sparse combinations of 64 fixed directions, as a dictionary expects."""
-    directions = torch.randn(64, D_IN, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(n, 64, generator=generator) < 0.05
-    strengths = chosen * (1 + torch.rand(n, 64, generator=generator))
-    return strengths @ F.normalize(directions, dim=1) + 0.5 + 0.01 * torch.randn(n, D_IN, generator=generator)
-
-
-def expected_step(trainer: TopKTrainer, batch: Tensor, dead: Tensor) -> dict[str, Tensor]:
-    """The gradient of one step by dense autograd in float64, written from the recipe."""
-    settings = trainer.config
-    w = {name: p.detach().double().requires_grad_() for name, p in trainer.parameters().items()}
-    x = normalize_input(batch).double() if settings.normalize else batch.double()
-    pre = (x - w["pre_bias"]) @ w["encoder"].T + w["latent_bias"]
-    gate = torch.zeros_like(pre).scatter_(1, pre.topk(settings.k, dim=1).indices, 1.0)
-    reconstruction = (pre.relu() * gate) @ w["decoder"] + w["pre_bias"]
-    loss = (reconstruction - x).square().mean() / trainer.variance
-    if dead.any():
-        only_dead = torch.where(dead, pre, -torch.inf)
-        best = only_dead.topk(min(settings.aux_k, int(dead.sum())), dim=1).indices
-        gate = torch.zeros_like(pre).scatter_(1, best, 1.0)
-        residual = (x - reconstruction).detach()
-        error = ((pre.relu() * gate) @ w["decoder"] - residual).square().mean()
-        loss = loss + settings.aux_coefficient * error / (residual - residual.mean(0)).square().mean()
-    loss.backward()
-    return {name: p.grad for name, p in w.items() if p.grad is not None}
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("n_dead", "dense_ratio"), [(0, 16), (5, 16), (60, 16), (60, 1)])
-def test_gradients_equal_dense_autograd(
-    monkeypatch: pytest.MonkeyPatch, normalize: bool, n_dead: int, dense_ratio: int
-) -> None:
-    monkeypatch.setattr(topk_trainer, "DENSE_AUX_RATIO", dense_ratio)
-    trainer = TopKTrainer(config(normalize=normalize, gradient_clip=None), D_IN, activations(500))
-    with torch.no_grad():  # away from the initial symmetry
-        trainer.latent_bias += 0.1 * torch.randn(N_LATENTS, generator=torch.Generator().manual_seed(5))
-        trainer.pre_bias += 0.1
-    dead = torch.arange(N_LATENTS) % 2 == 1
-    dead &= dead.cumsum(0) <= n_dead
-    trainer.tokens_since_fired[dead] = 10_000
-    batch = activations(64, seed=1)
-    expected = expected_step(trainer, batch, dead)
-    decoder = trainer.decoder.detach().double()
-    expected["decoder"] -= (expected["decoder"] * decoder).sum(1, keepdim=True) * decoder
-    trainer.step(batch)
-    for name, p in trainer.parameters().items():
-        assert p.grad is not None
-        torch.testing.assert_close(
-            p.grad.double(), expected[name], rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    if n_dead:  # the auxiliary loss reaches dead latents, whose encoder rows get no other gradient
-        assert trainer.encoder.grad is not None
-        assert trainer.encoder.grad[dead].abs().sum() > 0
+from sae_runtime.training.trainers.schedule import learning_rate_share
+from sae_runtime.training.trainers.topk import TopKTrainer
+from sae_runtime.training.trainers.trainer import StepMetrics, normalize_input
+from tests.sae_runtime.training.trainers.examples import D_IN, N_LATENTS, activations, config
 
 
 def test_initial_weights() -> None:
@@ -98,8 +17,9 @@ def test_initial_weights() -> None:
     trainer = TopKTrainer(config(normalize=False), D_IN, sample)
     torch.testing.assert_close(trainer.decoder.norm(dim=1), torch.ones(N_LATENTS))
     torch.testing.assert_close(F.normalize(trainer.encoder, dim=1), trainer.decoder)
-    torch.testing.assert_close(trainer.pre_bias, geometric_median(sample))
-    assert trainer.variance == pytest.approx(float(sample.var(0, unbiased=False).mean()), rel=1e-5)
+    scaled = trainer.prepare(sample)
+    torch.testing.assert_close(trainer.pre_bias, geometric_median(scaled))
+    assert trainer.variance == pytest.approx(float(scaled.var(0, unbiased=False).mean()), rel=1e-5)
 
 
 def test_the_encoder_scale_makes_reconstructions_of_unit_length() -> None:
@@ -156,7 +76,7 @@ def test_the_training_forward_is_the_dictionarys() -> None:
     trainer = TopKTrainer(config(), D_IN, activations(4000))
     for seed in range(50):
         trainer.step(activations(64, seed=seed))
-    dictionary = Dictionary(**trainer.weights(), activation="topk", k=4, normalize=True)
+    dictionary = Dictionary(**trainer.export(), normalization="layer_norm")
     batch = activations(200, seed=1000)
     features = dictionary.encode(batch)
     assert features.input_statistics is not None
@@ -178,14 +98,10 @@ def test_published_weights_are_the_bias_corrected_average() -> None:
 
 
 def test_the_learning_rate_follows_its_schedule() -> None:
-    trainer = TopKTrainer(
-        config(tokens=64 * 10, warmup_steps=4, decay_fraction=0.4, learning_rate=1.0), D_IN, activations(1000)
-    )
-    rates = []
-    for step in range(10):
-        trainer.step_count = step
-        rates.append(trainer._schedule())
+    settings = config(tokens=64 * 10, warmup_steps=4, decay_fraction=0.4)
+    rates = [learning_rate_share(settings, step) for step in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert [learning_rate_share(config(), step) for step in (0, 999)] == [1, 1]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
@@ -199,5 +115,5 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
 
 
 def test_constant_activations_are_an_error() -> None:
-    with pytest.raises(ValueError, match="all sampled activations are equal"):
+    with pytest.raises(ValueError, match="sampled activations have variance 0"):
         TopKTrainer(config(), D_IN, torch.ones(100, D_IN))

@@ -1,0 +1,1 @@
+"""One dictionary trained by many workers: latents split over shards, batches over replicas (see ../SCALING.md)."""

@@ -1,0 +1,170 @@
+"""What each worker of a distributed run does: read, train, write checkpoints, hand over its part of the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_runtime.backbone import Backbone
+from sae_runtime.sites import Site
+from sae_runtime.training.checkpoint import load_checkpoint, run_identity, save_checkpoint
+from sae_runtime.training.communicator import Communicator
+from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.data_source import ActivationSource, open_activation_source
+from sae_runtime.training.distributed.sharded_checkpoint import ShardedCheckpoint
+from sae_runtime.training.distributed.sharded_topk_trainer import ShardedTopKTrainer, whole_export
+from sae_runtime.training.initialisation import MEDIAN_SAMPLES
+from sae_runtime.training.progress import ProgressMeter, figures_by_site, mean_metrics
+from sae_runtime.training.run_log import RunLog
+from sae_runtime.training.trainers import Trainer, new_trainer, restored_trainer
+
+_GO_ON, _SAVE, _STOP = 0, 1, 2
+
+
+def workers_folder(config: TrainingConfig) -> Path:
+    """Where the workers of a run keep checkpoints and what they hand over; all must see it."""
+    return config.checkpoint_path.with_suffix(".workers")
+
+
+def check_distribution(config: TrainingConfig, workers: int, latent_shards: int) -> None:
+    """Makes sure that a run can be split like this.
+
+    Raises:
+        ValueError: it cannot; says what was found and what was expected.
+    """
+    if latent_shards < 1 or workers < 1 or workers % latent_shards:
+        raise ValueError(f"{workers} workers with {latent_shards} latent shards: expected a multiple of the shards")
+    if latent_shards > 1 and config.family != "topk":
+        raise ValueError(f"latent shards are for the family topk, found {config.family}; use latent_shards = 1")
+    if config.n_lanes % workers:
+        raise ValueError(
+            f"batch_tokens = {config.batch_tokens} is read in {config.n_lanes} data lanes, which {workers} workers "
+            "cannot share equally; set data_lanes to a multiple of the workers that divides batch_tokens"
+        )
+    if config.n_latents is not None and config.n_latents % latent_shards:
+        raise ValueError(f"{config.n_latents} latents cannot be split into {latent_shards} equal shards")
+
+
+class Worker:
+    """One worker's part of a run, from the last checkpoint on if there is one."""
+
+    def __init__(self, config: TrainingConfig, communicator: Communicator) -> None:
+        """All workers do this together.
+
+        Raises:
+            ValueError: the data, a site or the checkpoint does not fit.
+        """
+        check_distribution(config, communicator.data_parallel_size * communicator.n_shards, communicator.n_shards)
+        self._config = config
+        self._communicator = communicator
+        self.is_first = communicator.data_rank == 0 and communicator.shard_rank == 0
+        backbone = Backbone.load(config.backbone, dtype=config.backbone_dtype, device=config.reading_device)
+        self.sites = [backbone.check_site(site) for site in config.all_sites]
+        self._source: ActivationSource = open_activation_source(config, backbone, self.sites, communicator)
+        self._folder = workers_folder(config)
+        self._checkpoint = ShardedCheckpoint(self._folder, communicator, run_identity(config, backbone))
+        saved = self._checkpoint.load()
+        if saved is None:
+            self.trainers = self._new_trainers(backbone)
+        else:
+            states, position = saved
+            self.trainers = {site: self._restored(states[str(site)]) for site in self.sites}
+            self._source.load_state_dict(position)
+
+    @property
+    def step_count(self) -> int:
+        return next(iter(self.trainers.values())).step_count
+
+    def train(self, meter: ProgressMeter, stop_requested: Callable[[], bool] = lambda: False) -> bool:
+        """Trains to the last step; False if it was stopped before, after a checkpoint if it writes any.
+
+        Args:
+            meter: told about every step; the first worker's should show it.
+            stop_requested: asked on the first worker before each step.
+
+        Raises:
+            FloatingPointError: the loss is not finite, on every worker.
+            OSError: a checkpoint could not be written, on every worker.
+        """
+        config, saved_at = self._config, time.monotonic()
+        tokens_of_replica = config.batch_tokens // self._communicator.data_parallel_size
+        meter.begin("train", config.n_steps * config.batch_tokens, done=self.step_count * config.batch_tokens)
+        log = RunLog.open(config, self.step_count) if self.is_first else None
+        try:
+            while self.step_count < config.n_steps:
+                due = config.checkpoint_interval > 0 and time.monotonic() - saved_at >= config.checkpoint_interval
+                decision = self._decide(_STOP if stop_requested() else _SAVE if due else _GO_ON)
+                if decision == _SAVE or (decision == _STOP and config.checkpoint_interval):
+                    self.save()
+                    saved_at = time.monotonic()
+                if decision == _STOP:
+                    return False
+                batch = self._source.next_batch(tokens_of_replica)
+                metrics = {site: trainer.step(batch[site]) for site, trainer in self.trainers.items()}
+                meter.advance(config.batch_tokens, mean_metrics(list(metrics.values())))
+                if log is not None and self.step_count % config.log_interval == 0:
+                    log.log(self.step_count, self.step_count * config.batch_tokens, figures_by_site(metrics))
+        finally:
+            if log is not None:
+                log.close()
+        if config.checkpoint_interval:
+            self.save()  # evaluation or publication may still fail
+        return True
+
+    def save(self) -> None:
+        """Writes a checkpoint, together with all workers."""
+        trainers = {str(site): trainer.state_dict() for site, trainer in self.trainers.items()}
+        self._checkpoint.save(self.step_count, trainers, self._source.state_dict())
+
+    def exports(self) -> dict[Site, dict[str, Any]]:
+        """What `Trainer.export` gives for each whole dictionary, on the first worker; nothing on the others.
+
+        All workers call this together. The shards go through files, one after the other: only the first worker holds
+        the whole, on the CPU.
+        """
+        shards = self._communicator.n_shards
+        if self._communicator.data_rank == 0 and shards > 1:
+            for site, trainer in self.trainers.items():
+                save_checkpoint(trainer.export(), self._part(site, self._communicator.shard_rank))
+        self._communicator.gather_over_shards(torch.zeros(1))  # all parts are written
+        if not self.is_first:
+            return {}
+        if shards == 1:
+            return {site: trainer.export() for site, trainer in self.trainers.items()}
+        return {
+            site: whole_export([load_checkpoint(self._part(site, shard)) for shard in range(shards)])
+            for site in self.sites
+        }
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _part(self, site: Site, shard: int) -> Path:
+        return self._folder / f"export-{site}-{shard}.pt"
+
+    def _new_trainers(self, backbone: Backbone) -> dict[Site, Trainer]:
+        config, communicator = self._config, self._communicator
+        size = min(MEDIAN_SAMPLES, config.buffer_tokens)
+        parts = self._source.peek(size // communicator.data_parallel_size)
+        trainers: dict[Site, Trainer] = {}
+        for site in self.sites:
+            sample = communicator.gather_over_data(parts[site]).flatten(0, 1)  # in the order of a single process
+            width = backbone.site_width(site)
+            if communicator.n_shards > 1:
+                trainers[site] = ShardedTopKTrainer(config, width, sample, communicator)
+            else:
+                trainers[site] = new_trainer(config, width, sample, communicator)
+        return trainers
+
+    def _restored(self, state: dict[str, Any]) -> Trainer:
+        if self._communicator.n_shards > 1:
+            return ShardedTopKTrainer.from_state(self._config, state, self._communicator)
+        return restored_trainer(self._config, state, self._communicator)
+
+    def _decide(self, wish: int) -> int:
+        """What the first worker wishes."""
+        return int(self._communicator.broadcast(torch.tensor([wish])))

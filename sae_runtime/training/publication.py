@@ -1,0 +1,155 @@
+"""From trained weights to published dictionaries: stored precision, statistics, held-out figures, card, manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_runtime.autoencoder import Dictionary
+from sae_runtime.backbone import Backbone
+from sae_runtime.evaluation.dictionary_evaluation import DictionaryEvaluation, evaluate_dictionary, packed_passes
+from sae_runtime.evaluation.latent_statistics import LatentStatisticsBuilder
+from sae_runtime.formats.manifest import BackboneReference, Manifest, Provenance
+from sae_runtime.formats.published import save_dictionary
+from sae_runtime.sites import Site
+from sae_runtime.statistics import LatentStatistics
+from sae_runtime.training.card import render_card
+from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.data_rows import held_out_rows
+from sae_runtime.training.progress import ProgressMeter
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run leaves behind of one site."""
+
+    path: Path
+    """Folder of the published dictionary."""
+    manifest: Manifest
+    evaluation: DictionaryEvaluation
+    dictionary: Dictionary
+    """As published: float32 tensors with the values of the stored dtype, statistics attached."""
+
+
+def publish(
+    config: TrainingConfig, exports: Mapping[Site, Mapping[str, Any]], meter: ProgressMeter
+) -> tuple[TrainingResult, ...]:
+    """Measures and publishes the dictionaries of a run, in the order of its sites; all appear together.
+
+    Args:
+        exports: what `Trainer.export` gives, by site.
+
+    Raises:
+        FileExistsError: `config.out` exists.
+        OSError: it cannot be written.
+        ValueError: there is no held-out text.
+    """
+    if config.out.exists():
+        raise FileExistsError(f"{config.out} exists; remove it or choose another `out`")
+    backbone = Backbone.load(config.backbone, device=config.device)
+    folder = config.out
+    if config.sites:  # several folders appear at once, too
+        folder = config.out.with_name(config.out.name + ".partial")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    results = []
+    for site, fields in exports.items():
+        path = folder / str(site) if config.sites else folder
+        result = _publish_one(config, backbone, site, fields, path, meter)
+        results.append(replace(result, path=config.out_of(str(site))))
+    if config.sites:
+        folder.rename(config.out)
+    return tuple(results)
+
+
+def dictionary_of(config: TrainingConfig, site: Site, fields: Mapping[str, Any]) -> Dictionary:
+    """The dictionary that is published of what a trainer exports: large matrices rounded to the stored dtype."""
+    stored = getattr(torch, config.storage_dtype)
+    rounded = {name: fields[name].to(stored).float() for name in ("encoder", "decoder")}
+    return Dictionary(
+        **{**fields, **rounded},
+        normalization="layer_norm" if config.normalize else "none",
+        site=str(site),
+        name=config.name_of(str(site)),
+    )
+
+
+def _publish_one(
+    config: TrainingConfig,
+    backbone: Backbone,
+    site: Site,
+    fields: Mapping[str, Any],
+    path: Path,
+    meter: ProgressMeter,
+) -> TrainingResult:
+    dictionary = dictionary_of(config, site, fields).to(config.device)  # the figures are those of what is stored
+    meter.begin("statistics", config.statistics_tokens)
+    statistics = measure_statistics(
+        backbone, dictionary, held_out_rows(config, backbone, config.statistics_tokens), progress=meter
+    )
+    meter.begin("evaluate", config.evaluation_tokens)
+    evaluation = evaluate_dictionary(
+        backbone, dictionary, held_out_rows(config, backbone, config.evaluation_tokens), progress=meter.reach
+    )
+    meter.begin("publish", 1)
+    dictionary = replace(dictionary.to("cpu"), statistics=statistics)
+    provenance = Provenance(
+        code_version=_code_version(),
+        config=config.provenance(),
+        seed=config.seed,
+        tokens=config.n_steps * config.batch_tokens,
+        data=", ".join(f"{path.name} ({_size(path)} bytes)" for path in config.data),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    manifest = save_dictionary(
+        dictionary,
+        path,
+        backbone=BackboneReference(config.backbone, backbone.fingerprint, backbone.tokenizer_fingerprint),
+        dtype=config.storage_dtype,
+        context_length=config.context_length or backbone.context_length,
+        provenance=provenance,
+        evaluation=evaluation.figures(),
+        card=render_card(dictionary, evaluation, statistics, provenance, config.backbone),
+    )
+    meter.reach(1)
+    return TrainingResult(path, manifest, evaluation, replace(dictionary, manifest=manifest))
+
+
+@torch.no_grad()
+def measure_statistics(
+    backbone: Backbone,
+    dictionary: Dictionary,
+    rows: Iterator[list[int]],
+    *,
+    tokens_per_pass: int = 8_192,
+    progress: ProgressMeter | None = None,
+) -> LatentStatistics:
+    """Per-latent statistics of a dictionary on rows of tokens."""
+    assert dictionary.site is not None
+    site = Site.parse(dictionary.site)
+    builder = LatentStatisticsBuilder(dictionary.n_latents)
+    for packed in packed_passes(rows, tokens_per_pass):
+        packed = packed.to(backbone.device)
+        builder.add(dictionary.encode(backbone.forward(packed, capture=[site]).activations[site]))
+        if progress is not None:
+            progress.reach(builder.n_tokens)
+    return builder.build()
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def _code_version() -> str:
+    try:
+        return f"saeserve {metadata.version('saeserve')}"
+    except metadata.PackageNotFoundError:
+        return "saeserve (not installed)"

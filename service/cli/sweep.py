@@ -1,0 +1,83 @@
+"""`saeserve sweep`: trains a grid of dictionaries over n_latents and k, and fits the scaling law L(n, k)."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from sae_runtime.errors import DictionaryFormatError
+from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.progress import ProgressCallback
+from sae_runtime.training.sweep import PLOT, REPORT, SweepResult, run_sweep
+from service.cli import train
+from service.cli.command_error import CommandError
+from service.cli.json_output import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    train.add_arguments(parser)
+    parser.description = (
+        "Trains one dictionary for every pair of --grid-n-latents and --grid-k, measures each on held-out text, and "
+        "fits L(n, k) = exp(alpha + beta_k log k + beta_n log n + gamma log k log n) + exp(zeta + eta log k) (Gao et "
+        "al. 2024) with confidence intervals. Everything else is as in `saeserve train`; out is the folder of the "
+        "sweep. A sweep that was stopped goes on when it is started again."
+    )
+    grid = parser.add_argument_group("grid")
+    grid.add_argument("--grid-n-latents", type=_numbers, required=True, metavar="N,N,…", help="numbers of latents")
+    grid.add_argument("--grid-k", type=_numbers, required=True, metavar="K,K,…", help="latents active on a token")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1024,2048") from None
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a number below 1")
+    return values
+
+
+def run(arguments: argparse.Namespace) -> int:
+    base = train.read_config(arguments)
+    console = Console(stderr=True, highlight=False)
+
+    def begin(index: int, total: int, config: TrainingConfig) -> ProgressCallback:
+        console.print(f"run {index + 1} of {total}: n_latents {config.n_latents}, k {config.k}")
+        return train.ProgressDisplay(console).show
+
+    try:
+        result = run_sweep(base, arguments.grid_n_latents, arguments.grid_k, begin=begin)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on with the run it was in.")
+        raise
+    except (OSError, ValueError, FloatingPointError, ModuleNotFoundError, DictionaryFormatError) as error:
+        raise CommandError(str(error)) from error
+    if arguments.json:
+        fit = None if result.fit is None else result.fit.to_json()
+        points = [{"n_latents": p.n_latents, "k": p.k, "nmse": p.loss} for p in result.points]
+        print_json({"points": points, "fit": fit, "no_fit_because": result.reason})
+    else:
+        _print(result, base)
+    return 0
+
+
+def _print(result: SweepResult, base: TrainingConfig) -> None:
+    console = Console(highlight=False)
+    table = Table("latents", "k", "NMSE", "fitted", title="held-out NMSE")
+    for point in result.points:
+        fitted = "" if result.fit is None else f"{result.fit.loss(point.n_latents, point.k):.4f}"
+        table.add_row(f"{point.n_latents:,}", str(point.k), f"{point.loss:.4f}", fitted)
+    console.print(table)
+    if result.fit is None:
+        console.print(f"No fit: {result.reason}")
+    else:
+        law = Table("parameter", "value", "95 % interval", title="L(n, k)")
+        for name, value in result.fit.parameters.items():
+            low, high = result.fit.intervals[name]
+            law.add_row(name, f"{value:.3f}", f"{low:.3f} to {high:.3f}")
+        console.print(law)
+        console.print(f"R² of log NMSE {result.fit.r_squared:.4f}, residual {100 * result.fit.residual_std:.2f} %")
+    plot = f" and {PLOT}" if (base.out / PLOT).exists() else ""
+    console.print(f"Written: {REPORT}{plot} in {base.out}", soft_wrap=True)

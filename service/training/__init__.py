@@ -1,0 +1,1 @@
+"""Training on Ray Train: many workers, restarted from their checkpoint when one is lost."""

@@ -1,0 +1,80 @@
+"""What runs in each Ray Train worker process: the worker of sae_runtime, and publication on the first of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sae_runtime.training.communicator import ProcessGroupCommunicator
+from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.distributed.sharded_checkpoint import write_json
+from sae_runtime.training.distributed.worker import Worker, workers_folder
+from sae_runtime.training.progress import ProgressMeter, TrainingProgress
+from sae_runtime.training.publication import publish
+from sae_runtime.training.run import PROGRESS_INTERVAL
+
+PROGRESS, FAILURE, STOP = "progress.jsonl", "failure.json", "stop"
+"""Files beside the checkpoints: what the first worker reports; why the run cannot go on; the wish that it stops."""
+
+
+def run_worker(arguments: dict[str, Any]) -> None:
+    """The function that Ray Train calls on each worker, in a process group that is set up.
+
+    Args:
+        arguments: config (TrainingConfig as JSON values), latent_shards.
+    """
+    config = TrainingConfig(**arguments["config"])
+    folder = workers_folder(config)
+    if (folder / FAILURE).exists():
+        return  # Ray Train starts workers again whatever ended them, and this would end them again
+    if config.out.exists():
+        return  # published, and then a worker was lost
+    try:
+        _train_and_publish(config, arguments["latent_shards"], folder)
+    except RuntimeError:
+        # A lost connection or device: Ray Train begins again, unless a peer has left because of its failure.
+        if not (folder / FAILURE).exists():
+            raise
+    except Exception as error:
+        # It would happen again. The others learn of it from their connections' end.
+        write_json({"kind": type(error).__name__, "message": str(error)}, folder / FAILURE)
+        traceback.print_exc()
+        dist.destroy_process_group()
+
+
+def _train_and_publish(config: TrainingConfig, latent_shards: int, folder: Path) -> None:
+    if config.device.startswith("cuda"):
+        config = config.model_copy(update={"device": f"cuda:{torch.cuda.current_device()}"})  # Ray Train chose it
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    communicator = ProcessGroupCommunicator(latent_shards)
+    first = communicator.data_rank == 0 and communicator.shard_rank == 0
+    meter = ProgressMeter(_Reporter(folder / PROGRESS) if first else None, PROGRESS_INTERVAL)
+    meter.begin("prepare", config.buffer_tokens)
+    worker = Worker(config, communicator)
+    try:
+        if not worker.train(meter, (folder / STOP).exists):
+            return
+        exports = worker.exports()
+    finally:
+        worker.close()
+    if exports:
+        publish(config, exports, meter)
+
+
+class _Reporter:
+    """Writes progress events as lines of JSON, which the driver reads."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: TrainingProgress) -> None:
+        self._file.write(json.dumps(dataclasses.asdict(event)) + "\n")
+        self._file.flush()

@@ -106,7 +106,7 @@ def evaluate_dictionary(
     return DictionaryEvaluation(
         nmse=raw.nmse(),
         relative_error=raw.relative_error(),
-        nmse_normalized=normalized.nmse() if dictionary.normalize else raw.nmse(),
+        nmse_normalized=normalized.nmse() if dictionary.normalizes_input else raw.nmse(),
         l0=float(fired.sum()) / n_tokens,
         dead_fraction=float((fired == 0).double().mean()),
         dense_fraction=float((fired > 0.1 * n_tokens).double().mean()),

@@ -1,102 +1,169 @@
-"""`saeserve evaluate`: measures a dictionary on held-out text, as its training run did."""
+"""`saeserve evaluate`: measures a dictionary on held-out text; every field of EvaluationSettings is a flag."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from yaml import YAMLError
 
-import sae_runtime.builtin
 from sae_runtime.autoencoder import Dictionary
 from sae_runtime.backbone import Backbone
-from sae_runtime.errors import UnknownDictionary
-from sae_runtime.evaluation.dictionary_evaluation import evaluate_dictionary
+from sae_runtime.errors import DictionaryFormatError, FingerprintMismatch, UnknownDictionary
+from sae_runtime.evaluation.evaluate import complete_settings, evaluate
+from sae_runtime.evaluation.figure_names import describe
+from sae_runtime.evaluation.plots import MissingPlotLibrary
+from sae_runtime.evaluation.progress import EvaluationProgress
+from sae_runtime.evaluation.report import EvaluationReport
+from sae_runtime.evaluation.settings import EvaluationSettings
 from sae_runtime.formats import check_backbone, load_dictionary
-from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.progress import ProgressMeter
-from sae_runtime.training.run import held_out_rows
-from service.cli.argument_types import natural
 from service.cli.command_error import CommandError
+from service.cli.fact_table import fact_table
 from service.cli.json_output import print_json
-from service.cli.train import ProgressDisplay, print_figures
+from service.cli.setting_flags import add_setting_flags, given_settings, problem
 
-# How its training run cut text into rows: figures are comparable only on rows of the same kind.
-_ROW_SETTINGS = ("context_length", "rows", "prepend_end_of_text")
+_LOG_INTERVAL_S = 10.0
 
-_BUILTIN_HELD_OUT = Path(sae_runtime.builtin.__file__).parent / "data" / "heldout.jsonl.xz"
+_SHOWN = (
+    "nmse",
+    "nmse_normalized",
+    "relative_error",
+    "variance_explained",
+    "l0",
+    "dead_fraction",
+    "dense_fraction",
+    "ce_clean",
+    "ce_spliced",
+    "ce_ablated",
+    "delta_ce",
+    "loss_recovered",
+    "kl",
+    "n_tokens",
+    "baseline_pca_nmse",
+    "baseline_random_nmse",
+    "probe_loss_mean",
+    "n2g_precision_mean",
+    "n2g_recall_mean",
+    "ablation_latent_sparsity_mean",
+    "geometry_nearest_cosine_mean",
+)
+"""What the terminal shows; the files hold everything."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "dictionary", metavar="DICTIONARY", help="a published folder, an OpenAI .pt file, or a builtin name"
+    parser.description = (
+        "Measures a dictionary of any family on held-out text, and writes evaluation.json, explanations.json, CARD.md "
+        "and plots. Settings come from a YAML file, flags of the same names, or both; flags win."
     )
     parser.add_argument(
-        "--held-out",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="held-out text: .txt, .md or .jsonl files, also .xz or .gz [what the builtin model was measured on]",
+        "dictionary", metavar="DICTIONARY", help="a folder or file of any supported format, or a builtin name"
     )
-    parser.add_argument(
-        "--tokens", type=natural, default=131_072, metavar="N", help="tokens to measure, drawn from all files"
-    )
-    parser.add_argument(
-        "--backbone", metavar="NAME", help="builtin, a Hugging Face folder or a hub name [as trained on]"
-    )
-    parser.add_argument("--site", metavar="SITE", help="where it is read, such as 8.resid_post_mlp [as trained on]")
-    parser.add_argument("--device", default="cpu", help="device of the backbone and the dictionary")
-    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="seed of the choice of text")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    add_setting_flags(parser, EvaluationSettings)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    held_out = arguments.held_out or [_BUILTIN_HELD_OUT]
-    missing = [str(path) for path in held_out if not path.is_file()]
+    settings = _read_settings(arguments)
+    missing = [str(path) for path in settings.data if not path.is_file()]
     if missing:
         raise CommandError(f"no text file at {', '.join(missing)}")
     try:
-        figures = _measure(arguments, held_out)
-    except (OSError, ValueError, UnknownDictionary) as error:
+        dictionary, report = _measure(arguments.dictionary, settings)
+    except (OSError, ValueError, UnknownDictionary, DictionaryFormatError, FingerprintMismatch) as error:
         raise CommandError(str(error)) from error
-    if arguments.json:
-        print_json({"dictionary": arguments.dictionary, "figures": figures})
-    else:
-        print_figures(Console(highlight=False), figures)
-    return 0
-
-
-def _measure(arguments: argparse.Namespace, held_out: list[Path]) -> dict[str, float]:
-    dictionary = load_dictionary(arguments.dictionary, device=arguments.device)
-    manifest = dictionary.manifest
-    name = arguments.backbone or (manifest.backbone.name if manifest else "builtin")
-    backbone = Backbone.load(name, device=arguments.device)
-    check_backbone(dictionary, backbone)
-    config = TrainingConfig(
-        site=_site(arguments, dictionary),
-        data=tuple(held_out),
-        held_out=tuple(held_out),
-        out=Path("unused"),
-        seed=arguments.seed,
-        **_row_settings(dictionary),
-    )
-    with ProgressDisplay(Console(stderr=True, highlight=False)) as display:
-        meter = ProgressMeter(display.show, interval=0.5)
-        meter.begin("evaluate", arguments.tokens)
-        rows = held_out_rows(config, backbone, arguments.tokens)
-        site = backbone.check_site(config.site)
-        return evaluate_dictionary(backbone, dictionary, rows, site=site, progress=meter.reach).figures()
-
-
-def _site(arguments: argparse.Namespace, dictionary: Dictionary) -> str:
-    site = arguments.site or dictionary.site
-    if site is None:
-        raise CommandError(f"{arguments.dictionary} does not say where it is read; give --site", exit_code=2)
-    return str(site)
-
-
-def _row_settings(dictionary: Dictionary) -> dict[str, Any]:
+    out = settings.out or Path(f"{dictionary.name or Path(arguments.dictionary).stem}-evaluation")
     provenance = dictionary.manifest.provenance if dictionary.manifest else None
-    config = provenance.config if provenance else {}
-    return {name: config[name] for name in _ROW_SETTINGS if name in config}
+    console = Console(stderr=True, highlight=False)
+    code = 0
+    try:
+        report.write(out, provenance)
+    except MissingPlotLibrary as error:
+        console.print(f"saeserve: {error}", soft_wrap=True, markup=False)
+        code = 1  # what was asked for is not all there
+    except OSError as error:
+        raise CommandError(f"cannot write the report: {error}") from error
+    if arguments.json:
+        print_json({"dictionary": arguments.dictionary, "path": str(out), "figures": report.figures})
+    else:
+        _print_figures(Console(highlight=False), report.figures, out)
+    return code
+
+
+class StageDisplay:
+    """A progress bar for each stage; on something that is no terminal, a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description:<13}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(),
+            TextColumn("{task.completed:,.0f} {task.fields[unit]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._stage = ""
+        self._line_at = 0.0
+
+    def __enter__(self) -> StageDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def show(self, event: EvaluationProgress) -> None:
+        """Shows a moment of the evaluation."""
+        if event.stage != self._stage:
+            self._task = self._bars.add_task(event.stage, total=event.total, unit=event.unit)
+            self._stage, self._line_at = event.stage, 0.0
+        assert self._task is not None
+        self._bars.update(self._task, completed=event.done)
+        done = event.done >= event.total
+        if not self._console.is_terminal and (done or time.monotonic() - self._line_at > _LOG_INTERVAL_S):
+            self._line_at = time.monotonic()
+            self._console.print(f"{event.stage} {event.done:,} of {event.total:,} {event.unit}", soft_wrap=True)
+
+
+def _read_settings(arguments: argparse.Namespace) -> EvaluationSettings:
+    given = given_settings(arguments, EvaluationSettings)
+    try:
+        if arguments.config is None:
+            return EvaluationSettings(**given)
+        return EvaluationSettings.from_yaml(arguments.config, **given)
+    except ValidationError as error:
+        raise CommandError("; ".join(problem(each) for each in error.errors()), exit_code=2) from error
+    except (OSError, ValueError, YAMLError) as error:
+        raise CommandError(f"cannot read settings: {error}", exit_code=2) from error
+
+
+def _measure(name: str, settings: EvaluationSettings) -> tuple[Dictionary, EvaluationReport]:
+    dictionary = load_dictionary(name, device=settings.device)
+    if complete_settings(settings, dictionary).site is None:
+        raise CommandError(f"{name} does not say where it is read; give --site", exit_code=2)
+    manifest = dictionary.manifest
+    backbone = Backbone.load(
+        settings.backbone or (manifest.backbone.name if manifest else "builtin"), device=settings.device
+    )
+    check_backbone(dictionary, backbone)
+    with StageDisplay(Console(stderr=True, highlight=False)) as display:
+        return dictionary, evaluate(backbone, dictionary, settings, display.show)
+
+
+def _print_figures(console: Console, figures: dict[str, Any], out: Path) -> None:
+    rows = {}
+    for name in _SHOWN:
+        value = figures.get(name)
+        if value is not None:
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            rows[name] = f"{shown:>9}  [dim]{describe(name)}[/dim]"
+    console.print(fact_table(rows))
+    console.print(f"Everything is in {out}; start with CARD.md", soft_wrap=True, markup=False)

@@ -24,7 +24,7 @@ def random_dictionary(site: str, width: int, normalize: bool, relu: bool = False
         latent_bias=torch.cat([torch.zeros(40), torch.full((8,), -100.0)]),  # eight latents never fire
         activation="relu" if relu else "topk",
         k=None if relu else 6,
-        normalize=normalize,
+        normalization="layer_norm" if normalize else "none",
         site=site,
     )
 
@@ -77,7 +77,7 @@ def reference(folder: Path, dictionary: Dictionary, rows: list[list[int]]) -> di
     predictions = sum(len(row) - 1 for row in rows)
     ce = {name: total / predictions for name, total in totals.items()}
     std, mean = x.std(1, keepdim=True), x.mean(1, keepdim=True)
-    inner_x, inner_y = ((x - mean) / std, (y - mean) / std) if dictionary.normalize else (x, y)
+    inner_x, inner_y = ((x - mean) / std, (y - mean) / std) if dictionary.normalizes_input else (x, y)
 
     def nmse(a: Tensor, b: Tensor) -> float:
         return float((b - a).square().mean() / (a - a.mean(0)).square().mean())

@@ -34,7 +34,7 @@ def test_they_are_the_strongest_of_all(
         latent_bias=torch.cat([torch.zeros(23), torch.tensor([-1e6])]),
         activation=activation,  # type: ignore[arg-type]
         k=5 if activation == "topk" else None,
-        normalize=True,
+        normalization="layer_norm",
         site="1.resid_post_mlp",
     )
     n_contexts, window = 3, 4

@@ -1,51 +1,59 @@
-"""Edits of features as data. Light on purpose: the client must not import torch, where the library's own Edit lives.
+"""Edits of features as data: the library's own classes, which need no torch, and functions that make them.
 
-    edits = [set_feature("resid-mid", 123, 2.0, unit="max"), ablate_feature("resid-mid", 7)]
+    edits = [
+        set_feature("resid-mid", 123, 2.0, unit="max", where="7 > 0.5 and resid-late:9 <= 0"),
+        ablate_feature("resid-mid", 7, positions=AfterText("Once upon a time")),
+    ]
 
 Units: "raw" is the dictionary's activation units, "max" multiples of the feature's recorded maximum. Positions: "all",
-"prompt", "generated", or explicit 0-based token positions. `where` = (feature, threshold) limits an edit to tokens on
-which that feature of the same dictionary exceeds the threshold.
+"prompt", "generated", "last" (the prompt's last token), 0-based token positions, or AfterText. `where` limits an edit
+to the tokens on which a condition holds: its text (service/edits/conditions.py has the form), Condition, AllOf and
+AnyOf, or (feature, threshold), which holds where that feature of the same dictionary is above the threshold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
-Operation = Literal["set", "add", "scale", "clamp", "ablate_zero", "ablate_mean"]
-Unit = Literal["raw", "max"]
-Positions = Literal["all", "prompt", "generated"] | tuple[int, ...]
+from sae_runtime.interventions.data import (
+    AfterText,
+    AllOf,
+    AnyOf,
+    Condition,
+    Edit,
+    Operation,
+    Positions,
+    Reference,
+    ReferenceTokens,
+    Unit,
+    Where,
+)
+from service.edits.conditions import parse_condition
 
+__all__ = [
+    "AfterText",
+    "AllOf",
+    "AnyOf",
+    "Condition",
+    "Edit",
+    "Operation",
+    "Positions",
+    "Reference",
+    "ReferenceTokens",
+    "Unit",
+    "Where",
+    "ablate_feature",
+    "add_to_feature",
+    "clamp_feature",
+    "replace_by_reconstruction",
+    "resample_feature",
+    "scale_feature",
+    "set_feature",
+]
 
-@dataclass(frozen=True)
-class Condition:
-    """Holds on tokens where the feature's activation is larger than the threshold (raw units, at least 0)."""
-
-    feature: int
-    threshold: float
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One change of one feature; the functions below make them."""
-
-    dictionary: str
-    feature: int
-    operation: Operation
-    value: float = 0.0
-    """set: the activation. add: what is added. scale: the factor. Not used by the others."""
-    minimum: float | None = None
-    """clamp: the lower bound."""
-    maximum: float | None = None
-    """clamp: the upper bound."""
-    unit: Unit = "raw"
-    """Of value, minimum and maximum; a scale has none."""
-    positions: Positions = "all"
-    condition: Condition | None = None
-
-
-Where = tuple[int, float] | None
+PositionsArgument = Positions | Sequence[int]
+WhereArgument = Where | str | tuple[int, float] | None
 
 
 def set_feature(
@@ -54,8 +62,8 @@ def set_feature(
     value: float,
     *,
     unit: Unit = "raw",
-    positions: Positions | Sequence[int] = "all",
-    where: Where = None,
+    positions: PositionsArgument = "all",
+    where: WhereArgument = None,
 ) -> Edit:
     """The activation becomes `value`."""
     return _edit(dictionary, feature, "set", positions, where, value=value, unit=unit)
@@ -67,15 +75,20 @@ def add_to_feature(
     value: float,
     *,
     unit: Unit = "raw",
-    positions: Positions | Sequence[int] = "all",
-    where: Where = None,
+    positions: PositionsArgument = "all",
+    where: WhereArgument = None,
 ) -> Edit:
     """`value` is added to the activation."""
     return _edit(dictionary, feature, "add", positions, where, value=value, unit=unit)
 
 
 def scale_feature(
-    dictionary: str, feature: int, factor: float, *, positions: Positions | Sequence[int] = "all", where: Where = None
+    dictionary: str,
+    feature: int,
+    factor: float,
+    *,
+    positions: PositionsArgument = "all",
+    where: WhereArgument = None,
 ) -> Edit:
     """The activation is multiplied by `factor`."""
     return _edit(dictionary, feature, "scale", positions, where, value=factor)
@@ -88,8 +101,8 @@ def clamp_feature(
     minimum: float | None = None,
     maximum: float | None = None,
     unit: Unit = "raw",
-    positions: Positions | Sequence[int] = "all",
-    where: Where = None,
+    positions: PositionsArgument = "all",
+    where: WhereArgument = None,
 ) -> Edit:
     """The activation is kept inside the bounds, of which at least one must be given."""
     if minimum is None and maximum is None:
@@ -102,25 +115,57 @@ def ablate_feature(
     feature: int,
     to: Literal["zero", "mean"] = "zero",
     *,
-    positions: Positions | Sequence[int] = "all",
-    where: Where = None,
+    positions: PositionsArgument = "all",
+    where: WhereArgument = None,
 ) -> Edit:
     """The activation becomes zero, or the feature's recorded mean."""
     return _edit(dictionary, feature, "ablate_mean" if to == "mean" else "ablate_zero", positions, where)
+
+
+def resample_feature(
+    dictionary: str,
+    feature: int,
+    reference: str | Sequence[int],
+    tokens: ReferenceTokens = "last",
+    *,
+    positions: PositionsArgument = "all",
+    where: WhereArgument = None,
+) -> Edit:
+    """The activation becomes what the feature has on a reference text (or token ids).
+
+    tokens: the reference's "last" token, its "mean" or "max" over all of them, or "aligned": that of the token at the
+    same position, and no edit at positions that the reference does not have.
+    """
+    text = reference if isinstance(reference, str) else tuple(int(token) for token in reference)
+    return _edit(dictionary, feature, "resample", positions, where, reference=Reference(text, tokens))
+
+
+def replace_by_reconstruction(
+    dictionary: str, *, positions: PositionsArgument = "all", where: WhereArgument = None
+) -> Edit:
+    """The activation becomes the dictionary's reconstruction, with what its other edits change; the rest is lost."""
+    return _edit(dictionary, 0, "replace", positions, where)
 
 
 def _edit(
     dictionary: str,
     feature: int,
     operation: Operation,
-    positions: Positions | Sequence[int],
-    where: Where,
+    positions: PositionsArgument,
+    where: WhereArgument,
     *,
     value: float = 0.0,
     minimum: float | None = None,
     maximum: float | None = None,
     unit: Unit = "raw",
+    reference: Reference | None = None,
 ) -> Edit:
+    if isinstance(where, str):
+        condition: Where | None = parse_condition(where)
+    elif isinstance(where, tuple):
+        condition = Condition(*where)
+    else:
+        condition = where
     return Edit(
         dictionary,
         feature,
@@ -129,6 +174,7 @@ def _edit(
         minimum=minimum,
         maximum=maximum,
         unit=unit,
-        positions=positions if isinstance(positions, str) else tuple(positions),
-        condition=None if where is None else Condition(*where),
+        positions=positions if isinstance(positions, str | AfterText) else tuple(positions),
+        condition=condition,
+        reference=reference,
     )

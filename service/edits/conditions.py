@@ -1,0 +1,107 @@
+"""Conditions as text: `resid-mid:12 > 0.5 and (7 <= 0 or 9 > 2 max)`.
+
+    condition  ::= both ("or" both)*
+    both       ::= one ("and" one)*
+    one        ::= "(" condition ")" | FEATURE (">" | "<=") NUMBER ["max"]
+    FEATURE    ::= [DICTIONARY ":"] number; without a dictionary it is the edit's
+
+`>` is above the threshold, `<=` at most at it. With `max` the threshold is in multiples of the recorded maximum.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from sae_runtime.interventions.data import AllOf, AnyOf, Condition, Where
+
+_TOKEN = re.compile(r"\s*(\(|\)|<=|>|[^\s()<>=]+)")
+FORM = "FEATURE > NUMBER or FEATURE <= NUMBER, joined by and, or and parentheses, such as '12 > 0.5 and 7 <= 0'"
+
+
+def parse_condition(text: str) -> Where:
+    """Reads a condition; ValueError says where it stops being one."""
+    tokens, at = [], 0
+    while text[at:].strip():
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise ValueError(f"{text!r} is no condition at {text[at:].strip()!r}; expected {FORM}")
+        tokens.append(match[1])
+        at = match.end()
+    parser = _Parser(text, tokens)
+    where = parser.condition()
+    if parser.tokens:
+        raise parser.error(f"{parser.tokens[0]!r} follows its end")
+    return where
+
+
+class _Parser:
+    def __init__(self, text: str, tokens: list[str]) -> None:
+        self.text, self.tokens = text, tokens
+
+    def error(self, what: str) -> ValueError:
+        return ValueError(f"{self.text!r} is no condition: {what}; expected {FORM}")
+
+    def take(self) -> str:
+        if not self.tokens:
+            raise self.error("it ends too early")
+        return self.tokens.pop(0)
+
+    def condition(self) -> Where:
+        parts = [self.both()]
+        while self.tokens[:1] == ["or"]:
+            self.take()
+            parts.append(self.both())
+        return parts[0] if len(parts) == 1 else AnyOf(tuple(parts))
+
+    def both(self) -> Where:
+        parts = [self.one()]
+        while self.tokens[:1] == ["and"]:
+            self.take()
+            parts.append(self.one())
+        return parts[0] if len(parts) == 1 else AllOf(tuple(parts))
+
+    def one(self) -> Where:
+        token = self.take()
+        if token == "(":
+            inner = self.condition()
+            if self.take() != ")":
+                raise self.error("a parenthesis is not closed")
+            return inner
+        dictionary, _, number = token.rpartition(":")
+        if not (number.isascii() and number.isdigit() and int(number) < 2**32):
+            raise self.error(f"{token!r} is not a feature")
+        comparison = self.take()
+        if comparison not in (">", "<="):
+            raise self.error(f"{comparison!r} is not a comparison")
+        threshold_text = self.take()
+        try:
+            threshold = float(threshold_text)
+        except ValueError:
+            threshold = math.nan
+        if not math.isfinite(threshold):
+            raise self.error(f"{threshold_text!r} is not a number")
+        in_maxima = self.tokens[:1] == ["max"]
+        if in_maxima:
+            self.take()
+        return Condition(
+            int(number),
+            threshold,
+            dictionary or None,
+            "above" if comparison == ">" else "at_most",
+            "max" if in_maxima else "raw",
+        )
+
+
+def format_condition(where: Where) -> str:
+    """The text of a condition, which `parse_condition` reads back."""
+    if isinstance(where, Condition):
+        feature = f"{where.dictionary}:{where.feature}" if where.dictionary else str(where.feature)
+        sign, unit = ">" if where.comparison == "above" else "<=", " max" if where.unit == "max" else ""
+        return f"{feature} {sign} {repr(where.threshold).removesuffix('.0')}{unit}"
+    word = " or " if isinstance(where, AnyOf) else " and "
+    parts = (
+        format_condition(each) if isinstance(each, Condition) else f"({format_condition(each)})"
+        for each in where.conditions
+    )
+    return word.join(parts)

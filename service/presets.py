@@ -1,0 +1,65 @@
+"""The edit presets of a server: named sets of edits from its `edits.yaml`, as messages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_runtime.errors import EditConflict
+from sae_runtime.interventions.checks import check_edits
+from sae_runtime.interventions.data import InvalidEdit, terms
+from service.edits.files import EditFileError, Preset, read_presets
+from service.edits.messages import edit_message
+from service.pb.saeserve.v1 import edits_pb2 as pb
+
+if TYPE_CHECKING:
+    from sae_runtime import Backbone, Dictionary
+
+logger = logging.getLogger(__name__)
+
+
+class Presets:
+    """Presets by name, sorted."""
+
+    def __init__(self, presets: Mapping[str, Preset] | None = None) -> None:
+        self._messages = {
+            name: pb.EditPreset(
+                name=name, description=preset.description, edits=[edit_message(edit) for edit in preset.edits]
+            )
+            for name, preset in sorted((presets or {}).items())
+        }
+
+    @classmethod
+    def load(cls, file: str, dictionaries: Mapping[str, Dictionary], backbone: Backbone) -> Presets:
+        """The presets of a file; none if its name is empty.
+
+        Edits of dictionaries that are loaded are checked against them; those of others only when they are used.
+        EditFileError names the file, the preset and what is wrong with it.
+        """
+        if not file:
+            return cls()
+        presets = {preset.name: preset for preset in read_presets(Path(file))}
+        for preset in presets.values():
+            wanted = {edit.dictionary for edit in preset.edits}
+            wanted |= {term.dictionary for edit in preset.edits for term in terms(edit.condition) if term.dictionary}
+            if missing := sorted(wanted - set(dictionaries)):
+                logger.warning("preset %r needs %s, which are not loaded", preset.name, ", ".join(missing))
+                continue
+            try:
+                check_edits(preset.edits, dictionaries, backbone=backbone)
+            except (InvalidEdit, EditConflict) as error:
+                raise EditFileError(f"{file}: preset {preset.name!r}: {error}") from None
+        return cls(presets)
+
+    def __iter__(self) -> Iterator[pb.EditPreset]:
+        return iter(self._messages.values())
+
+    def get(self, name: str) -> pb.EditPreset | None:
+        """The preset of a name, or None."""
+        return self._messages.get(name)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._messages)

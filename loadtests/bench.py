@@ -11,6 +11,8 @@ For the builtin model and for a random model of GPT-2 small's shape (32,768 late
                            at a time (sequential_server.py), under the same load of 16 callers
     latency_over_forward_ms  median over requests of the latency at concurrency 1, less the time of the PyTorch code
 
+Generation against Hugging Face's `generate` is measured as generation.py says.
+
 The service tokenizes, selects, and answers in protobuf; the PyTorch code starts from token ids and ends with tensors.
 The client runs on the same cores as the service. Every figure is a median over rounds; the table shows their range.
 """
@@ -39,6 +41,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from loadtests.bare import BareExtractor
+from loadtests.generation import measure_generation, sequential_requests
 from loadtests.load import closed_loop
 from loadtests.shapes import write_gpt2_shape
 from sae_runtime.formats.published import read_manifest
@@ -51,6 +54,7 @@ from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
 BUILTIN = Path(__file__).resolve().parent.parent / "sae_runtime" / "builtin"
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 CONCURRENCY = 16
+GENERATION_ROUNDS = 3
 SETTLE_S = 0.1  # between two arms: idle worker threads of the first stop spinning
 
 
@@ -245,7 +249,13 @@ def main() -> None:
             else:
                 folders = write_gpt2_shape(Path(directory), BUILTIN / "backbone")
                 shape = Shape(name, *folders, requests_per_round=32, latency_requests=12)
-            figures = measure(shape, arguments.rounds, arguments.out.with_name(f"bench-{name}.log"))
+            log = arguments.out.with_name(f"bench-{name}.log")
+            figures = measure(shape, arguments.rounds, log)
+            with running_service(shape, log.with_name(f"bench-generation-{name}.log")) as address:
+                generation = measure_generation(
+                    address, shape.backbone, shape.dictionary, GENERATION_ROUNDS, sequential_requests(name)
+                )
+            figures |= {key: Figure.median_of(values) for key, values in generation.items()}
             for key, figure in figures.items():
                 numbers[f"{key}.{name}"] = figure.value
                 table.add_row(

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -19,10 +19,11 @@ class LoadResult:
 
     seconds: float
     """From the first request's start to the last reply's end."""
-    latencies_s: list[float]
+    latencies_s: list[float] = field(repr=False)
     """One a request, in the order of the requests."""
-    replies: list[pb.ExtractFeaturesResponse]
-    """In the order of the requests."""
+    replies: list[pb.ExtractFeaturesResponse] = field(repr=False)
+    """In the order of the requests. Not shown: asyncio.run formats its task's result when it puts SIGINT's handler
+    back, which took longer than the requests did."""
 
 
 async def closed_loop(address: str, requests: Sequence[pb.ExtractFeaturesRequest], concurrency: int) -> LoadResult:

@@ -27,7 +27,9 @@ def generate(out: Path) -> None:
     well_known = str(resources.files("grpc_tools") / "_proto")
     flags = [f"--{plugin}_out={out}" for plugin in ("python", "grpc_python", *PLUGINS)]
     # By full path: the plugins live beside this interpreter, whether or not its folder is on PATH.
-    flags += [f"--plugin=protoc-gen-{plugin}={Path(sys.executable).parent / f'protoc-gen-{plugin}'}" for plugin in PLUGINS]
+    flags += [
+        f"--plugin=protoc-gen-{plugin}={Path(sys.executable).parent / f'protoc-gen-{plugin}'}" for plugin in PLUGINS
+    ]
     if protoc.main(["protoc", f"-I{PROTOS}", f"-I{well_known}", *flags, *sources]) != 0:
         raise SystemExit("protoc failed")
     for path in out.rglob("*.py*"):

@@ -1,0 +1,115 @@
+"""A batch shared out over threads: the same results in the same places, and errors that come through."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from itertools import chain
+
+import pytest
+import torch
+
+from sae_runtime import Backbone, Dictionary, Site
+from service.engine import lanes as module
+from service.engine.execution import ExtractPart, run_extract
+from service.engine.lanes import Lanes, extract_in_lanes
+from service.engine.work import Selection
+
+
+@pytest.fixture
+def lanes() -> Iterator[Lanes]:
+    made = Lanes(2)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone.random(n_layers=2, d_model=16, n_heads=2, vocab_size=50, context_length=64, seed=1)
+
+
+@pytest.fixture(scope="module")
+def dictionary() -> Dictionary:
+    generator = torch.Generator().manual_seed(0)
+    encoder = torch.randn(40, 16, generator=generator)
+    return Dictionary(
+        encoder=encoder,
+        decoder=encoder,
+        pre_bias=torch.zeros(16),
+        latent_bias=torch.zeros(40),
+        activation="topk",
+        k=4,
+        site="1.resid_post_mlp",
+    )
+
+
+def parts_of(dictionary: Dictionary, lengths: list[list[int]]) -> list[ExtractPart]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        ExtractPart(
+            rows=[tuple(torch.randint(0, 50, (n,), generator=generator).tolist()) for n in rows],
+            dictionaries=[("d", dictionary, Site(1, "resid_post_mlp"))],
+            selection=Selection("all"),
+            aggregation="none",
+            reconstruction_error=True,
+        )
+        for rows in lengths
+    ]
+
+
+@pytest.mark.parametrize("lengths", [[[40], [3, 50, 7], [64], [1]], [[60, 60]], [[30] * 9]])
+def test_results_and_their_places_are_those_of_one_thread(
+    backbone: Backbone, dictionary: Dictionary, lanes: Lanes, lengths: list[list[int]]
+) -> None:
+    parts = parts_of(dictionary, lengths)
+    with torch.inference_mode():
+        expected = run_extract(backbone, parts)
+        found = extract_in_lanes(backbone, parts, lanes)
+    assert [len(part) for part in found] == [len(part) for part in expected]
+    for one, other in zip(chain(*found), chain(*expected), strict=True):
+        assert (one[0].features.indices == other[0].features.indices).all()
+        torch.testing.assert_close(
+            torch.from_numpy(one[0].features.values), torch.from_numpy(other[0].features.values), atol=1e-5, rtol=1e-5
+        )
+        assert len(one[0].reconstruction_error) == len(other[0].reconstruction_error)
+
+
+def test_the_lanes_share_the_tokens_evenly_and_keep_torchs_threads_apart(
+    backbone: Backbone, dictionary: Dictionary, lanes: Lanes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: dict[str, tuple[int, int]] = {}
+
+    def watched(backbone: Backbone, parts: list[ExtractPart]) -> object:
+        tokens = sum(len(row) for part in parts for row in part.rows)
+        runs[threading.current_thread().name] = (tokens, torch.get_num_threads())
+        return run_extract(backbone, parts)
+
+    monkeypatch.setattr(module, "run_extract", watched)
+    before = torch.get_num_threads()
+    extract_in_lanes(backbone, parts_of(dictionary, [[40], [10, 50], [30], [20], [64]]), lanes)
+    assert torch.get_num_threads() == before
+    tokens, threads = zip(*runs.values(), strict=True)
+    assert sum(tokens) == 214
+    assert max(tokens) - min(tokens) <= 20
+    assert threads == (1, 1)
+
+
+def test_little_work_is_not_shared_out(
+    backbone: Backbone, dictionary: Dictionary, lanes: Lanes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "run", lambda shares: pytest.fail("shared out"))
+    extract_in_lanes(backbone, parts_of(dictionary, [[10], [20]]), lanes)
+    extract_in_lanes(backbone, parts_of(dictionary, [[64]]), lanes)
+    extract_in_lanes(backbone, parts_of(dictionary, [[64], [64]]), None)
+
+
+def test_a_failed_share_fails_the_batch_after_all_have_ended(lanes: Lanes) -> None:
+    ended = threading.Event()
+
+    def fails() -> None:
+        raise ValueError("this share")
+
+    with pytest.raises(ValueError, match="this share"):
+        lanes.run([fails, ended.set])
+    assert ended.is_set()
+    assert lanes.run([lambda: 1, lambda: 2]) == [1, 2]

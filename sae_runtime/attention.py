@@ -4,8 +4,9 @@ Rows of one forward are sorted into groups once (`AttentionPlan.of`); every laye
 
 - rows without a past, of like length: right-padded, plain causal attention (a real token never looks at the padding
   behind its row, so no mask is needed);
-- rows with a past that bring one token (decoding): one call over a range of cache slots, with a mask;
-- a row with a past that brings several tokens: a call of its own over its cache slot, with a mask.
+- rows with a past that bring one token (decoding): one call for rows at equal distances in the cache, with a mask
+  (two rows always are; so are all of equal reservations);
+- a row with a past that brings several tokens: a call of its own, with a mask.
 
 Groups of like length are the middle between one padded batch (up to twice the work) and one call a row (hardly less
 work, but every call waits for all threads, which is slow where cores are shared).
@@ -28,8 +29,8 @@ from sae_runtime.packed import PackedTokens
 _LIKE_LENGTH = 0.75
 # ... or when T is at most this: attention over so few tokens costs less than another call.
 _SHORT = 32
-# Free cache slots that a decoding call may run over, rather than being cut in two.
-_SLOT_GAP = 8
+# Idle rows between two others that a decoding call may run over, rather than being cut in two.
+_IDLE_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class _Group:
     start: int
     n_rows: int
     length: int
-    first_slot: int = 0
+    first_place: int = 0
+    stride: int = 0
     mask: Tensor | None = None
-    """[G, 1, T, S], added to the scores over the first S keys of cache slots [first_slot, first_slot + G)."""
+    """[G, 1, T, S], added to the scores over the S keys from the cache's place first_place + row * stride on."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,15 @@ class AttentionPlan:
     """int64 [P]: the packed token at each place of the padded layout (P places); None when they are the same."""
     restore: Tensor | None
     """int64 [N]: the place of each packed token; None when they are the same."""
-    slots: Tensor | None
-    """int64 [N]: cache slot of each token; None without a cache."""
-    positions: Tensor
-    """int64 [N]: position of each token in its row."""
+    places: Tensor | None
+    """int64 [N]: the cache's place of each token; None without a cache."""
 
     @classmethod
-    def of(cls, packed: PackedTokens, dtype: torch.dtype) -> AttentionPlan:
-        """Plans for rows on `packed`'s device; `dtype` is that of queries, keys and values."""
+    def of(cls, packed: PackedTokens, dtype: torch.dtype, cache: KVCache | None) -> AttentionPlan:
+        """Plans for rows on `packed`'s device and makes their slots in the cache ready.
+
+        `dtype` is that of queries, keys and values. ValueError: the rows do not fit the cache (see KVCache.admit).
+        """
         device = packed.ids.device
         # Index arithmetic over a few rows: numpy does it several times faster than torch.
         lengths, past = np.array(packed.lengths), np.array(packed.past)
@@ -69,8 +72,9 @@ class AttentionPlan:
         gather: list[npt.NDArray[np.int64]] = []
         restore = np.empty(len(packed), np.int64)
         n_places = 0
+        cached_at = None if cache is None else cache.admit(packed)
 
-        def add_group(rows: list[int], place_of_row: npt.NDArray[np.int64], first_slot: int, cached: bool) -> None:
+        def add_group(rows: list[int], place_of_row: npt.NDArray[np.int64], cached: tuple[int, int] | None) -> None:
             """Adds a group whose padded rows `place_of_row` hold the packed `rows`; other padded rows are idle."""
             nonlocal n_places
             length, n_rows = int(lengths[rows].max()), int(place_of_row[-1]) + 1
@@ -83,34 +87,34 @@ class AttentionPlan:
             restore[index[real]] = (n_places + place_of_row[:, None] * length + token)[real]
             gather.append(padded.ravel())
             mask = None
-            if cached:
+            if cached is not None:
                 n_keys = int((past[rows] + lengths[rows]).max())
                 # Idle slots in the range keep an open mask; nobody reads their result.
                 scores = np.zeros((n_rows, 1, length, n_keys), np.float32)
                 hidden = np.arange(n_keys) > (past[rows, None] + token)[:, :, None]  # [rows, T, S]
                 scores[place_of_row, 0] = np.where(hidden, np.float32("-inf"), np.float32(0))
                 mask = torch.from_numpy(scores).to(device, dtype)
-            groups.append(_Group(n_places, n_rows, length, first_slot, mask))
+            groups.append(_Group(n_places, n_rows, length, *(cached or (0, 0)), mask))
             n_places += n_rows * length
 
-        rows_in_groups = _group_rows(packed)
-        for rows in rows_in_groups.fresh:
-            add_group(rows, np.arange(len(rows)), 0, cached=False)
-        for rows in rows_in_groups.cached:
-            slots = np.array(packed.slots)[rows]
-            add_group(rows, slots - slots[0], int(slots[0]), cached=True)
+        for rows in _fresh_rows(packed):
+            add_group(rows, np.arange(len(rows)), None)
+        places = None
+        if cached_at is not None:
+            first_places, room = cached_at
+            for rows, stride in _cached_rows(packed, first_places, room):
+                start = int(first_places[rows[0]])
+                add_group(rows, (first_places[rows] - start) // max(stride, 1), (start, stride))
+            shift = np.repeat(first_places + past - starts, lengths)
+            places = torch.from_numpy(np.arange(len(packed)) + shift).to(device)
 
         order = np.concatenate(gather)
         same = np.array_equal(order, np.arange(len(packed)))
-        slot_of_token = None
-        if packed.slots is not None:
-            slot_of_token = torch.tensor(packed.slots).to(device)[packed.row_of_token]
         return cls(
             groups=tuple(groups),
             gather=None if same else torch.from_numpy(order).to(device),
             restore=None if same else torch.from_numpy(restore).to(device),
-            slots=slot_of_token,
-            positions=packed.positions,
+            places=places,
         )
 
     def attend(self, qkv: Tensor, n_heads: int, scale: float, layer: int, cache: KVCache | None) -> Tensor:
@@ -127,9 +131,9 @@ class AttentionPlan:
         d_model = qkv.shape[1] // 3
         head_dim = d_model // n_heads
         if cache is not None:
-            assert self.slots is not None
+            assert self.places is not None
             _, keys, values = qkv.view(-1, 3, n_heads, head_dim).unbind(1)
-            cache.write(layer, self.slots, self.positions, keys, values)
+            cache.write(layer, self.places, keys, values)
         padded = qkv if self.gather is None else qkv.index_select(0, self.gather)  # [P, 3 * d_model]
         outputs = []
         for group in self.groups:
@@ -140,38 +144,58 @@ class AttentionPlan:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
             else:
                 assert cache is not None
-                k, v = cache.read(layer, group.first_slot, g, group.mask.shape[-1])  # [G, n_heads, S, head_dim]
+                k, v = cache.read(layer, group.first_place, group.stride, g, group.mask.shape[-1])
+                # each [G, n_heads, S, head_dim]
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
             outputs.append(out.transpose(1, 2).reshape(g * t, d_model))
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return joined if self.restore is None else joined.index_select(0, self.restore)
 
 
-@dataclass(frozen=True)
-class _RowGroups:
-    fresh: list[list[int]]
-    """Rows without a past, by falling length."""
-    cached: list[list[int]]
-    """Rows with a past, by rising slot."""
-
-
-def _group_rows(packed: PackedTokens) -> _RowGroups:
-    groups = _RowGroups([], [])
-    lengths, past, slots = packed.lengths, packed.past, packed.slots
+def _fresh_rows(packed: PackedTokens) -> list[list[int]]:
+    """Rows without a past in groups of like length, by falling length."""
+    groups: list[list[int]] = []
+    lengths, past = packed.lengths, packed.past
     for row in sorted((r for r, p in enumerate(past) if p == 0), key=lambda r: -lengths[r]):
-        longest = lengths[groups.fresh[-1][0]] if groups.fresh else 0
+        longest = lengths[groups[-1][0]] if groups else 0
         if longest and (longest <= _SHORT or lengths[row] >= _LIKE_LENGTH * longest):
-            groups.fresh[-1].append(row)
+            groups[-1].append(row)
         else:
-            groups.fresh.append([row])
-    if slots is not None:
-        decoding: list[list[int]] = []
-        for row in sorted((r for r, p in enumerate(past) if p > 0), key=lambda r: slots[r]):
-            if lengths[row] > 1:
-                groups.cached.append([row])
-            elif decoding and slots[row] - slots[decoding[-1][-1]] <= _SLOT_GAP:
-                decoding[-1].append(row)
-            else:
-                decoding.append([row])
-        groups.cached.extend(decoding)
+            groups.append([row])
+    return groups
+
+
+def _cached_rows(
+    packed: PackedTokens, first_places: npt.NDArray[np.int64], room: npt.NDArray[np.int64]
+) -> list[tuple[list[int], int]]:
+    """Rows with a past in groups, by rising place in the cache, with the distance of neighbours in a group.
+
+    A group's rows start at multiples of that distance, and the longest is not longer than any one's room: the keys that
+    a row's call looks at end before another row's begin, so that what is wrong in one row stays in that row.
+    """
+    lengths, past = packed.lengths, packed.past
+    groups: list[tuple[list[int], int]] = []
+    decoding: list[int] = []
+    for row, n in enumerate(past):
+        if n and lengths[row] == 1:
+            decoding.append(row)
+        elif n:
+            groups.append(([row], 0))
+    places = first_places.tolist()
+    rows: list[int] = []
+    stride = longest = shortest_room = 0
+    for row in sorted(decoding, key=places.__getitem__):
+        n_keys, own_room = past[row] + 1, int(room[row])
+        if rows:
+            distance = places[row] - places[rows[-1]]
+            even = not stride or (distance % stride == 0 and distance <= (1 + _IDLE_ROWS) * stride)
+            if even and max(longest, n_keys) <= min(shortest_room, own_room):
+                rows.append(row)
+                stride = stride or distance
+                longest, shortest_room = max(longest, n_keys), min(shortest_room, own_room)
+                continue
+            groups.append((rows, stride))
+        rows, stride, longest, shortest_room = [row], 0, n_keys, own_room
+    if rows:
+        groups.append((rows, stride))
     return groups

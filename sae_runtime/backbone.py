@@ -29,8 +29,30 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+BRANCHES = ("resid_delta_attn", "mlp_post_act", "resid_delta_mlp")
+"""Locations beside the residual stream, which goes on unchanged meanwhile."""
+
 EditFunction = Callable[[Site, Tensor], Tensor]
 """Called with a site and its live activation [N, width]; returns what replaces it, a new tensor of the same shape."""
+
+
+@dataclass(frozen=True)
+class PausedForward:
+    """A forward pass that stands at a site, before any edit there; another can start from it.
+
+    Rows may be repeated or left out and the activation may be changed in between: what comes before the site is shared.
+    """
+
+    site: Site
+    activation: Tensor
+    """[N, width] at the site, in the backbone's dtype."""
+    residual: Tensor | None
+    """[N, d_model], the residual stream that the site's branch is added to later; None where the site is on it."""
+
+    def take(self, tokens: Tensor) -> PausedForward:
+        """The given tokens (int64 [M], places in the packed batch), as copies."""
+        residual = None if self.residual is None else self.residual[tokens]
+        return PausedForward(self.site, self.activation[tokens], residual)
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,8 @@ class ForwardResult:
     """[N, width] for every captured site, after any edit there, in the backbone's dtype. Do not modify in place."""
     logits: Tensor | None
     """float32 [B, vocab] of each row's last token, or [N, vocab] of all tokens, or None."""
+    paused: dict[Site, PausedForward] = field(default_factory=dict)
+    """For every site of `pause`."""
 
 
 class Backbone:
@@ -220,8 +244,11 @@ class Backbone:
 
     # Forward pass
 
-    def new_cache(self, n_slots: int, max_length: int | None = None) -> KVCache:
-        """An empty cache of `n_slots` rows of up to `max_length` tokens (default: the context length)."""
+    def new_cache(self, n_slots: int, max_length: int | None = None, max_tokens: int | None = None) -> KVCache:
+        """An empty cache of `n_slots` rows of up to `max_length` tokens (default: the context length).
+
+        With `max_tokens` it holds that many tokens in all, and slots need `KVCache.reserve` before they are used.
+        """
         max_length = self.context_length if max_length is None else max_length
         if max_length > self.context_length:
             raise ValueError(f"max_length {max_length} is over the backbone's context length of {self.context_length}")
@@ -233,7 +260,18 @@ class Backbone:
             head_dim=self.d_model // self.settings.n_head,
             dtype=self.dtype,
             device=self.device,
+            max_tokens=max_tokens,
         )
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bytes of weights that decoding one token reads: those of the blocks and of the LM head."""
+        return self._weights.lm_head.nbytes + sum(each.nbytes for block in self._weights.blocks for each in block)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Memory that one token takes in a cache: keys and values of every block."""
+        return 2 * self.n_layers * self.d_model * self.dtype.itemsize
 
     @torch.inference_mode()
     def activations(
@@ -288,6 +326,8 @@ class Backbone:
         edit_sites: Collection[Site | str] = (),
         cache: KVCache | None = None,
         logits: Literal["none", "last", "all"] = "none",
+        pause: Collection[Site | str] = (),
+        start: PausedForward | None = None,
     ) -> ForwardResult:
         """Runs packed rows as far as anything asks for: a captured or edited site, the cache, or logits.
 
@@ -298,10 +338,13 @@ class Backbone:
             edit: called at each of `edit_sites`, in order of computation.
             cache: keys and values of each row's past; those of this batch are added. Every block then runs.
             logits: of no token, of each row's last token, or of all tokens. The LM head runs only here.
+            pause: sites to return as they are before any edit there, so that other forwards can start from them.
+            start: where to go on, instead of from the embedding; its tokens are those of `packed`. Captured, paused and
+                edited sites may not lie before it, and there can be no cache.
 
         Raises:
             ValueError: an unknown site, an id outside the vocabulary, a row over the context length, rows that do not
-                fit the cache, or an edit that changes shape or dtype.
+                fit the cache, an edit that changes shape or dtype, or a start that does not fit the rest.
         """
         if logits not in ("none", "last", "all"):
             raise ValueError(f"logits is {logits!r}; expected 'none', 'last' or 'all'")
@@ -311,54 +354,84 @@ class Backbone:
             capture=frozenset(map(self.check_site, capture)),
             edit=edit,
             edit_sites=frozenset(map(self.check_site, edit_sites)),
-            last=self._last_site(capture, edit_sites, cache is not None, logits != "none"),
+            last=self._last_site((*capture, *pause), edit_sites, cache is not None, logits != "none"),
+            pause=frozenset(map(self.check_site, pause)),
         )
         self._check_rows(packed, cache)
+        if start is not None:
+            self._check_start(start, packed, taps, cache)
         if taps.last is None:
             return ForwardResult({}, None)
-        if cache is not None:
-            cache.admit(packed)
         packed = packed.to(self.device)
         weights = self._weights
-        plan = AttentionPlan.of(packed, self.dtype)
-        x = F.embedding(packed.ids, weights.wte) + F.embedding(packed.positions, weights.wpe)  # [N, d]
-        for layer in range(taps.last.layer + 1):
-            x = self._block(layer, x, plan, cache, taps)
+        plan = AttentionPlan.of(packed, self.dtype, cache)
+        if start is None:
+            x = F.embedding(packed.ids, weights.wte) + F.embedding(packed.positions, weights.wpe)  # [N, d]
+        else:
+            x = start.activation if start.residual is None else start.residual
+        for layer in range(0 if start is None else start.site.layer, taps.last.layer + 1):
+            entered = start if start is not None and start.site.layer == layer else None
+            x = self._block(layer, x, plan, cache, taps, entered)
         scores = None
         if logits != "none":
             x = x if logits == "all" else x[packed.row_ends]
-            x = F.layer_norm(
-                x, (self.d_model,), weights.ln_f_weight, weights.ln_f_bias, self.settings.layer_norm_epsilon
-            )
-            scores = F.linear(x, weights.lm_head).float()
-        return ForwardResult(taps.captured, scores)
+            scores = self.unembed(x).float()
+        return ForwardResult(taps.captured, scores, taps.paused)
 
-    def _block(self, layer: int, x: Tensor, plan: AttentionPlan, cache: KVCache | None, taps: _Taps) -> Tensor:
-        """One block on the residual stream [N, d]; returns early after the last site anybody needs."""
+    def unembed(self, x: Tensor) -> Tensor:
+        """Logits [n, vocab] of what the last block returns, [n, d_model]; float32, or float64 of a float64 backbone."""
+        weights = self._weights
+        x = F.layer_norm(x, (self.d_model,), weights.ln_f_weight, weights.ln_f_bias, self.settings.layer_norm_epsilon)
+        logits = F.linear(x, weights.lm_head)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _block(
+        self,
+        layer: int,
+        x: Tensor,
+        plan: AttentionPlan,
+        cache: KVCache | None,
+        taps: _Taps,
+        entered: PausedForward | None = None,
+    ) -> Tensor:
+        """One block on the residual stream [N, d]; returns early after the last site anybody needs.
+
+        With `entered`, which is at a site of this block, what lies before that site is left out.
+        """
         w, config, d = self._weights.blocks[layer], self.settings, (self.d_model,)
         scale = (d[0] // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
 
-        x = taps.pass_through(layer, "resid_pre", x)
-        if taps.end_at(layer, "resid_pre"):
-            return x
-        h = F.layer_norm(x, d, w.ln_1_weight, w.ln_1_bias, config.layer_norm_epsilon)
-        h = torch.addmm(w.attn_c_attn_bias, h, w.attn_c_attn_weight)  # [N, 3 d]: queries, keys, values
-        h = plan.attend(h, config.n_head, scale, layer, cache)  # [N, d]
-        h = torch.addmm(w.attn_c_proj_bias, h, w.attn_c_proj_weight)
-        h = taps.pass_through(layer, "resid_delta_attn", h)
-        x = taps.pass_through(layer, "resid_post_attn", x + h)
-        if taps.end_at(layer, "resid_post_attn"):
-            return x
-        h = F.layer_norm(x, d, w.ln_2_weight, w.ln_2_bias, config.layer_norm_epsilon)
-        h = torch.addmm(w.mlp_c_fc_bias, h, w.mlp_c_fc_weight)  # [N, d_mlp]
-        h = taps.pass_through(layer, "mlp_post_act", F.gelu(h, approximate=self._gelu))
-        if taps.end_at(layer, "mlp_post_act"):
-            return x
-        h = torch.addmm(w.mlp_c_proj_bias, h, w.mlp_c_proj_weight)  # [N, d]
-        h = taps.pass_through(layer, "resid_delta_mlp", h)
-        return taps.pass_through(layer, "resid_post_mlp", x + h)
+        first = 0 if entered is None else LOCATIONS.index(entered.site.location)
+        h = x if entered is None else entered.activation
+        if first <= 0:
+            x = taps.pass_through(layer, "resid_pre", x)
+            if taps.end_at(layer, "resid_pre"):
+                return x
+            h = F.layer_norm(x, d, w.ln_1_weight, w.ln_1_bias, config.layer_norm_epsilon)
+            h = torch.addmm(w.attn_c_attn_bias, h, w.attn_c_attn_weight)  # [N, 3 d]: queries, keys, values
+            h = plan.attend(h, config.n_head, scale, layer, cache)  # [N, d]
+            h = torch.addmm(w.attn_c_proj_bias, h, w.attn_c_proj_weight)
+        if first <= 1:
+            h = taps.pass_through(layer, "resid_delta_attn", h, x)
+            x = x + h
+        if first <= 2:
+            x = taps.pass_through(layer, "resid_post_attn", x)
+            if taps.end_at(layer, "resid_post_attn"):
+                return x
+            h = F.layer_norm(x, d, w.ln_2_weight, w.ln_2_bias, config.layer_norm_epsilon)
+            h = torch.addmm(w.mlp_c_fc_bias, h, w.mlp_c_fc_weight)  # [N, d_mlp]
+            h = F.gelu(h, approximate=self._gelu)
+        if first <= 3:
+            h = taps.pass_through(layer, "mlp_post_act", h, x)
+            if taps.end_at(layer, "mlp_post_act"):
+                return x
+            h = torch.addmm(w.mlp_c_proj_bias, h, w.mlp_c_proj_weight)  # [N, d]
+        if first <= 4:
+            h = taps.pass_through(layer, "resid_delta_mlp", h, x)
+            x = x + h
+        return taps.pass_through(layer, "resid_post_mlp", x)
 
     def _last_site(
         self, capture: Collection[Site | str], edit_sites: Collection[Site | str], cache: bool, logits: bool
@@ -370,6 +443,20 @@ class Backbone:
         if cache:
             needed.append(Site(self.n_layers - 1, "resid_delta_attn"))
         return max(needed, default=None)
+
+    def _check_start(self, start: PausedForward, packed: PackedTokens, taps: _Taps, cache: KVCache | None) -> None:
+        self.check_site(start.site)
+        if cache is not None or any(packed.past):
+            raise ValueError("a forward that starts at a site cannot use a cache")
+        early = [str(site) for site in sorted(taps.capture | taps.edit_sites | taps.pause) if site < start.site]
+        if early:
+            raise ValueError(f"{', '.join(early)}: before the site {start.site} where the forward starts")
+        expected = (len(packed), self.site_width(start.site))
+        if start.activation.shape != expected or start.activation.dtype != self.dtype:
+            found = f"{start.activation.dtype} {list(start.activation.shape)}"
+            raise ValueError(f"the activation to start from is {found}, expected {self.dtype} {list(expected)}")
+        if (start.residual is not None) != (start.site.location in BRANCHES):
+            raise ValueError(f"a start at {start.site} has {'a' if start.residual is not None else 'no'} residual")
 
     def _check_rows(self, packed: PackedTokens, cache: KVCache | None) -> None:
         for past, length in zip(packed.past, packed.lengths, strict=True):
@@ -393,10 +480,15 @@ class _Taps:
     edit: EditFunction | None
     edit_sites: frozenset[Site]
     last: Site | None
+    pause: frozenset[Site] = frozenset()
     captured: dict[Site, Tensor] = field(default_factory=dict)
+    paused: dict[Site, PausedForward] = field(default_factory=dict)
 
-    def pass_through(self, layer: int, location: str, x: Tensor) -> Tensor:
+    def pass_through(self, layer: int, location: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`residual` is the stream that a branch is added to later."""
         site = Site(layer, location)
+        if site in self.pause:
+            self.paused[site] = PausedForward(site, x, residual)
         if site in self.edit_sites and self.edit is not None:
             edited = self.edit(site, x)
             if edited.shape != x.shape or edited.dtype != x.dtype:

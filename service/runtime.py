@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sae_runtime.errors import DictionaryFormatError
 from service.engine.settings import EngineSettings
+from service.presets import Presets
 from service.rpc.limits import Limits
 from service.rpc.readiness import Readiness
 from service.rpc.served import ServedModel
@@ -52,6 +53,8 @@ class ReplicaSettings(BaseModel):
     """The CPU, a GPU, or "auto": the first GPU if there is one, else the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type that the backbone and the dictionaries compute in."""
+    edit_presets: str = ""
+    """A YAML file of named sets of edits that requests can use (`presets` of Generate); empty: none."""
     limits: Limits = Field(default_factory=Limits)
     """What a request may ask for."""
     engine: EngineSettings = Field(default_factory=EngineSettings)
@@ -70,7 +73,8 @@ class ServiceRuntime:
         from service.metrics import Metrics
 
         self.settings = settings
-        self.served = ServedModel(backbone, {name: dictionaries[name] for name in sorted(dictionaries)})
+        presets = Presets.load(settings.edit_presets, dictionaries, backbone)
+        self.served = ServedModel(backbone, {name: dictionaries[name] for name in sorted(dictionaries)}, presets)
         self.metrics = Metrics()
         self.engine = Engine(backbone, self.served.dictionaries, settings.engine, self.metrics)
         self.limits = settings.limits.for_context(backbone.context_length, self.engine.max_sequence_tokens)
@@ -166,4 +170,4 @@ def _load_dictionary(wanted: DictionarySettings, backbone: Backbone) -> tuple[st
     if dictionary.site is None:
         raise DictionaryFormatError(f"dictionary {name!r} ({wanted.path}) does not say which site it reads; set `site`")
     check_backbone(dictionary, backbone)
-    return name, dictionary
+    return name, dictionary.with_screen()

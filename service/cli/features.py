@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    texts = [*arguments.text, *_read_files(arguments.file, arguments.lines)]
+    texts = [*arguments.text, *read_files(arguments.file, arguments.lines)]
     if not texts:
         raise CommandError('no text; try: saeserve features "The cat sat on the mat."', exit_code=2)
     dictionaries = _dictionaries(arguments.dictionary, arguments.feature or [])
@@ -95,7 +95,7 @@ def in_batches(texts: Sequence[str], limits: Limits) -> Iterator[list[str]]:
         yield batch
 
 
-def _read_files(files: Sequence[str], lines: bool) -> Iterator[str]:
+def read_files(files: Sequence[str], lines: bool) -> Iterator[str]:
     for file in files:
         try:
             text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")

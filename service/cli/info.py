@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         "fingerprint": backbone.fingerprint,
         "sites": ", ".join(backbone.sites),
         "dictionaries": ", ".join(info.dictionaries),
+        "edit presets": ", ".join(preset.name for preset in info.edit_presets) or "none",
     }
     console = Console()
     console.print(fact_table(about))

@@ -19,10 +19,20 @@ COMMANDS = {
     "serve": "serve the model and its dictionaries on this machine",
     "features": "show which features fire on a text",
     "generate": "continue a prompt, with features edited",
+    "score": "show the loss of texts, without and with edits",
+    "ablate": "measure what taking features away does to predictions",
+    "attribute": "find the features that drive a logit",
+    "contrast": "find the features that tell two sets of texts apart",
     "dictionaries": "list the dictionaries of a server, or show one",
     "info": "show a server's versions, model and limits",
+    "pull": "fetch a dictionary that others published",
+    "tokenize": "turn text into token files for training",
+    "cache": "list or delete cached activations",
     "train": "train and publish a dictionary",
+    "sweep": "train a grid of dictionaries and fit the scaling law",
     "evaluate": "measure a dictionary on held-out text",
+    "publish": "turn a dictionary of any format into a published one",
+    "export": "write a dictionary in another project's format",
 }
 """By name, what it does. The module is service.cli.<name>."""
 

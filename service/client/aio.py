@@ -12,8 +12,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.client import causal, messages, results
 from service.client import channel as channels
-from service.client import messages, results
 from service.client.edits import Edit
 from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Unavailable, error_of_call
 from service.client.retry import Attempts, RetryPolicy
@@ -173,7 +173,61 @@ class AsyncClient:
         def open_call(remaining_s: float | None) -> Any:
             return self._intervention.Generate(request, timeout=remaining_s, metadata=self._metadata)
 
-        return AsyncGeneration(open_call, Attempts(self._retry, timeout))
+        return AsyncGeneration(open_call, Attempts(self._retry, timeout), messages.GenerationReader(request))
+
+    async def score(
+        self,
+        inputs: messages.Inputs,
+        edits: Iterable[Edit] = (),
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[causal.ScoreOptions],
+    ) -> causal.Scores:
+        """As Client.score."""
+        request = causal.score_request(inputs, edits, **options)
+        return causal.read_scores(await self._unary(self._intervention.Score, request, timeout_s))
+
+    async def ablate_features(
+        self,
+        inputs: messages.Inputs,
+        features: Iterable[causal.Feature] | int = 10,
+        dictionaries: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[causal.AblateOptions],
+    ) -> causal.AblationStudy:
+        """As Client.ablate_features."""
+        names = await self._names(dictionaries) if isinstance(features, int) else ()
+        request = causal.ablate_request(inputs, features, names, **options)
+        timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
+        return causal.read_ablation(await self._unary(self._intervention.AblateFeatures, request, timeout))
+
+    async def attribute_features(
+        self,
+        text: messages.Input,
+        dictionaries: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[causal.AttributeOptions],
+    ) -> causal.Attributions:
+        """As Client.attribute_features."""
+        request = causal.attribute_request(text, await self._names(dictionaries), **options)
+        timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
+        return causal.read_attributions(await self._unary(self._intervention.AttributeFeatures, request, timeout))
+
+    async def contrast_features(
+        self,
+        a: Sequence[messages.Input],
+        b: Sequence[messages.Input],
+        dictionaries: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[causal.ContrastOptions],
+    ) -> causal.Contrast:
+        """As Client.contrast_features."""
+        request = causal.contrast_request(a, b, await self._names(dictionaries), **options)
+        timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
+        return causal.read_contrast(await self._unary(self._intervention.ContrastFeatures, request, timeout))
 
     # Catalogue and server
 
@@ -253,10 +307,12 @@ class AsyncClient:
 class AsyncGeneration(AsyncIterator[results.GeneratedChunk]):
     """A generation under way: iterate over its chunks, then await its result. Leaving `async with` cancels it."""
 
-    def __init__(self, open_call: Callable[[float | None], Any], attempts: Attempts) -> None:
+    def __init__(
+        self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: messages.GenerationReader
+    ) -> None:
         self._open_call = open_call
         self._attempts = attempts
-        self._reader = messages.GenerationReader()
+        self._reader = reader
         self._started = False
         self._call = open_call(attempts.remaining_s())
 
@@ -264,7 +320,7 @@ class AsyncGeneration(AsyncIterator[results.GeneratedChunk]):
         while True:
             message = await self._receive()
             if message is None:
-                if self._reader.result is None:
+                if not self._reader.complete:
                     raise channels.ended_early()
                 raise StopAsyncIteration
             chunk = self._reader.read(message)
@@ -272,11 +328,14 @@ class AsyncGeneration(AsyncIterator[results.GeneratedChunk]):
                 return chunk
 
     async def result(self) -> results.GenerationResult:
-        """All of the generation; waits for its end."""
+        """All of the first sample, edited; waits for the end of all."""
+        return (await self.all_results())[0]
+
+    async def all_results(self) -> tuple[results.GenerationResult, ...]:
+        """All of every sequence: the edited samples, then the unedited ones; waits for their end."""
         async for _ in self:
             pass
-        assert self._reader.result is not None  # __anext__ raises otherwise
-        return self._reader.result
+        return self._reader.ended
 
     def cancel(self) -> None:
         """Ends the generation in the server as well; iterating on raises asyncio.CancelledError."""

@@ -25,6 +25,7 @@ from service.arrays import (
 )
 from service.client import results
 from service.client.edits import Edit
+from service.edits.messages import edit_message, read_edit
 from service.pb.saeserve.v1 import (
     catalog_service_pb2,
     common_pb2,
@@ -85,6 +86,22 @@ class GenerateOptions(TypedDict, total=False):
     """Generation ends before the first of these strings."""
     ignore_end_of_text: bool
     """Go on after an end-of-text token."""
+    repetition_penalty: float | None
+    """Makes tokens that the sequence has already less likely; 1 (the default) does nothing."""
+    samples: int | None
+    """How many sequences to generate (1 if not given); see Generation.all_results."""
+    compare: bool
+    """Also generate every sample without edits and presets, from the same seed."""
+    top_logprobs: int | None
+    """How many of the likeliest tokens to return at each place."""
+    features: str | Sequence[str] | None
+    """Names of dictionaries whose features to return with the tokens."""
+    features_top_k: int | None
+    """How many of them on each token; the server's default if not given."""
+    prompt_features: bool
+    """Also those of the prompt's tokens."""
+    presets: Sequence[str]
+    """Names of edit presets of the server, whose edits come before the others."""
     overflow: OverflowName
     """What happens to a prompt that is too long: "error" (the default) or "truncate", which drops its start."""
     request_id: str | None
@@ -101,15 +118,6 @@ _AGGREGATIONS = {
 _OVERFLOWS = {
     "error": common_pb2.OVERFLOW_ERROR,
     "truncate": common_pb2.OVERFLOW_TRUNCATE,
-}
-_UNITS = {
-    "raw": intervention_service_pb2.UNIT_RAW,
-    "max": intervention_service_pb2.UNIT_RECORDED_MAXIMUM,
-}
-_RANGES = {
-    "all": intervention_service_pb2.POSITION_RANGE_ALL,
-    "prompt": intervention_service_pb2.POSITION_RANGE_PROMPT,
-    "generated": intervention_service_pb2.POSITION_RANGE_GENERATED,
 }
 _FINISH_REASONS: dict[int, results.FinishReason] = {
     intervention_service_pb2.FINISH_REASON_LENGTH: "length",
@@ -137,13 +145,13 @@ def extract_features_request(
     """Raises ValueError for more than one selection and unknown names of options, TypeError for other inputs."""
     return feature_service_pb2.ExtractFeaturesRequest(
         request_id=request_id or "",
-        inputs=[_text_input(each) for each in _as_list(inputs)],
+        inputs=[text_input(each) for each in as_list(inputs)],
         dictionaries=dictionaries,
         selection=_selection(top_k, features, threshold),
-        aggregation=_named("aggregation", aggregation, _AGGREGATIONS),
+        aggregation=named_value("aggregation", aggregation, _AGGREGATIONS),
         include_tokens=tokens,
         include_reconstruction_error=reconstruction_error,
-        overflow=_named("overflow", overflow, _OVERFLOWS),
+        overflow=named_value("overflow", overflow, _OVERFLOWS),
     )
 
 
@@ -194,57 +202,41 @@ def generate_request(
     seed: int | None = None,
     stop: str | Sequence[str] = (),
     ignore_end_of_text: bool = False,
+    repetition_penalty: float | None = None,
+    samples: int | None = None,
+    compare: bool = False,
+    top_logprobs: int | None = None,
+    features: str | Sequence[str] | None = None,
+    features_top_k: int | None = None,
+    prompt_features: bool = False,
+    presets: Sequence[str] = (),
     overflow: OverflowName = "error",
     request_id: str | None = None,
 ) -> intervention_service_pb2.GenerateRequest:
     return intervention_service_pb2.GenerateRequest(
         request_id=request_id or "",
-        prompt=_text_input(prompt),
+        prompt=text_input(prompt),
         max_new_tokens=max_new_tokens or 0,
         sampling=intervention_service_pb2.Sampling(
-            temperature=temperature, top_k=top_k or 0, top_p=top_p or 0.0, seed=seed
+            temperature=temperature,
+            top_k=top_k or 0,
+            top_p=top_p or 0.0,
+            seed=seed,
+            repetition_penalty=repetition_penalty or 0.0,
         ),
         stop=[stop] if isinstance(stop, str) else stop,
         edits=[edit_message(edit) for edit in edits],
         ignore_end_of_text=ignore_end_of_text,
-        overflow=_named("overflow", overflow, _OVERFLOWS),
+        samples=samples or 0,
+        compare=compare,
+        top_logprobs=top_logprobs or 0,
+        features=_watched(features, features_top_k, prompt_features),
+        presets=[presets] if isinstance(presets, str) else presets,
+        overflow=named_value("overflow", overflow, _OVERFLOWS),
     )
 
 
-def edit_message(edit: Edit) -> intervention_service_pb2.Edit:
-    """Raises ValueError for unknown operations, units and ranges."""
-    message = intervention_service_pb2.Edit(dictionary=edit.dictionary, feature=edit.feature)
-    unit = _named("unit", edit.unit, _UNITS)
-    match edit.operation:
-        case "set":
-            message.set.CopyFrom(intervention_service_pb2.Amount(value=edit.value, unit=unit))
-        case "add":
-            message.add.CopyFrom(intervention_service_pb2.Amount(value=edit.value, unit=unit))
-        case "scale":
-            message.scale = edit.value
-        case "clamp":
-            message.clamp.CopyFrom(
-                intervention_service_pb2.Clamp(minimum=edit.minimum, maximum=edit.maximum, unit=unit)
-            )
-        case "ablate_zero":
-            message.ablate = intervention_service_pb2.ABLATION_ZERO
-        case "ablate_mean":
-            message.ablate = intervention_service_pb2.ABLATION_MEAN
-        case _:
-            raise ValueError(
-                f"operation is {edit.operation!r}, expected set, add, scale, clamp, ablate_zero or ablate_mean"
-            )
-    if isinstance(edit.positions, str):
-        message.positions.range = _named("positions", edit.positions, _RANGES)
-    else:
-        message.positions.explicit.positions.extend(edit.positions)
-    if edit.condition is not None:
-        message.condition.feature = edit.condition.feature
-        message.condition.threshold = edit.condition.threshold
-    return message
-
-
-def _as_list(inputs: Inputs) -> list[Input]:
+def as_list(inputs: Inputs) -> list[Input]:
     """One input (a text, or integers) as a list of one; several as they are."""
     if isinstance(inputs, str):
         return [inputs]
@@ -254,7 +246,7 @@ def _as_list(inputs: Inputs) -> list[Input]:
     return [cast(Input, inputs)] if inputs and isinstance(inputs[0], int | np.integer) else inputs
 
 
-def _text_input(value: Input) -> common_pb2.TextInput:
+def text_input(value: Input) -> common_pb2.TextInput:
     if isinstance(value, str):
         return common_pb2.TextInput(text=value)
     if isinstance(value, bytes):
@@ -278,6 +270,17 @@ def _selection(
     return None
 
 
+def _watched(
+    names: str | Sequence[str] | None, top_k: int | None, prompt: bool
+) -> intervention_service_pb2.WatchedFeatures | None:
+    if names is None:
+        if top_k is not None or prompt:
+            raise ValueError("features_top_k and prompt_features belong to features, which names dictionaries")
+        return None
+    dictionaries = [names] if isinstance(names, str) else names
+    return intervention_service_pb2.WatchedFeatures(dictionaries=dictionaries, top_k=top_k or 0, prompt=prompt)
+
+
 def _tensor(array: NDArray[Any]) -> common_pb2.Tensor:
     if array.dtype == np.float16:
         dtype, element = common_pb2.DATA_TYPE_FLOAT16, "<f2"
@@ -287,7 +290,7 @@ def _tensor(array: NDArray[Any]) -> common_pb2.Tensor:
     return common_pb2.Tensor(shape=array.shape, dtype=dtype, data=data)
 
 
-def _named(option: str, name: str, values: Mapping[str, Value]) -> Value:
+def named_value(option: str, name: str, values: Mapping[str, Value]) -> Value:
     if name not in values:
         raise ValueError(f"{option} is {name!r}, expected one of {', '.join(values)}")
     return values[name]
@@ -300,7 +303,7 @@ def read_extraction(reply: feature_service_pb2.ExtractFeaturesResponse) -> resul
     return results.Extraction(
         inputs=tuple(_read_input(each) for each in reply.results),
         request_id=reply.request_id,
-        timing=_read_timing(reply.timing),
+        timing=read_timing(reply.timing),
     )
 
 
@@ -309,7 +312,7 @@ def _read_input(message: feature_service_pb2.InputFeatures) -> results.InputFeat
         dictionaries={each.dictionary: _read_dictionary_features(each) for each in message.dictionaries},
         n_tokens=message.n_tokens,
         truncated_tokens=message.truncated_tokens,
-        tokens=_read_tokens(message.tokens) if message.HasField("tokens") else None,
+        tokens=read_tokens(message.tokens) if message.HasField("tokens") else None,
     )
 
 
@@ -325,7 +328,7 @@ def _read_sparse_rows(message: common_pb2.SparseRows) -> results.SparseRows:
     return results.SparseRows(*unpack_sparse_rows(message))
 
 
-def _read_tokens(message: common_pb2.Tokens) -> results.Tokens:
+def read_tokens(message: common_pb2.Tokens) -> results.Tokens:
     def offsets(values: Sequence[int]) -> results.UintArray:
         return np.array(values, np.uint32)
 
@@ -345,52 +348,92 @@ def read_encoding(reply: feature_service_pb2.EncodeActivationsResponse) -> resul
         features=_read_sparse_rows(reply.features),
         input_statistics=results.InputStatistics(*unpack_input_statistics(statistics)) if statistics.mean else None,
         request_id=reply.request_id,
-        timing=_read_timing(reply.timing),
+        timing=read_timing(reply.timing),
     )
 
 
 def read_decoding(reply: feature_service_pb2.DecodeFeaturesResponse) -> results.Decoding:
     return results.Decoding(
-        activations=unpack_tensor(reply.activations), request_id=reply.request_id, timing=_read_timing(reply.timing)
+        activations=unpack_tensor(reply.activations), request_id=reply.request_id, timing=read_timing(reply.timing)
     )
 
 
 class GenerationReader:
     """Reads the messages of one Generate stream, in order."""
 
-    def __init__(self) -> None:
-        self._chunks: list[results.GeneratedChunk] = []
-        self.result: results.GenerationResult | None = None
-        """Set once the end has been read."""
+    def __init__(self, request: intervention_service_pb2.GenerateRequest) -> None:
+        self._n_sequences = max(request.samples, 1) * (2 if request.compare else 1)
+        self._chunks: dict[tuple[bool, int], list[results.GeneratedChunk]] = {}
+        self._finished: dict[tuple[bool, int], results.GenerationResult] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether the ends of all sequences have been read."""
+        return len(self._finished) == self._n_sequences
+
+    @property
+    def ended(self) -> tuple[results.GenerationResult, ...]:
+        """All of the sequences whose end was read: the edited ones by sample, then the unedited ones."""
+        return tuple(self._finished[key] for key in sorted(self._finished))
 
     def read(self, message: intervention_service_pb2.GenerateResponse) -> results.GeneratedChunk | None:
-        """The message's chunk, or None if it is the end."""
+        """The message's chunk, or None if it is an end."""
+        key = (message.unedited, message.sample)
         if message.HasField("chunk"):
             chunk = results.GeneratedChunk(
                 text=message.chunk.text,
                 token_ids=np.array(message.chunk.token_ids, np.uint32),
                 logprobs=np.array(message.chunk.logprobs, np.float32),
+                top=tuple(_read_top_tokens(each) for each in message.chunk.top),
+                features=tuple(_read_token_features(each) for each in message.chunk.features),
+                sample=message.sample,
+                unedited=message.unedited,
             )
-            self._chunks.append(chunk)
+            self._chunks.setdefault(key, []).append(chunk)
             return chunk
         if message.HasField("finish"):
-            self.result = self._finish(message.request_id, message.finish)
+            self._finished[key] = self._finish(message, self._chunks.pop(key, []))
         return None
 
-    def _finish(self, request_id: str, finish: intervention_service_pb2.GenerationFinish) -> results.GenerationResult:
+    @staticmethod
+    def _finish(
+        message: intervention_service_pb2.GenerateResponse, chunks: Sequence[results.GeneratedChunk]
+    ) -> results.GenerationResult:
+        finish = message.finish
         return results.GenerationResult(
-            text="".join(chunk.text for chunk in self._chunks),
-            token_ids=np.concatenate([np.zeros(0, np.uint32), *(chunk.token_ids for chunk in self._chunks)]),
-            logprobs=np.concatenate([np.zeros(0, np.float32), *(chunk.logprobs for chunk in self._chunks)]),
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=np.concatenate([np.zeros(0, np.uint32), *(chunk.token_ids for chunk in chunks)]),
+            logprobs=np.concatenate([np.zeros(0, np.float32), *(chunk.logprobs for chunk in chunks)]),
             finish_reason=_FINISH_REASONS.get(finish.reason, "unknown"),
             stop=finish.stop,
             prompt_tokens=finish.prompt_tokens,
             generated_tokens=finish.generated_tokens,
             truncated_tokens=finish.truncated_tokens,
             seed=finish.seed,
-            request_id=request_id,
-            timing=_read_timing(finish.timing),
+            request_id=message.request_id,
+            timing=read_timing(finish.timing),
+            top=tuple(each for chunk in chunks for each in chunk.top),
+            features=tuple(each for chunk in chunks for each in chunk.features),
+            sample=message.sample,
+            unedited=message.unedited,
         )
+
+
+def _read_top_tokens(message: intervention_service_pb2.TopTokens) -> results.TopTokens:
+    return results.TopTokens(
+        token_ids=np.array(message.token_ids, np.uint32),
+        logprobs=np.array(message.logprobs, np.float32),
+        pieces=tuple(message.pieces),
+    )
+
+
+def _read_token_features(message: intervention_service_pb2.TokenFeatures) -> results.TokenFeatures:
+    return results.TokenFeatures(
+        first_position=message.first_position,
+        token_ids=np.array(message.token_ids, np.uint32),
+        pieces=tuple(message.pieces),
+        dictionaries={each.dictionary: _read_sparse_rows(each.features) for each in message.dictionaries},
+    )
 
 
 def read_dictionaries(reply: catalog_service_pb2.ListDictionariesResponse) -> tuple[results.DictionaryInfo, ...]:
@@ -416,6 +459,9 @@ def _read_dictionary(message: catalog_service_pb2.Dictionary) -> results.Diction
         normalizes_input=message.normalizes_input,
         has_statistics=message.has_statistics,
         context_length=message.context_length or None,
+        normalization=message.normalization,
+        has_skip_connection=message.has_skip_connection,
+        transcoder=message.transcoder,
     )
 
 
@@ -438,6 +484,11 @@ def read_server_info(reply: server_service_pb2.GetServerInfoResponse) -> results
         dictionaries=tuple(reply.dictionaries),
         limits=_same_fields(results.Limits, reply.limits),
         device=reply.device,
+        edit_presets=tuple(
+            results.EditPreset(preset.name, preset.description, tuple(read_edit(edit) for edit in preset.edits))
+            for preset in reply.edit_presets
+        ),
+        cache_bytes=reply.cache_bytes,
     )
 
 
@@ -447,5 +498,5 @@ def _same_fields(kind: type[Result], message: Any, **others: Any) -> Result:
     return kind(**{name: getattr(message, name) for name in names}, **others)
 
 
-def _read_timing(message: common_pb2.Timing) -> results.Timing:
+def read_timing(message: common_pb2.Timing) -> results.Timing:
     return results.Timing(queue_ms=message.queue_ms, compute_ms=message.compute_ms, total_ms=message.total_ms)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_runtime.interventions.data import Edit
+
 FloatArray = NDArray[np.float32]
 UintArray = NDArray[np.uint32]
 FinishReason = Literal["length", "stop", "end_of_text", "unknown"]
@@ -158,20 +160,54 @@ class Decoding:
 
 
 @dataclass(frozen=True, eq=False)
+class TopTokens:
+    """The likeliest tokens at one place, likeliest first; k of them."""
+
+    token_ids: UintArray
+    """[k]"""
+    logprobs: FloatArray
+    """[k] under the edited model, before penalty, temperature and cuts."""
+    pieces: tuple[bytes, ...]
+    """[k] bytes of each; empty if the server has no tokenizer."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFeatures:
+    """The features that fire on t consecutive tokens of a generated sequence, as the edited model has them."""
+
+    first_position: int
+    """Of the first of the tokens, 0-based from the prompt's first token."""
+    token_ids: UintArray
+    """[t]"""
+    pieces: tuple[bytes, ...]
+    """[t] bytes of each; empty if the server has no tokenizer."""
+    dictionaries: Mapping[str, SparseRows]
+    """By name, in the order asked for: one row a token."""
+
+
+@dataclass(frozen=True, eq=False)
 class GeneratedChunk:
-    """New tokens of a generation and the text that they complete."""
+    """New tokens of a generated sequence and the text that they complete."""
 
     text: str
     """Whole characters only; may be empty while one is incomplete or a stop string may be under way."""
     token_ids: UintArray
     """Tokens since the last chunk."""
     logprobs: FloatArray
-    """Log-probability of each under the edited model, before temperature and cuts."""
+    """Log-probability of each under the edited model, before penalty, temperature and cuts."""
+    top: tuple[TopTokens, ...] = ()
+    """If asked for: one entry a token."""
+    features: tuple[TokenFeatures, ...] = ()
+    """If asked for, of tokens that were run since the last chunk: each comes one chunk after it was sampled."""
+    sample: int = 0
+    """Which of the samples it belongs to."""
+    unedited: bool = False
+    """Whether it belongs to the sequence without edits that `compare` asked for."""
 
 
 @dataclass(frozen=True, eq=False)
 class GenerationResult:
-    """All of a generation that came to its end."""
+    """All of a generated sequence that came to its end."""
 
     text: str
     token_ids: UintArray
@@ -186,9 +222,15 @@ class GenerationResult:
     truncated_tokens: int
     """Tokens dropped from the prompt's start (overflow="truncate")."""
     seed: int
-    """The seed that was used."""
+    """The seed that was used, for all samples."""
     request_id: str
     timing: Timing
+    top: tuple[TopTokens, ...] = ()
+    """[generated_tokens] if asked for."""
+    features: tuple[TokenFeatures, ...] = ()
+    """If asked for: of consecutive tokens, together all but the last. Those of the prompt are with sample 0 alone."""
+    sample: int = 0
+    unedited: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,12 +243,19 @@ class DictionaryInfo:
     d_in: int
     n_latents: int
     k: int | None
-    """Features kept per token; None where the architecture has no such number."""
+    """Most features kept per token; None where the architecture has no such number."""
     normalizes_input: bool
+    """Whether decode_features needs the input statistics of encode_activations."""
     has_statistics: bool
     """Whether unit="max" and ablation to the mean are possible."""
     context_length: int | None
     """Tokens in a training context, if known."""
+    normalization: str = "none"
+    """Of each input row: "none", "layer_norm" or "constant_norm"."""
+    has_skip_connection: bool = False
+    """Whether decoding needs the raw input too, so that decode_features is refused."""
+    transcoder: bool = False
+    """Whether it decodes to another activation than it reads, so that it cannot be edited."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +313,25 @@ class Limits:
     max_stop_bytes: int
     max_concurrent_generations: int
     max_queued_tokens: int
+    max_relative_change: float
+    max_cache_tokens: int
+    max_samples: int
+    max_top_logprobs: int
+    max_ablated_features: int
+    max_variant_tokens: int
+    max_logit_tokens: int
+    max_attributions: int
+    max_contrast_texts: int
+    max_contrast_tokens: int
+
+
+@dataclass(frozen=True)
+class EditPreset:
+    """A named set of edits that the server keeps."""
+
+    name: str
+    description: str
+    edits: tuple[Edit, ...]
 
 
 @dataclass(frozen=True)
@@ -276,3 +344,7 @@ class ServerInfo:
     dictionaries: tuple[str, ...]
     limits: Limits
     device: str
+    cache_bytes: int
+    """Memory that the key-value cache of a replica takes."""
+    edit_presets: tuple[EditPreset, ...]
+    """By name, sorted."""

@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.client import causal, messages, results
 from service.client import channel as channels
-from service.client import messages, results
 from service.client.edits import Edit
 from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Unavailable, error_of_call
 from service.client.retry import Attempts, RetryPolicy
@@ -56,7 +56,7 @@ class Client:
         Args:
             address: host:port of the gRPC server.
             timeout_s: deadline of calls with one reply, attempts and waits together; math.inf for none.
-            generate_timeout_s: the same for generate.
+            generate_timeout_s: the same for generate, ablate_features, attribute_features and contrast_features.
             retry: when failed calls are tried again; RetryPolicy() if not given.
             credentials: for TLS, such as grpc.ssl_channel_credentials(); cleartext if not given.
             metadata: sent with every call, such as [("authorization", "Bearer ...")].
@@ -202,7 +202,7 @@ class Client:
 
         Args:
             prompt: a text or token ids.
-            edits: see set_feature, add_to_feature, scale_feature, clamp_feature, ablate_feature.
+            edits: made by set_feature, add_to_feature and their like (service/client/edits.py), or read from YAML.
             timeout_s: deadline of the whole generation; the client's default if not given.
             **options: see GenerateOptions.
         """
@@ -212,7 +212,91 @@ class Client:
         def open_call(remaining_s: float | None) -> Any:
             return self._intervention.Generate(request, timeout=remaining_s, metadata=self._metadata)
 
-        return Generation(open_call, Attempts(self._retry, timeout))
+        return Generation(open_call, Attempts(self._retry, timeout), messages.GenerationReader(request))
+
+    def score(
+        self,
+        inputs: messages.Inputs,
+        edits: Iterable[Edit] = (),
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[causal.ScoreOptions],
+    ) -> causal.Scores:
+        """Teacher-forced log-probabilities of texts, unedited and edited.
+
+        Args:
+            inputs: one text, several texts, the token ids of one text, or a list of those; at least two tokens each.
+            edits: act on every text; none gives the unedited scores only.
+            timeout_s: the client's default if not given.
+            **options: see ScoreOptions.
+        """
+        request = causal.score_request(inputs, edits, **options)
+        return causal.read_scores(self._unary(self._intervention.Score, request, timeout_s))
+
+    def ablate_features(
+        self,
+        inputs: messages.Inputs,
+        features: Iterable[causal.Feature] | int = 10,
+        dictionaries: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[causal.AblateOptions],
+    ) -> causal.AblationStudy:
+        """What taking features away, one at a time, does to the predictions on texts.
+
+        Args:
+            inputs: as `inputs` of score.
+            features: (dictionary, feature) pairs, or how many of the features that write most on the texts.
+            dictionaries: where the strongest are looked for; all that are loaded if not given.
+            timeout_s: the client's default for generations if not given.
+            **options: see AblateOptions.
+        """
+        names = self._names(dictionaries) if isinstance(features, int) else ()
+        request = causal.ablate_request(inputs, features, names, **options)
+        timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
+        return causal.read_ablation(self._unary(self._intervention.AblateFeatures, request, timeout))
+
+    def attribute_features(
+        self,
+        text: messages.Input,
+        dictionaries: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[causal.AttributeOptions],
+    ) -> causal.Attributions:
+        """Which features on which tokens drive a logit: activation x gradient, and exact ablation of the largest.
+
+        Args:
+            text: a text or token ids.
+            dictionaries: names; all that are loaded if not given.
+            timeout_s: the client's default for generations if not given.
+            **options: see AttributeOptions.
+        """
+        request = causal.attribute_request(text, self._names(dictionaries), **options)
+        timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
+        return causal.read_attributions(self._unary(self._intervention.AttributeFeatures, request, timeout))
+
+    def contrast_features(
+        self,
+        a: Sequence[messages.Input],
+        b: Sequence[messages.Input],
+        dictionaries: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[causal.ContrastOptions],
+    ) -> causal.Contrast:
+        """Which features tell two sets of texts apart, and an edit towards the first.
+
+        Args:
+            a: at least two texts (or lists of token ids).
+            b: at least two more.
+            dictionaries: names; all that are loaded if not given.
+            timeout_s: the client's default for generations if not given.
+            **options: see ContrastOptions.
+        """
+        request = causal.contrast_request(a, b, self._names(dictionaries), **options)
+        timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
+        return causal.read_contrast(self._unary(self._intervention.ContrastFeatures, request, timeout))
 
     # Catalogue and server
 
@@ -295,10 +379,12 @@ class Client:
 class Generation(Iterator[results.GeneratedChunk]):
     """A generation under way: iterate over its chunks, then ask for its result. Leaving a `with` block cancels it."""
 
-    def __init__(self, open_call: Callable[[float | None], Any], attempts: Attempts) -> None:
+    def __init__(
+        self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: messages.GenerationReader
+    ) -> None:
         self._open_call = open_call
         self._attempts = attempts
-        self._reader = messages.GenerationReader()
+        self._reader = reader
         self._started = False
         self._call = open_call(attempts.remaining_s())
 
@@ -307,7 +393,7 @@ class Generation(Iterator[results.GeneratedChunk]):
             try:
                 message = self._receive()
             except StopIteration:
-                if self._reader.result is None:
+                if not self._reader.complete:
                     raise channels.ended_early() from None
                 raise
             chunk = self._reader.read(message)
@@ -315,11 +401,14 @@ class Generation(Iterator[results.GeneratedChunk]):
                 return chunk
 
     def result(self) -> results.GenerationResult:
-        """All of the generation; waits for its end."""
+        """All of the first sample, edited; waits for the end of all."""
+        return self.all_results()[0]
+
+    def all_results(self) -> tuple[results.GenerationResult, ...]:
+        """All of every sequence: the edited samples, then the unedited ones; waits for their end."""
         for _ in self:
             pass
-        assert self._reader.result is not None  # __next__ raises otherwise
-        return self._reader.result
+        return self._reader.ended
 
     def cancel(self) -> None:
         """Ends the generation in the server as well; iterating on raises Cancelled."""

@@ -18,6 +18,18 @@ from sae_runtime.backbone import Backbone
 from sae_runtime.interventions import check_edits
 from sae_runtime.sites import Site
 from service.engine.admission import check_csr, check_row, check_selection, site_of, split_rows
+from service.engine.causal import KINDS, CausalEngine, run_causal
+from service.engine.causal_work import (
+    AblateResult,
+    AblateWork,
+    AttributeResult,
+    AttributeWork,
+    ContrastResult,
+    ContrastWork,
+    ScoreResult,
+    ScoreWork,
+)
+from service.engine.continuation import Continuation
 from service.engine.errors import EngineStopped, UnknownDictionary
 from service.engine.execution import (
     DecodePart,
@@ -25,9 +37,10 @@ from service.engine.execution import (
     ExtractPart,
     run_decode,
     run_encode,
-    run_extract,
 )
-from service.engine.generation import Continuation, Event, Generation, StepOutcome
+from service.engine.generation import Generation, StepOutcome
+from service.engine.lanes import Lanes, extract_in_lanes
+from service.engine.mailbox import Mailbox
 from service.engine.observer import EngineObserver
 from service.engine.scheduler import Part, Scheduler, Turn
 from service.engine.selection import join_arrays, join_rows
@@ -47,6 +60,8 @@ from service.engine.work import (
     WorkTiming,
 )
 
+SMALL_BACKBONE_BYTES = 64 << 20
+"""Generation steps of backbones with fewer bytes of weights run on one thread (see EngineSettings.decode_threads)."""
 GIL_SWITCH_S = 0.0005
 """Longest time a busy event loop keeps the model thread waiting (see `Engine.start`)."""
 
@@ -100,11 +115,15 @@ class Engine:
         self.settings = settings
         self._observer = observer
         self._sites = {name: site_of(name, d, backbone) for name, d in self.dictionaries.items() if d.site is not None}
-        self._max_sequence_tokens = min(settings.max_sequence_tokens or sys.maxsize, backbone.context_length)
+        self._max_sequence_tokens = min(
+            settings.max_sequence_tokens or sys.maxsize, settings.max_cache_tokens, backbone.context_length
+        )
         self._scheduler: Scheduler[Continuation] = Scheduler(settings)
         self._generation = Generation(backbone, self.dictionaries, settings, self._max_sequence_tokens)
+        self._causal = CausalEngine(backbone, self.dictionaries, settings, self._run, self.extract)
         self._requests: set[_Request] = set()
         self._continuations: set[Continuation] = set()
+        self._lanes: Lanes | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._accepting = False
@@ -147,16 +166,24 @@ class Engine:
         """Prompt and new tokens of one generation together; a prompt must be shorter."""
         return self._max_sequence_tokens
 
+    def check_fits(self, work: GenerateWork) -> None:
+        """ValueError, naming the setting, for work that does not fit the slots or the key-value cache."""
+        self._generation.check_fits(work)
+
     def snapshot(self) -> EngineSnapshot:
         """What waits and runs now."""
         return EngineSnapshot(
-            queued_items=self._scheduler.queued_parts + self._scheduler.queued_generations,
+            queued_items=self._scheduler.queued_parts + self._scheduler.queued_generations + self._generation.n_waiting,
             queued_tokens=self._scheduler.queued_tokens,
             active_generations=self._generation.n_active,
+            cache_tokens=self._generation.reserved_tokens,
         )
 
-    async def extract(self, work: ExtractWork) -> ExtractResult:
-        """The features of token rows in one or more dictionaries, from one forward pass."""
+    async def extract(self, work: ExtractWork, *, under_way: bool = False) -> ExtractResult:
+        """The features of token rows in one or more dictionaries, from one forward pass.
+
+        `under_way`: for a later round of a request that was admitted before.
+        """
         dictionaries = [(name, self._dictionary(name), self._site(name)) for name in work.dictionaries]
         if not dictionaries or not work.rows:
             raise ValueError("extract needs at least one row and one dictionary")
@@ -167,10 +194,10 @@ class Engine:
         # Rows share a batch if the forward pass stops at the same block for all of them.
         kind = ("extract", max(site for _, _, site in dictionaries).layer)
         parts = []
-        for rows in split_rows(work.rows, self.settings.max_batch_tokens):
+        for rows in split_rows(work.rows, min(self.settings.max_batch_tokens, self.settings.shared_batch_tokens)):
             payload = ExtractPart(rows, dictionaries, work.selection, work.aggregation, work.reconstruction_error)
             parts.append(Part(kind, sum(map(len, rows)), max(map(len, rows)), payload))
-        results, timing = await self._run(parts)
+        results, timing = await self._run(parts, under_way)
         inputs: list[list[DictionaryRows]] = [entry for part in results for entry in part]
         return ExtractResult(inputs, timing)
 
@@ -209,53 +236,74 @@ class Engine:
         return DecodeResult(x, timing)
 
     async def generate(self, work: GenerateWork) -> AsyncIterator[GeneratedTokens | GenerationEnd]:
-        """Streams tokens as they are sampled, then exactly one GenerationEnd.
+        """Streams tokens of each sequence as they are sampled, and exactly one GenerationEnd of each.
 
         Work is queued when the iteration begins. Closing the iterator, or cancelling the task that awaits it, frees the
-        slot before the next step. Besides the errors of the class: EditConflict and InvalidEdit (ValueErrors).
+        slots before the next step. Besides the errors of the class: EditConflict and InvalidEdit (ValueErrors). A
+        sequence that fails ends all of its request's.
         """
         self._check_accepting()
-        if work.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {work.max_new_tokens}, expected at least 1")
-        check_row(work.prompt, self.backbone, self._max_sequence_tokens - 1)
-        if work.stop and not self.backbone.has_tokenizer:
-            raise ValueError("stop strings need a backbone with a tokenizer")
-        check_edits(work.edits, self.dictionaries, len(work.prompt))
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        continuation = Continuation(work, events.put_nowait)
+        self._check_generation(work)
+        mailbox = Mailbox()
+        continuation = Continuation(work, mailbox.put)
         free_slots = self.settings.max_concurrent_generations - self._generation.n_active
-        self._scheduler.put_generation(continuation, len(work.prompt), free_slots)
+        self._scheduler.put_generation(
+            continuation, len(work.prompt), 0 if self._generation.n_waiting else free_slots // work.n_sequences
+        )
         self._continuations.add(continuation)
         self._idle.clear()
+        running = work.n_sequences
         try:
-            while True:
-                event = await events.get()
-                # A reader that fell behind gets all new tokens at once.
-                while isinstance(event, GeneratedTokens) and not events.empty():
-                    later = events.get_nowait()
-                    if not isinstance(later, GeneratedTokens):
-                        yield event
-                        event = later
-                        break
-                    event.text += later.text
-                    event.ids += later.ids
-                    event.logprobs += later.logprobs
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                if isinstance(event, GenerationEnd):
-                    return
+            while running:
+                for event in await mailbox.take():
+                    if isinstance(event, Exception):
+                        raise event
+                    running -= isinstance(event, GenerationEnd)
+                    yield event
         finally:
             continuation.cancelled = True
             self._scheduler.discard_generation(continuation)
             self._continuations.discard(continuation)
             self._note_idle()
 
+    async def score(self, work: ScoreWork) -> ScoreResult:
+        """Teacher-forced scores of rows, unedited and edited."""
+        return await self._causal.score(work)
+
+    async def ablate(self, work: AblateWork) -> AblateResult:
+        """What taking features away, one at a time, does to the predictions on rows."""
+        return await self._causal.ablate(work)
+
+    async def attribute(self, work: AttributeWork) -> AttributeResult:
+        """Which features on which tokens drive a logit."""
+        return await self._causal.attribute(work)
+
+    async def contrast(self, work: ContrastWork) -> ContrastResult:
+        """Which features tell two sets of rows apart, and an edit made of them."""
+        return await self._causal.contrast(work)
+
     # Admission
 
     def _check_accepting(self) -> None:
         if not self.ready:
             raise EngineStopped("the engine is not running")
+
+    def _check_generation(self, work: GenerateWork) -> None:
+        """ValueError or UnknownDictionary for work that cannot run."""
+        if work.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {work.max_new_tokens}, expected at least 1")
+        if work.samples < 1:
+            raise ValueError(f"samples is {work.samples}, expected at least 1")
+        if not work.sampling.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty is {work.sampling.repetition_penalty}, expected a positive number")
+        check_row(work.prompt, self.backbone, self._max_sequence_tokens - 1)
+        if work.stop and not self.backbone.has_tokenizer:
+            raise ValueError("stop strings need a backbone with a tokenizer")
+        for name in work.features.dictionaries if work.features else ():
+            self._dictionary(name)
+            self._site(name)
+        check_edits(work.edits, self.dictionaries, len(work.prompt))
+        self._generation.check_fits(work)
 
     def _dictionary(self, name: str) -> Dictionary:
         dictionary = self.dictionaries.get(name)
@@ -272,14 +320,17 @@ class Engine:
 
     # Event loop
 
-    async def _run(self, parts: list[Part]) -> tuple[list[Any], WorkTiming]:
-        """Queues the parts of one request and waits for their results, which come in the same order."""
+    async def _run(self, parts: list[Part], under_way: bool = False) -> tuple[list[Any], WorkTiming]:
+        """Queues the parts of one request and waits for their results, which come in the same order.
+
+        `under_way`: a later round of a request that was admitted before.
+        """
         self._check_accepting()
         assert self._loop is not None
         request = _Request(parts, self._loop.create_future(), time.monotonic())
         for part in parts:
             part.payload = _Payload(request, part.payload)
-        self._scheduler.put(parts)
+        self._scheduler.put(parts, under_way=under_way)
         self._requests.add(request)
         self._idle.clear()
         try:
@@ -342,9 +393,18 @@ class Engine:
         try:
             if self.settings.torch_threads:
                 torch.set_num_threads(self.settings.torch_threads)
+            n_lanes = self.settings.batch_lanes or torch.get_num_threads()
+            if self.backbone.device.type == "cpu" and n_lanes > 1:
+                self._lanes = Lanes(n_lanes)
+            threads = torch.get_num_threads()
+            decode_threads = self.settings.decode_threads or (
+                1 if self.backbone.decode_bytes < SMALL_BACKBONE_BYTES else threads
+            )
             with torch.inference_mode():
                 while True:
                     turn = self._scheduler.next_turn(lambda: self._generation.n_active > 0)
+                    # A number of this thread's, cheap to change.
+                    torch.set_num_threads(decode_threads if turn is Turn.GENERATION else threads)
                     if turn is Turn.STOP:
                         return
                     if turn is Turn.GENERATION:
@@ -356,6 +416,9 @@ class Engine:
             self._scheduler.close()
             self._call_soon(self._fail_everything, EngineStopped(f"the model thread failed: {error!r}"))
             raise
+        finally:
+            if self._lanes is not None:
+                self._lanes.close()
 
     def _call_soon(self, callback: Callable[[Any], None], argument: Any) -> None:
         assert self._loop is not None
@@ -378,9 +441,11 @@ class Engine:
         try:
             match kind:
                 case "extract":
-                    return list(run_extract(self.backbone, works))
+                    return list(extract_in_lanes(self.backbone, works, self._lanes))
                 case "encode":
                     return list(run_encode(works))
+                case _ if kind in KINDS:
+                    return run_causal(self.backbone, works)
                 case _:
                     return list(run_decode(works))
         except Exception as error:

@@ -222,7 +222,7 @@ def _decode(part: DecodePart) -> NDArray[np.float32]:
                 torch.from_numpy(mean[rows, None]).to(dictionary.device),
                 torch.from_numpy(std[rows, None]).to(dictionary.device),
             )
-            if dictionary.normalize
+            if dictionary.normalizes_input
             else None,
         )
         x[rows] = dictionary.decode(features).float().cpu().numpy()

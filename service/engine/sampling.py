@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,46 +15,91 @@ FIRST_NUCLEUS_TOKENS = 256
 
 
 class RowSampler:
-    """The sampling options of one sequence and its own random numbers, one a token."""
+    """The sampling options of one sequence, its own random numbers, one a token, and the tokens that it has."""
 
-    def __init__(self, options: SamplingOptions) -> None:
+    def __init__(self, options: SamplingOptions, sample: int = 0, tokens: Iterable[int] = ()) -> None:
+        """`sample` is the sequence's number among those of one seed; `tokens` its prompt."""
         self.options = options
         # On the host, so that a seed means the same on every device; torch's own generator there reads 32 bits of it.
-        self._generator = np.random.Generator(np.random.PCG64(options.seed))
+        seed = np.random.SeedSequence(options.seed, spawn_key=(sample,)) if sample else options.seed
+        self._generator = np.random.Generator(np.random.PCG64(seed))
+        self._penalized = dict.fromkeys(tokens) if options.repetition_penalty != 1 else None
 
     def uniform(self) -> float:
         """The next number in [0, 1)."""
         return self._generator.random()
 
+    @property
+    def penalized(self) -> list[int]:
+        """Different tokens of the sequence; none without a repetition penalty."""
+        return list(self._penalized or ())
 
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
-    """One entry a row."""
-
-    ids: list[int]
-    logprobs: list[float]
-    """Log-probability of the token under the logits as they are, before temperature and cuts."""
-    finite: list[bool]
-    """False where logits are NaN or infinite; the row's token means nothing then."""
+    def append(self, token: int) -> None:
+        """The sequence goes on with `token`."""
+        if self._penalized is not None:
+            self._penalized[token] = None
 
 
-def sample(logits: Tensor, samplers: Sequence[RowSampler]) -> SampledTokens:
-    """Samples one token a row from `logits` [B, vocab], float32.
+class SampledToken(NamedTuple):
+    """What one row has chosen."""
+
+    id: int
+    logprob: float
+    """Log-probability of the token under the logits as they are, before penalty, temperature and cuts."""
+    finite: bool
+    """False if a logit is NaN or infinite; the token means nothing then."""
+    top: list[tuple[int, float]]
+    """The likeliest tokens with their log-probabilities, as many as were asked for."""
+
+
+def sample(
+    logits: Tensor, samplers: Sequence[RowSampler], top_logprobs: Sequence[int] | None = None
+) -> list[SampledToken]:
+    """Samples one token a row from `logits` [B, vocab], float32. `top_logprobs`: how many of the likeliest to tell.
 
     A row's token comes from its own logits and random numbers alone: it is the first token at which the cumulative
     probability, in the order of token ids and in float64, exceeds a uniform number. Rounding differences between
-    batches then change a token only where that number falls within them.
+    batches then change a token only where that number falls within them, or, with cuts, where the tokens at the cut are
+    as near to each other. At temperature 0 they do only where the two largest logits are.
     """
     normalizer = logits.logsumexp(dim=1)
+    # A NaN or a positive infinity shows in the normalizer, a negative one only in the minimum.
     finite = normalizer.isfinite() & logits.amin(dim=1).isfinite()
-    ids = logits.argmax(dim=1)
+    scores = _penalize(logits, samplers)
+    ids = scores.argmax(dim=1)
     rows = [row for row, sampler in enumerate(samplers) if sampler.options.temperature > 0]
     if rows:
         every = len(rows) == len(samplers)
-        drawn = _draw(logits if every else logits[rows], [samplers[row] for row in rows])
+        drawn = _draw(scores if every else scores[rows], [samplers[row] for row in rows])
         ids = drawn if every else ids.index_copy(0, torch.tensor(rows, device=ids.device), drawn)
     logprobs = logits.gather(1, ids[:, None]).squeeze(1) - normalizer
-    return SampledTokens(ids.tolist(), logprobs.tolist(), finite.tolist())
+    tops = _likeliest(logits, normalizer, top_logprobs) if top_logprobs and any(top_logprobs) else [[]] * len(samplers)
+    return list(map(SampledToken, ids.tolist(), logprobs.tolist(), finite.tolist(), tops))
+
+
+def _penalize(logits: Tensor, samplers: Sequence[RowSampler]) -> Tensor:
+    """The logits after each row's repetition penalty; the same tensor without any."""
+    if all(sampler.options.repetition_penalty == 1 for sampler in samplers):
+        return logits
+    scores = logits.clone()
+    for row, sampler in enumerate(samplers):
+        if sampler.options.repetition_penalty != 1:
+            tokens = torch.tensor(sampler.penalized, device=logits.device)
+            penalty = sampler.options.repetition_penalty
+            found = logits[row, tokens]
+            scores[row, tokens] = torch.where(found < 0, found * penalty, found / penalty)
+    return scores
+
+
+def _likeliest(logits: Tensor, normalizer: Tensor, counts: Sequence[int]) -> list[list[tuple[int, float]]]:
+    rows = [row for row, count in enumerate(counts) if count]
+    k = min(max(counts), logits.shape[1])
+    values, ids = logits[rows].topk(k, dim=1)
+    values = values - normalizer[rows, None]
+    tops: list[list[tuple[int, float]]] = [[] for _ in counts]
+    for row, row_ids, row_values in zip(rows, ids.tolist(), values.tolist(), strict=True):
+        tops[row] = list(zip(row_ids, row_values, strict=True))[: counts[row]]
+    return tops
 
 
 def _draw(logits: Tensor, samplers: Sequence[RowSampler]) -> Tensor:

@@ -46,7 +46,8 @@ class Scheduler(Generic[Generation]):
     Order: the oldest part always runs in the next batch, together with queued parts of its kind that fit the budget,
     nearest in length first. So a part waits at most for as many batches as there were parts before it. A device that is
     idle starts at once; only after a batch of several requests may the next one wait for company (`batch_window_ms`).
-    Generations wait in arrival order; their turns alternate with batches (`generation_steps_per_batch`).
+    Generations wait in arrival order; their turns alternate with batches (`generation_steps_per_batch`), which are
+    smaller then (`shared_batch_tokens`), so that streams go on.
     """
 
     def __init__(self, settings: EngineSettings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -78,8 +79,9 @@ class Scheduler(Generic[Generation]):
     def queued_parts(self) -> int:
         return len(self._parts)
 
-    def put(self, parts: list[Part]) -> None:
-        """Queues the parts of one request, all or none.
+    def put(self, parts: list[Part], *, under_way: bool = False) -> None:
+        """Queues the parts of one request, all or none. Those of one that is `under_way` always fit: it runs in small
+        rounds, the first of which was admitted.
 
         Raises:
             QueueFull: they do not fit beside what waits.
@@ -87,7 +89,7 @@ class Scheduler(Generic[Generation]):
         """
         tokens = sum(part.tokens for part in parts)
         with self._changed:
-            self._admit(tokens)
+            self._admit(tokens, under_way)
             for part in parts:
                 self._parts[part] = None
             self._part_tokens += tokens
@@ -111,11 +113,11 @@ class Scheduler(Generic[Generation]):
             self._prompt_tokens += prompt_tokens
             self._changed.notify()
 
-    def _admit(self, tokens: int) -> None:
+    def _admit(self, tokens: int, under_way: bool = False) -> None:
         if self._closed:
             raise EngineStopped("the engine is stopping")
         queued = self.queued_tokens
-        if queued and queued + tokens > self._settings.max_queued_tokens:
+        if queued and queued + tokens > self._settings.max_queued_tokens and not under_way:
             speed = self._tokens_per_s
             raise QueueFull(
                 f"{queued} tokens wait already and {tokens} more would pass the limit of "
@@ -149,11 +151,11 @@ class Scheduler(Generic[Generation]):
                     if not generation:
                         window = self._window()
                         if window <= 0:
-                            return self._take_batch()
+                            return self._take_batch(self._settings.max_batch_tokens)
                         self._changed.wait(window)
                         continue
                     if self._generation_steps >= self._settings.generation_steps_per_batch:
-                        return self._take_batch()
+                        return self._take_batch(self._settings.shared_batch_tokens)
                 if generation:
                     self._generation_steps += 1
                     return Turn.GENERATION
@@ -194,9 +196,9 @@ class Scheduler(Generic[Generation]):
             return 0.0
         return self._last_batch_end + self._settings.batch_window_ms / 1000 - self._clock()
 
-    def _take_batch(self) -> list[Part]:
+    def _take_batch(self, budget: int) -> list[Part]:
         self._generation_steps = 0
-        budget = self._settings.max_batch_tokens
+        budget = min(budget, self._settings.max_batch_tokens)
         oldest = next(iter(self._parts))
         near, near_tokens = [], 0
         for part in self._parts:

@@ -28,24 +28,50 @@ class EngineSettings(BaseModel):
         description="Tokens that may wait; beyond it requests are refused. One request may always wait alone.",
     )
     max_concurrent_generations: int = Field(
-        16, ge=1, description="Generations that decode together (slots of the key-value cache); more of them wait."
+        16,
+        ge=1,
+        description="Sequences that decode together; more of them wait. A request's samples are a sequence each.",
     )
-    max_queued_generations: int = Field(64, ge=0, description="Generations that may wait for a slot.")
+    max_queued_generations: int = Field(64, ge=0, description="Generate requests that may wait for a slot.")
+    max_cache_tokens: int = Field(
+        16_384,
+        ge=2,
+        description="Tokens that the key-value cache holds, which bounds its memory. A request reserves room for its "
+        "prompt and new tokens, times its sequences, before it starts, and waits until there is room.",
+    )
     max_sequence_tokens: int = Field(
         0,
         ge=0,
-        description="Prompt and new tokens of one generation: the length of each slot of the key-value cache. "
-        "0 is the backbone's context length.",
+        description="Prompt and new tokens of one sequence. 0 is the backbone's context length; max_cache_tokens "
+        "bounds it as well.",
     )
     prefill_chunk_tokens: int = Field(
         512,
         ge=1,
-        description="Prompt tokens that run in one generation step: a long prompt does not stall other streams.",
+        description="Prompt tokens that run in one generation step, shared evenly by the prompts that are under way: "
+        "a long prompt does not stall other streams.",
     )
     generation_steps_per_batch: int = Field(
         4,
         ge=1,
         description="Generation steps between two batches of other work, while both wait.",
+    )
+    batch_lanes: int = Field(
+        0,
+        ge=0,
+        description="On the CPU, threads that a batch of extractions is shared out to, a core each; 0 is one for each "
+        "torch thread, 1 splits every operation instead.",
+    )
+    shared_batch_tokens: int = Field(
+        512,
+        ge=1,
+        description="As max_batch_tokens while generations run: how much other work goes between their tokens.",
+    )
+    decode_threads: int = Field(
+        0,
+        ge=0,
+        description="CPU threads of a generation step's operations. 0 is one thread for a backbone of under 64 MiB, "
+        "whose operations are shorter than the wait for a core that others use, and torch_threads for a larger one.",
     )
     torch_threads: int = Field(
         0, ge=0, description="CPU threads of the model thread's operations; 0 is torch's choice."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -145,36 +146,92 @@ class SamplingOptions:
     """Only the smallest set of tokens with at least this probability can be chosen; 0 or 1 is no limit."""
     seed: int = 0
     """In [0, 2^64): seed of this sequence's own random numbers."""
+    repetition_penalty: float = 1.0
+    """Positive. Before all else, logits of tokens that the sequence has already (prompt included) are divided by it
+    where they are positive and multiplied where they are negative (Keskar et al. 2019, section 4.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedFeatures:
+    """Which features to tell with each token."""
+
+    dictionaries: tuple[str, ...]
+    """Names, without repeats."""
+    top_k: int
+    """The strongest k of each dictionary, at least 1."""
+    prompt: bool = False
+    """Also of the prompt's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateWork:
-    """A continuation of a prompt with features edited."""
+    """Continuations of a prompt with features edited."""
 
     prompt: tuple[int, ...]
     """At least one token id."""
     max_new_tokens: int
     sampling: SamplingOptions = SamplingOptions()
     stop: tuple[str, ...] = ()
-    """Generation ends before the first of these to be completed; none is empty."""
+    """A sequence ends before the first of these to be completed; none is empty."""
     edits: tuple[Edit, ...] = ()
     ignore_end_of_text: bool = False
+    samples: int = 1
+    """How many sequences; they run the prompt once. Sample i is the same whatever their number is."""
+    compare: bool = False
+    """Also run every sample without the edits, with the same random numbers."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens to tell at each place."""
+    features: WatchedFeatures | None = None
+    max_relative_change: float = math.inf
+    """Edits that add more than this times the size of a token's activation (Euclidean norms) fail the request."""
+
+    @property
+    def n_sequences(self) -> int:
+        return self.samples * (2 if self.compare else 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenFeatures:
+    """The features that fire on consecutive tokens of a sequence, as the edited model has them."""
+
+    first_position: int
+    """Of the first of the tokens, from the prompt's start."""
+    ids: tuple[int, ...]
+    """The tokens."""
+    features: dict[str, Csr]
+    """By dictionary: one row a token."""
 
 
 @dataclass(slots=True)
 class GeneratedTokens:
-    """New tokens of a stream and the text that they complete."""
+    """New tokens of a sequence and the text that they complete."""
 
     text: str = ""
     """Whole characters only; what may yet become a stop string is held back."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """Of each token, under the edited model, before temperature and cuts."""
+    """Of each token, under the edited model, before penalty, temperature and cuts."""
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    """If asked for: the likeliest tokens at each token's place with their log-probabilities, likeliest first."""
+    features: list[TokenFeatures] = field(default_factory=list)
+    """If asked for, of the tokens that have been run since: every token but the last one of the sequence, which is
+    sampled and never run. Those of the prompt come with sample 0 alone."""
+    sample: int = 0
+    unedited: bool = False
+    """True for what `compare` runs beside the edited sequences."""
+
+    def extend(self, later: GeneratedTokens) -> None:
+        """Takes in what follows in the same sequence."""
+        self.text += later.text
+        self.ids += later.ids
+        self.logprobs += later.logprobs
+        self.top += later.top
+        self.features += later.features
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnd:
-    """The last event of a stream."""
+    """The last event of a sequence."""
 
     reason: EndReason
     prompt_tokens: int
@@ -183,6 +240,8 @@ class GenerationEnd:
     stop: str
     """The stop string that was met, with reason "stop"; else empty."""
     timing: WorkTiming
+    sample: int = 0
+    unedited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,3 +251,6 @@ class EngineSnapshot:
     queued_items: int
     queued_tokens: int
     active_generations: int
+    """Sequences that hold a slot."""
+    cache_tokens: int
+    """Tokens of the key-value cache that they reserve, of max_cache_tokens."""

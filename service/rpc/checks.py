@@ -60,16 +60,18 @@ def first_repeated(values: Iterable[Any]) -> int | None:
     return None
 
 
-def check_dictionary_names(names: Sequence[str], limits: Limits, violations: Violations) -> None:
+def check_dictionary_names(
+    names: Sequence[str], limits: Limits, violations: Violations, field: str = "dictionaries"
+) -> None:
     """One or more names without repeats; whether there are such dictionaries is another question."""
-    if not violations.check_count("dictionaries", len(names), limits.max_dictionaries, "max_dictionaries"):
+    if not violations.check_count(field, len(names), limits.max_dictionaries, "max_dictionaries"):
         return
     for place, name in enumerate(names):
         if not name:
-            violations.add(f"dictionaries[{place}]", "is empty")
+            violations.add(f"{field}[{place}]", "is empty")
     repeated = first_repeated(names)
     if repeated is not None:
-        violations.add(f"dictionaries[{repeated}]", f"{shown(names[repeated])} is named twice")
+        violations.add(f"{field}[{repeated}]", f"{shown(names[repeated])} is named twice")
 
 
 def read_selection(
@@ -201,7 +203,7 @@ def read_input_statistics(
     """Mean and standard deviation of n_rows rows, or None twice; an empty message is none."""
     if message is None or not (len(message.mean) or len(message.std)):
         return None, None
-    if dictionary is not None and not dictionary.normalize:
+    if dictionary is not None and not dictionary.normalizes_input:
         violations.add("input_statistics", "must be empty: the dictionary does not normalise its input")
         return None, None
     mean, std = unpack_input_statistics(message)

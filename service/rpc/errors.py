@@ -78,6 +78,34 @@ def dictionary_not_found(names: Sequence[str], loaded: Sequence[str]) -> RpcErro
     return RpcError(grpc.StatusCode.NOT_FOUND, message, *details)
 
 
+def preset_not_found(names: Sequence[str], known: Sequence[str]) -> RpcError:
+    """NOT_FOUND with one ResourceInfo a name."""
+    message = f"no edit preset named {', '.join(map(shown, names))}; there are: {', '.join(known) or 'none'}"
+    details = [
+        error_details_pb2.ResourceInfo(
+            resource_type="saeserve.v1.EditPreset", resource_name=shortened(name), description="there is none"
+        )
+        for name in names
+    ]
+    return RpcError(grpc.StatusCode.NOT_FOUND, message, *details)
+
+
+def features_not_found(features: Sequence[tuple[str, int, int]]) -> RpcError:
+    """NOT_FOUND with one ResourceInfo a feature; each is a dictionary, a feature, and how many the dictionary has."""
+    message = "; ".join(
+        f"feature {feature} is outside 0..{n_latents - 1} of {shown(name)}" for name, feature, n_latents in features
+    )
+    details = [
+        error_details_pb2.ResourceInfo(
+            resource_type="saeserve.v1.Feature",
+            resource_name=f"{shortened(name)}:{feature}",
+            description="the dictionary has no such feature",
+        )
+        for name, feature, _ in features
+    ]
+    return RpcError(grpc.StatusCode.NOT_FOUND, message, *details)
+
+
 def failed_precondition(subjects: Sequence[Violation], kind: str) -> RpcError:
     """FAILED_PRECONDITION with PreconditionFailure: the request is well formed, but what it names lacks something."""
     message = "; ".join(f"{field}: {description}" for field, description in subjects)

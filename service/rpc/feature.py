@@ -95,6 +95,12 @@ class FeatureRpc:
             if tokens > limits.max_tokens_per_request:
                 most = f"max_tokens_per_request = {limits.max_tokens_per_request}"
                 violations.add("inputs", f"have {tokens} tokens together, more than {most}")
+        if request.include_reconstruction_error:
+            for place, name in enumerate(request.dictionaries):
+                dictionary = self._served.dictionaries.get(name)
+                if dictionary is not None and dictionary.transcoder:
+                    reason = "decodes to another activation than it reads: it has no reconstruction error"
+                    violations.add(f"dictionaries[{place}]", reason)
         violations.raise_if_any()
         self._served.require(request.dictionaries)
         work = ExtractWork(
@@ -228,6 +234,8 @@ class FeatureRpc:
         dictionary = self._served.dictionaries.get(request.dictionary)
         if not request.dictionary:
             violations.add("dictionary", "is empty, expected a dictionary's name")
+        if dictionary is not None and dictionary.skip is not None:
+            violations.add("dictionary", "has a skip connection: decoding it needs the encoder's input as well")
         features = read_sparse_rows(request.features, dictionary, self._limits, violations)
         mean, std = read_input_statistics(
             request.input_statistics if request.HasField("input_statistics") else None,

@@ -10,13 +10,14 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, cast
 
 from service.engine.errors import NonFiniteActivations
-from service.engine.work import GeneratedTokens, GenerateWork, GenerationEnd, SamplingOptions
+from service.engine.work import GeneratedTokens, GenerateWork, GenerationEnd, SamplingOptions, WatchedFeatures
 from service.pb.saeserve.v1 import common_pb2
 from service.pb.saeserve.v1 import intervention_service_pb2 as pb
 from service.rpc.call import Call
-from service.rpc.checks import Violations
+from service.rpc.checks import Violations, check_dictionary_names
 from service.rpc.edits import EditReader
 from service.rpc.errors import Violation, invalid_argument
+from service.rpc.generated_chunk import pack_chunk
 from service.rpc.limits import Limits
 from service.rpc.served import ServedModel
 from service.rpc.text_inputs import TextInputReader, TokenRow
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from service.engine.engine import Engine
 
 MAX_TEMPERATURE = 100.0
+MAX_REPETITION_PENALTY = 100.0
+DEFAULT_TOP_K = 5
+"""Features of each token and dictionary, where the request does not say."""
 
 _FINISH_REASONS = {
     "length": pb.FINISH_REASON_LENGTH,
@@ -48,11 +52,11 @@ class InterventionRpc:
         try:
             async with aclosing(self._generation(work)) as events:
                 async for event in events:
-                    reply = pb.GenerateResponse(request_id=call.request_id)
+                    reply = pb.GenerateResponse(
+                        request_id=call.request_id, sample=event.sample, unedited=event.unedited
+                    )
                     if isinstance(event, GeneratedTokens):
-                        reply.chunk.text = event.text
-                        reply.chunk.token_ids.extend(event.ids)
-                        reply.chunk.logprobs.extend(event.logprobs)
+                        reply.chunk.CopyFrom(pack_chunk(event, self._reader))
                     else:
                         reply.finish.CopyFrom(
                             pb.GenerationFinish(
@@ -77,9 +81,15 @@ class InterventionRpc:
         limits, violations = self._limits, Violations()
         sampling = _read_sampling(request.sampling, violations)
         stop = self._read_stop(request, violations)
+        samples = self._read_samples(request, violations)
+        features = self._read_features(request, violations)
+        if request.top_logprobs > limits.max_top_logprobs:
+            violations.add(
+                "top_logprobs", f"is {request.top_logprobs}, more than max_top_logprobs = {limits.max_top_logprobs}"
+            )
         context_length = self._engine.max_sequence_tokens
-        edit_reader = EditReader(self._served.dictionaries, limits, context_length, violations)
-        edits = edit_reader.read(request.edits)
+        edit_reader = EditReader(self._served, limits, self._engine, self._reader, violations)
+        edit_reader.read(request.edits, request.presets)
         if request.max_new_tokens > limits.max_new_tokens:
             violations.add(
                 "max_new_tokens", f"is {request.max_new_tokens}, more than max_new_tokens = {limits.max_new_tokens}"
@@ -95,20 +105,52 @@ class InterventionRpc:
                     f"in the context of {context_length}",
                 )
             max_new_tokens = min(max_new_tokens, room)
-        if not violations and prompt is not None:
-            self._served.require([edit.dictionary for edit in edits])
-            edit_reader.raise_if_lacking()
-            edit_reader.check_conflicts(edits, len(prompt.ids))
-        violations.raise_if_any()
+        if prompt is None:
+            violations.raise_if_any()
         assert prompt is not None, "a prompt that cannot be read is a violation"
-        return prompt, GenerateWork(
+        if features is not None and not violations:
+            self._served.require(features.dictionaries)
+        edits = await edit_reader.finish(len(prompt.ids))
+        work = GenerateWork(
             prompt=prompt.ids,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop,
-            edits=tuple(edits),
+            edits=edits,
+            max_relative_change=limits.max_relative_change or math.inf,
             ignore_end_of_text=request.ignore_end_of_text,
+            samples=samples,
+            compare=request.compare,
+            top_logprobs=request.top_logprobs,
+            features=features,
         )
+        try:
+            self._engine.check_fits(work)
+        except ValueError as error:
+            raise invalid_argument([Violation("max_new_tokens", str(error))]) from error
+        return prompt, work
+
+    def _read_samples(self, request: pb.GenerateRequest, violations: Violations) -> int:
+        samples, limits = request.samples or 1, self._limits
+        slots = self._engine.settings.max_concurrent_generations
+        together = samples * (2 if request.compare else 1)
+        if samples > limits.max_samples:
+            violations.add("samples", f"is {samples}, more than max_samples = {limits.max_samples}")
+        elif together > slots:
+            field = "samples" if samples > 1 else "compare"
+            violations.add(field, f"needs {together} sequences, more than max_concurrent_generations = {slots}")
+        return samples
+
+    def _read_features(self, request: pb.GenerateRequest, violations: Violations) -> WatchedFeatures | None:
+        if not request.HasField("features"):
+            return None
+        message, limits = request.features, self._limits
+        names, top_k = tuple(message.dictionaries), message.top_k or DEFAULT_TOP_K
+        check_dictionary_names(names, limits, violations, "features.dictionaries")
+        if top_k > limits.max_selected_features:
+            most = f"max_selected_features = {limits.max_selected_features}"
+            violations.add("features.top_k", f"is {top_k}, more than {most}")
+        return WatchedFeatures(names, top_k, message.prompt)
 
     async def _read_prompt(self, request: pb.GenerateRequest, violations: Violations) -> TokenRow | None:
         # Truncation makes room for the tokens that are wanted; without it a prompt must leave room for one.
@@ -147,5 +189,12 @@ def _read_sampling(message: pb.Sampling, violations: Violations) -> SamplingOpti
         violations.add("sampling.temperature", f"is {temperature}, expected a number in 0..{MAX_TEMPERATURE:g}")
     if not (math.isfinite(top_p) and 0 <= top_p <= 1):
         violations.add("sampling.top_p", f"is {top_p}, expected a number in 0..1")
+    penalty = message.repetition_penalty
+    if not (math.isfinite(penalty) and 0 <= penalty <= MAX_REPETITION_PENALTY):
+        violations.add(
+            "sampling.repetition_penalty", f"is {penalty}, expected a number in 0..{MAX_REPETITION_PENALTY:g}"
+        )
     seed = message.seed if message.HasField("seed") else secrets.randbits(64)
-    return SamplingOptions(temperature=temperature, top_k=message.top_k, top_p=top_p, seed=seed)
+    return SamplingOptions(
+        temperature=temperature, top_k=message.top_k, top_p=top_p, seed=seed, repetition_penalty=penalty or 1.0
+    )

@@ -13,7 +13,7 @@ class Limits(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     max_inputs: int = Field(default=128, ge=1, le=_MAX_UINT32)
-    """Inputs in one ExtractFeatures call."""
+    """Inputs in one ExtractFeatures, Score or AblateFeatures call."""
     max_tokens_per_input: int = Field(default=_MAX_UINT32, ge=1, le=_MAX_UINT32)
     """Tokens in one input; lowered to the backbone's context length where it is larger."""
     max_tokens_per_request: int = Field(default=8_192, ge=1, le=_MAX_UINT32)
@@ -29,13 +29,31 @@ class Limits(BaseModel):
     max_new_tokens: int = Field(default=512, ge=1, le=_MAX_UINT32)
     """New tokens of one Generate call."""
     max_edits: int = Field(default=64, ge=1, le=_MAX_UINT32)
-    """Edits in one call."""
+    """Edits in one call, those of presets included."""
     max_edit_strength: float = Field(default=100.0, gt=0, allow_inf_nan=False)
     """Largest size of a strength in multiples of the recorded maximum, where it is known."""
+    max_relative_change: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Largest size of what edits add to a token's activation, in multiples of the activation's size; 0: no bound."""
     max_stop_strings: int = Field(default=16, ge=1, le=_MAX_UINT32)
     """Stop strings in one call."""
     max_stop_bytes: int = Field(default=256, ge=1, le=_MAX_UINT32)
     """Bytes in one stop string."""
+    max_samples: int = Field(default=8, ge=1, le=_MAX_UINT32)
+    """Samples of one Generate call; the slots of a replica (max_concurrent_generations) bound them as well."""
+    max_top_logprobs: int = Field(default=20, ge=0, le=_MAX_UINT32)
+    """Likeliest tokens that a Generate call returns at each place."""
+    max_ablated_features: int = Field(default=64, ge=1, le=_MAX_UINT32)
+    """Features in one AblateFeatures call."""
+    max_variant_tokens: int = Field(default=1_048_576, ge=1, le=_MAX_UINT32)
+    """Tokens of all inputs of an AblateFeatures call, times features, ablations and (1 + single_tokens)."""
+    max_logit_tokens: int = Field(default=16, ge=0, le=_MAX_UINT32)
+    """Tokens in logit_tokens of one call."""
+    max_attributions: int = Field(default=256, ge=1, le=_MAX_UINT32)
+    """Pairs of a feature and a token that AttributeFeatures returns and ablates."""
+    max_contrast_texts: int = Field(default=512, ge=2, le=_MAX_UINT32)
+    """Texts in each set of a ContrastFeatures call."""
+    max_contrast_tokens: int = Field(default=65_536, ge=1, le=_MAX_UINT32)
+    """Tokens in both sets of a ContrastFeatures call."""
     default_new_tokens: int = Field(default=64, ge=1, le=_MAX_UINT32)
     """New tokens of a Generate call that does not say (fewer where the context or max_new_tokens ends earlier)."""
 

@@ -38,8 +38,11 @@ class ServerRpc:
                 **limits.model_dump(exclude={"default_new_tokens"}),
                 max_concurrent_generations=engine_settings.max_concurrent_generations,
                 max_queued_tokens=engine_settings.max_queued_tokens,
+                max_cache_tokens=engine_settings.max_cache_tokens,
             ),
+            cache_bytes=engine_settings.max_cache_tokens * backbone.cache_bytes_per_token,
             device=str(backbone.device),
+            edit_presets=served.presets,
         )
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:

@@ -70,6 +70,7 @@ def build_handlers(runtime: ServiceRuntime) -> Handlers:
     """The handlers of every RPC in RPCS, for one replica."""
     # Here, because they bring torch, which the processes that only register services (Ray Serve's proxies) do not need.
     from service.rpc.catalog import CatalogRpc
+    from service.rpc.causal import CausalRpc
     from service.rpc.feature import FeatureRpc
     from service.rpc.health import HealthRpc
     from service.rpc.intervention import InterventionRpc
@@ -84,10 +85,11 @@ def build_handlers(runtime: ServiceRuntime) -> Handlers:
         "saeserve.v1.ServerService": ServerRpc(served, limits, runtime.settings.engine),
         HEALTH_SERVICE: HealthRpc(runtime.readiness, lambda: runtime.ready, services - {HEALTH_SERVICE}),
     }
+    causal = CausalRpc(engine, served, limits, reader)  # InterventionService as well
     wrapper = CallWrapper(runtime.readiness, runtime.metrics, runtime.note_load)
     handlers: dict[str, UnaryHandler | StreamHandler] = {}
     for rpc in RPCS.values():
-        method = getattr(objects[rpc.service], rpc.name)
+        method = getattr(causal, rpc.name, None) or getattr(objects[rpc.service], rpc.name)
         always = rpc.service == HEALTH_SERVICE
         if rpc.streams_replies:
             handlers[rpc.name] = wrapper.stream(rpc.name, method, always=always)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -148,6 +148,14 @@ class TextInputReader:
         np.cumsum((np.frombuffer(b"".join(pieces), np.uint8) & 0xC0) != 0x80, out=begun[1:])
         first_char = np.maximum(begun[np.minimum(starts + 1, ends[-1])] - 1, 0)
         return TokenizedText(list(row.ids), starts, ends, first_char, np.maximum(begun[ends], first_char)), pieces
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; none without a tokenizer."""
+        return self._pieces[token] if self._has_tokenizer else b""
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        """The bytes of tokens; none without a tokenizer."""
+        return [self._pieces[token] for token in ids] if self._has_tokenizer else []
 
     @property
     def has_tokenizer(self) -> bool:

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from service.arrays import unpack_sparse_rows
-from service.pb.saeserve.v1 import catalog_service_pb2, catalog_service_pb2_grpc, server_service_pb2
+from service.pb.saeserve.v1 import catalog_service_pb2, catalog_service_pb2_grpc, edits_pb2, server_service_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as feature_pb
 from service.pb.saeserve.v1 import intervention_service_pb2 as intervention_pb
 from service.pb.saeserve.v1.common_pb2 import TextInput
@@ -39,7 +39,7 @@ def generate_request(tokens: int, *, edits: bool = False) -> intervention_pb.Gen
         prompt=TextInput(text="Once upon a time"), max_new_tokens=tokens, ignore_end_of_text=True
     )
     if edits:
-        request.edits.add(dictionary="mid", feature=3, set=intervention_pb.Amount(value=30))
+        request.edits.add(dictionary="mid", feature=3, set=edits_pb2.Amount(value=30))
     return request
 
 

@@ -1,12 +1,13 @@
 import json
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
 
 from service.cli.edit_options import describe
 from service.client import edits
-from service.pb.saeserve.v1 import intervention_service_pb2
+from service.pb.saeserve.v1 import edits_pb2, intervention_service_pb2
 from tests.service.client.fake_server import DICTIONARIES, Failure, FakeServer
 
 Call = Callable[..., tuple[int, str, str]]
@@ -31,7 +32,7 @@ def test_edits_in_their_order(call: Call, fake: FakeServer):
         *("--dictionary", "resid-mid", "--unit", "max", "--positions", "0,2", "--where", "9>0.25"),
     )
     assert code == 0
-    pb = intervention_service_pb2
+    pb = edits_pb2
     sent = fake.requests("Generate")[0].edits
     assert [(edit.dictionary, edit.feature, edit.WhichOneof("operation")) for edit in sent] == [
         ("resid-late", 1, "scale"),
@@ -64,16 +65,40 @@ def test_a_bare_number_needs_the_only_dictionary(call: Call, fake: FakeServer, m
     assert fake.requests("Generate")[0].edits[0].dictionary == "resid-mid"
 
 
-def test_compare_uses_one_seed(call: Call, fake: FakeServer):
+def test_compare_is_one_call(call: Call, fake: FakeServer):
     code, out, err = call("generate", "Once", "--set", "resid-mid:3=1", "--compare")
     assert (code, out) == (0, "Once a dog é.\nOnce a cat é.\n")
     lines = err.splitlines()
     assert lines[0] == "without edits"
     assert "resid-mid:3 = 1" in lines
-    plain, edited = fake.requests("Generate")
-    assert not plain.sampling.HasField("seed")
-    assert edited.sampling.seed == 77  # what the server drew for the first
-    assert (len(plain.edits), len(edited.edits)) == (0, 1)
+    (sent,) = fake.requests("Generate")
+    assert (sent.compare, len(sent.edits)) == (True, 1)
+
+
+def test_samples(call: Call, fake: FakeServer):
+    code, out, err = call("generate", "Once", "--n", "2", "--repetition-penalty", "1.25")
+    assert (code, out) == (0, "Once a dog é.\nOnce a dog é.!\n")
+    assert "sample 1" in err
+    (sent,) = fake.requests("Generate")
+    assert (sent.samples, sent.sampling.repetition_penalty) == (2, 1.25)
+
+
+def test_a_table_of_tokens(call: Call, fake: FakeServer):
+    code, out, _ = call(
+        "generate", "Once", "--top-logprobs", "2", "--show-features", "resid-mid", "--features-per-token", "2"
+    )
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[1] == ["#", "token", "probability", "likeliest", "resid-mid"]
+    assert lines[2] == ["4", "<0>", "0.607", "<0>", "0.607", "·x", "0.050", "5", "2.50", "9", "1.00"]
+    assert lines[-1][:2] == ["9", "<12>"]
+    (sent,) = fake.requests("Generate")
+    assert (list(sent.features.dictionaries), sent.features.top_k, sent.features.prompt) == (["resid-mid"], 2, False)
+
+
+def test_features_options_need_a_dictionary(call: Call):
+    code, _, err = call("generate", "Once", "--prompt-features")
+    assert (code, "belong to --show-features" in err) == (2, True)
 
 
 def test_json(call: Call):
@@ -92,6 +117,8 @@ def test_json(call: Call):
                 "unit": "raw",
                 "positions": "all",
                 "condition": None,
+                "reference": None,
+                "values": None,
             }
         ],
         "text": " a cat é.",
@@ -105,6 +132,10 @@ def test_json(call: Call):
         "seed": 77,
         "request_id": "",
         "timing": {"queue_ms": 1.5, "compute_ms": 4.0, "total_ms": 6.25},
+        "top": [],
+        "features": [],
+        "sample": 0,
+        "unedited": False,
     }
 
 
@@ -136,6 +167,17 @@ def _with_id(*_: object, **__: object) -> intervention_service_pb2.GenerateReque
 
 def test_describe():
     assert describe([]) == "no edits"
-    given = [edits.add_to_feature("d", 1, -2, positions="prompt", where=(4, 0.5)), edits.ablate_feature("d", 2, "mean")]
+    place: dict[str, Any] = {"positions": "prompt", "where": (4, 0.5)}
+    given = [edits.add_to_feature("d", 1, -2, **place), edits.ablate_feature("d", 2, "mean", **place)]
     assert describe(given) == "d:1 - 2, d:2 = its mean on prompt tokens where 4 > 0.5"
+    given[1] = edits.resample_feature(
+        "d", 2, "A text", positions=edits.AfterText("é", "each", 2), where="1 <= 0 or 2 > 1"
+    )
+    assert describe(given) == (
+        "d:1 - 2 on prompt tokens where 4 > 0.5, "
+        "d:2 as on 'A text' (last) on 2 tokens after each 'é' where 1 <= 0 or 2 > 1"
+    )
+    assert describe([edits.replace_by_reconstruction("d", positions="last")]) == (
+        "d's reconstruction on the prompt's last token"
+    )
     assert describe([edits.clamp_feature("d", 1, minimum=0, positions=[3])]) == "d:1 in [0, ∞] on 3 tokens"

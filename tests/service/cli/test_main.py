@@ -29,7 +29,7 @@ def test_commands_that_call_a_server_need_no_torch_and_no_ray():
     script = (
         "import sys, importlib\n"
         "for name in ('features', 'generate', 'dictionaries', 'info'): importlib.import_module(f'service.cli.{name}')\n"
-        "print(sorted({'torch', 'ray', 'transformers', 'sae_runtime'} & set(sys.modules)))"
+        "print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     )
     output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     assert output.strip() == "[]"
@@ -69,8 +69,11 @@ def test_defaults_are_in_the_help(saeserve: Saeserve, monkeypatch: pytest.Monkey
         (["generate", "a", "--set", "12=much"], "'much' is not a number"),
         (["generate", "a", "--clamp", "12=3"], "is not FEATURE=MIN:MAX"),
         (["generate", "a", "--clamp", "12=:"], "has no bound"),
-        (["generate", "a", "--positions", "first"], "'first' is not all, prompt, generated or a list of positions"),
-        (["generate", "a", "--where", "12=3"], "is not FEATURE>A"),
+        (
+            ["generate", "a", "--positions", "first"],
+            "'first' is not all, prompt, generated, last, after:TEXT or a list",
+        ),
+        (["generate", "a", "--where", "12=3"], "expected FEATURE > NUMBER or FEATURE <= NUMBER"),
         (["features", "a", "--feature", "x:1", "--feature", "y:1"], "features of one dictionary"),
         (["features", "a", "--feature", "x:1", "--dictionary", "y"], "features of one dictionary"),
     ],

@@ -19,6 +19,7 @@ from service.pb.saeserve.v1 import (
     catalog_service_pb2,
     catalog_service_pb2_grpc,
     common_pb2,
+    edits_pb2,
     feature_service_pb2,
     feature_service_pb2_grpc,
     intervention_service_pb2,
@@ -30,7 +31,7 @@ from service.pb.saeserve.v1 import (
 TIMING = common_pb2.Timing(queue_ms=1.5, compute_ms=4.0, total_ms=6.25)
 DICTIONARIES = [
     catalog_service_pb2.Dictionary(
-        name="resid-late", site="3.resid_post_mlp", architecture="relu", d_in=4, n_latents=64
+        name="resid-late", site="3.resid_post_mlp", architecture="relu", d_in=4, n_latents=64, normalization="none"
     ),
     catalog_service_pb2.Dictionary(
         name="resid-mid",
@@ -40,6 +41,7 @@ DICTIONARIES = [
         n_latents=64,
         k=8,
         normalizes_input=True,
+        normalization="layer_norm",
         has_statistics=True,
         context_length=32,
     ),
@@ -75,6 +77,7 @@ class FakeServer(
     """Generate with the prompt "wait" and extraction of the text "wait" last until this is set."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when a Generate call with the prompt "wait" ended before `hold` was set."""
+    edit_presets: list[edits_pb2.EditPreset] = field(default_factory=list)
     address: str = ""
 
     def requests(self, method: str) -> list[Any]:
@@ -149,12 +152,32 @@ class FakeServer(
         self._record("Generate", request, context)
         if request.prompt.text == "wait":  # before the first chunk: once the client is gone, this does not run on
             context.add_callback(self._wait_ended)
-        text = " a cat" if request.edits else " a dog"
-        for i, part in enumerate((text, "", " é.")):
-            yield intervention_service_pb2.GenerateResponse(
-                request_id=request.request_id,
-                chunk=intervention_service_pb2.GeneratedChunk(text=part, token_ids=[i, i + 10], logprobs=[-0.5, -i]),
-            )
+        sequences = [
+            (sample, unedited)
+            for unedited in ((True, False) if request.compare else (False,))
+            for sample in range(max(request.samples, 1))
+        ]
+        position = 4
+        for i in range(3):
+            for sample, unedited in sequences:
+                text = (" a dog" if unedited or not request.edits else " a cat", "", " é.")[i]
+                chunk = intervention_service_pb2.GeneratedChunk(
+                    text=text + "!" * sample * (i == 2), token_ids=[i, i + 10], logprobs=[-0.5, -i]
+                )
+                if request.top_logprobs:
+                    for token in (i, i + 10):
+                        chunk.top.add(token_ids=[token, 7], logprobs=[-0.5, -3], pieces=[b"<%d>" % token, b" x"])
+                if request.HasField("features") and i:
+                    told = chunk.features.add(first_position=position, token_ids=[i, i], pieces=[b"a", b" b"])
+                    for name in request.features.dictionaries:
+                        found = told.dictionaries.add(dictionary=name)
+                        found.features.row_splits.extend([0, 2, 3])
+                        found.features.indices.extend([5, 9, 5])
+                        found.features.values.extend([2.5, 1.0, float(i)])
+                    position += 2
+                yield intervention_service_pb2.GenerateResponse(
+                    request_id=request.request_id, chunk=chunk, sample=sample, unedited=unedited
+                )
             if request.prompt.text == "wait":
                 self.hold.wait(30)
         if self.fail_after_chunks:
@@ -162,17 +185,20 @@ class FakeServer(
         if self.end_without_finish:
             return
         seed = request.sampling.seed if request.sampling.HasField("seed") else 77
-        yield intervention_service_pb2.GenerateResponse(
-            request_id=request.request_id,
-            finish=intervention_service_pb2.GenerationFinish(
-                reason=intervention_service_pb2.FINISH_REASON_STOP if request.stop else 1,
-                stop=request.stop[0] if request.stop else "",
-                prompt_tokens=4,
-                generated_tokens=6,
-                seed=seed,
-                timing=TIMING,
-            ),
-        )
+        for sample, unedited in sequences:
+            yield intervention_service_pb2.GenerateResponse(
+                request_id=request.request_id,
+                sample=sample,
+                unedited=unedited,
+                finish=intervention_service_pb2.GenerationFinish(
+                    reason=intervention_service_pb2.FINISH_REASON_STOP if request.stop else 1,
+                    stop=request.stop[0] if request.stop else "",
+                    prompt_tokens=4,
+                    generated_tokens=6,
+                    seed=seed,
+                    timing=TIMING,
+                ),
+            )
 
     def _wait_ended(self) -> None:
         if not self.hold.is_set():
@@ -225,6 +251,7 @@ class FakeServer(
                 max_inputs=2, max_tokens_per_input=32, max_tokens_per_request=40, max_edit_strength=10.0
             ),
             device="cpu",
+            edit_presets=self.edit_presets,
         )
 
 

@@ -228,6 +228,50 @@ def test_generate_result_alone(run: Run):
     assert (result.text, result.finish_reason, result.seed) == (" a dog é.", "length", 77)
 
 
+def test_generate_several_sequences(run: Run, fake: FakeServer):
+    async def script(client: Any) -> tuple[list[Any], Any, Any]:
+        generation = client.generate("Once", [set_feature("resid-mid", 3, 2.0)], samples=2, compare=True)
+        return await items(generation), await value(generation.all_results()), await value(generation.result())
+
+    chunks, results, first = run(script)
+    assert [(chunk.sample, chunk.unedited) for chunk in chunks[:4]] == [(0, True), (1, True), (0, False), (1, False)]
+    assert [(r.unedited, r.sample, r.text) for r in results] == [
+        (False, 0, " a cat é."),
+        (False, 1, " a cat é.!"),
+        (True, 0, " a dog é."),
+        (True, 1, " a dog é.!"),
+    ]
+    assert first is results[0]
+    (sent,) = fake.requests("Generate")
+    assert (sent.samples, sent.compare) == (2, True)
+
+
+def test_generate_tells_tokens_and_features(run: Run, fake: FakeServer):
+    result = run(
+        lambda client: value(
+            client.generate(
+                "Once", top_logprobs=2, features="resid-mid", features_top_k=2, repetition_penalty=1.5
+            ).result()
+        )
+    )
+    assert [list(top.token_ids) for top in result.top[:2]] == [[0, 7], [10, 7]]
+    np.testing.assert_allclose(result.top[0].logprobs, [-0.5, -3])
+    assert result.top[1].pieces == (b"<10>", b" x")
+    first, second = result.features
+    assert (first.first_position, second.first_position, first.pieces) == (4, 6, (b"a", b" b"))
+    indices, values = first.dictionaries["resid-mid"].row(0)
+    assert (indices.tolist(), values.tolist()) == ([5, 9], [2.5, 1.0])
+    (sent,) = fake.requests("Generate")
+    assert (sent.top_logprobs, list(sent.features.dictionaries), sent.features.top_k) == (2, ["resid-mid"], 2)
+    assert sent.sampling.repetition_penalty == 1.5
+
+
+def test_a_sequence_without_an_end_is_an_error(run: Run, fake: FakeServer):
+    fake.end_without_finish = True
+    with pytest.raises(SaeserveError, match="ended"):
+        run(lambda client: value(client.generate("a", samples=2).all_results()))
+
+
 def test_dictionaries(run: Run):
     async def script(client: Any) -> tuple[Any, Any, Any]:
         listed = await value(client.list_dictionaries())

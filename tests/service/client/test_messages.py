@@ -13,7 +13,7 @@ from service.client import (
     scale_feature,
     set_feature,
 )
-from service.pb.saeserve.v1 import common_pb2, intervention_service_pb2
+from service.pb.saeserve.v1 import common_pb2, edits_pb2
 
 
 def texts_and_ids(inputs: messages.Inputs) -> list[object]:
@@ -76,64 +76,62 @@ def test_unknown_names_of_options():
     [
         (
             set_feature("d", 7, 2.5, unit="max", positions="prompt"),
-            intervention_service_pb2.Edit(
+            edits_pb2.Edit(
                 dictionary="d",
                 feature=7,
-                set=intervention_service_pb2.Amount(value=2.5, unit=intervention_service_pb2.UNIT_RECORDED_MAXIMUM),
-                positions=intervention_service_pb2.Positions(range=intervention_service_pb2.POSITION_RANGE_PROMPT),
+                set=edits_pb2.Amount(value=2.5, unit=edits_pb2.UNIT_RECORDED_MAXIMUM),
+                positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_PROMPT),
             ),
         ),
         (
             add_to_feature("d", 7, -1.0, positions=[0, 3]),
-            intervention_service_pb2.Edit(
+            edits_pb2.Edit(
                 dictionary="d",
                 feature=7,
-                add=intervention_service_pb2.Amount(value=-1.0, unit=intervention_service_pb2.UNIT_RAW),
-                positions=intervention_service_pb2.Positions(
-                    explicit=intervention_service_pb2.ExplicitPositions(positions=[0, 3])
-                ),
+                add=edits_pb2.Amount(value=-1.0, unit=edits_pb2.UNIT_RAW),
+                positions=edits_pb2.Positions(explicit=edits_pb2.ExplicitPositions(positions=[0, 3])),
             ),
         ),
         (
             scale_feature("d", 7, 0.0, positions="generated"),
-            intervention_service_pb2.Edit(
+            edits_pb2.Edit(
                 dictionary="d",
                 feature=7,
                 scale=0.0,
-                positions=intervention_service_pb2.Positions(range=intervention_service_pb2.POSITION_RANGE_GENERATED),
+                positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_GENERATED),
             ),
         ),
         (
             clamp_feature("d", 7, maximum=3.0, where=(9, 0.5)),
-            intervention_service_pb2.Edit(
+            edits_pb2.Edit(
                 dictionary="d",
                 feature=7,
-                clamp=intervention_service_pb2.Clamp(maximum=3.0, unit=intervention_service_pb2.UNIT_RAW),
-                positions=intervention_service_pb2.Positions(range=intervention_service_pb2.POSITION_RANGE_ALL),
-                condition=intervention_service_pb2.Condition(feature=9, threshold=0.5),
+                clamp=edits_pb2.Clamp(maximum=3.0, unit=edits_pb2.UNIT_RAW),
+                positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_ALL),
+                condition=edits_pb2.Condition(feature=9, threshold=0.5),
             ),
         ),
         (
             ablate_feature("d", 7),
-            intervention_service_pb2.Edit(
+            edits_pb2.Edit(
                 dictionary="d",
                 feature=7,
-                ablate=intervention_service_pb2.ABLATION_ZERO,
-                positions=intervention_service_pb2.Positions(range=intervention_service_pb2.POSITION_RANGE_ALL),
+                ablate=edits_pb2.ABLATION_ZERO,
+                positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_ALL),
             ),
         ),
         (
             ablate_feature("d", 7, "mean"),
-            intervention_service_pb2.Edit(
+            edits_pb2.Edit(
                 dictionary="d",
                 feature=7,
-                ablate=intervention_service_pb2.ABLATION_MEAN,
-                positions=intervention_service_pb2.Positions(range=intervention_service_pb2.POSITION_RANGE_ALL),
+                ablate=edits_pb2.ABLATION_MEAN,
+                positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_ALL),
             ),
         ),
     ],
 )
-def test_edits(edit: edits.Edit, expected: intervention_service_pb2.Edit):
+def test_edits(edit: edits.Edit, expected: edits_pb2.Edit):
     assert messages.edit_message(edit) == expected
 
 
@@ -149,7 +147,11 @@ def test_generate_options():
     assert request.sampling.top_k == 3
     assert request.sampling.HasField("seed")
     assert list(request.stop) == ["\n"]
-    assert not messages.generate_request("x").sampling.HasField("seed")
+    plain = messages.generate_request("x")
+    assert not plain.sampling.HasField("seed")
+    assert not plain.HasField("features")
+    with pytest.raises(ValueError, match="belong to features"):
+        messages.generate_request("x", prompt_features=True)
 
 
 def test_activations_travel_in_their_own_width():

@@ -79,7 +79,7 @@ async def test_blocking_client_encodes_decodes_and_generates(runtime: ServiceRun
                 assert (info.d_in, info.n_latents, info.normalizes_input) == (
                     dictionary.d_in,
                     dictionary.n_latents,
-                    dictionary.normalize,
+                    dictionary.normalizes_input,
                 )
                 x = np.random.default_rng(0).normal(size=(3, info.d_in)).astype(np.float32)
                 encoding = client.encode_activations(info.name, x)

@@ -62,7 +62,7 @@ def random_dictionary(
         latent_bias=0.1 * normal(n_latents),
         activation="relu" if k is None else "topk",
         k=k,
-        normalize=normalize,
+        normalization="layer_norm" if normalize else "none",
         site=site,
         name=site,
         statistics=LatentStatistics(
@@ -165,7 +165,7 @@ def _delta(dictionary: Dictionary, edit: Edit, h: Tensor) -> Tensor:
     """What one edit adds to one token's activation h [d], from the equations in autoencoder.py and interventions.py."""
     std = torch.tensor(1.0)
     x = h
-    if dictionary.normalize:
+    if dictionary.normalizes_input:
         std = h.std()
         x = (h - h.mean()) / (std + 1e-5)
     z = dictionary.encoder @ (x - dictionary.pre_bias) + dictionary.latent_bias

@@ -297,7 +297,7 @@ class TestEncodeAndDecode:
         for x, e, y in zip(xs, encoded, decoded, strict=True):
             features = d.encode(x)
             assert_same(e.features, features.to_dense())
-            assert (e.mean is None) == (not d.normalize)
+            assert (e.mean is None) == (not d.normalizes_input)
             if features.input_statistics is not None:
                 np.testing.assert_allclose(e.mean, features.input_statistics.mean.squeeze(1), atol=1e-6)
                 np.testing.assert_allclose(e.std, features.input_statistics.std.squeeze(1), rtol=1e-6)

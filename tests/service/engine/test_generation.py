@@ -1,16 +1,13 @@
 """Continuous batching against a slow loop over Hugging Face's model, one step at a time on this thread."""
 
-from collections import deque
-
 import pytest
 import torch
 
 from sae_runtime.interventions import Edit
 from service.engine.errors import NonFiniteActivations
-from service.engine.generation import Continuation, Event, Generation
-from service.engine.settings import EngineSettings
-from service.engine.work import GeneratedTokens, GenerateWork, GenerationEnd, SamplingOptions
+from service.engine.work import GenerateWork, SamplingOptions
 from tests.service.engine.models import SlowGenerator, random_rows, small_backbone, small_dictionaries
+from tests.service.engine.runner import Runner
 
 GREEDY = SamplingOptions(temperature=0)
 BACKBONE = small_backbone()
@@ -18,45 +15,8 @@ DICTIONARIES = small_dictionaries()
 SLOW = SlowGenerator(BACKBONE, DICTIONARIES)
 
 
-class Runner:
-    """Runs continuations step by step and collects what they deliver."""
-
-    def __init__(self, *works: GenerateWork, **settings: int) -> None:
-        self.generation = Generation(BACKBONE, DICTIONARIES, EngineSettings(**settings), BACKBONE.context_length)
-        self.waiting = deque(Continuation(work, lambda event: None) for work in works)
-        self.continuations = list(self.waiting)
-        self.events: dict[Continuation, list[Event]] = {c: [] for c in self.continuations}
-
-    def step(self) -> None:
-        with torch.inference_mode():
-            outcome = self.generation.step(lambda: self.waiting.popleft() if self.waiting else None)
-        for continuation, event in outcome.events:
-            self.events[continuation].append(event)
-
-    def run(self) -> "Runner":
-        while self.waiting or self.generation.n_active:
-            self.step()
-        return self
-
-    def join(self, work: GenerateWork) -> None:
-        continuation = Continuation(work, lambda event: None)
-        self.continuations.append(continuation)
-        self.events[continuation] = []
-        self.waiting.append(continuation)
-
-    def ids(self, i: int) -> list[int]:
-        return [t for e in self.events[self.continuations[i]] if isinstance(e, GeneratedTokens) for t in e.ids]
-
-    def logprobs(self, i: int) -> list[float]:
-        return [p for e in self.events[self.continuations[i]] if isinstance(e, GeneratedTokens) for p in e.logprobs]
-
-    def text(self, i: int) -> str:
-        return "".join(e.text for e in self.events[self.continuations[i]] if isinstance(e, GeneratedTokens))
-
-    def end(self, i: int) -> GenerationEnd:
-        end = self.events[self.continuations[i]][-1]
-        assert isinstance(end, GenerationEnd)
-        return end
+def runner(*works: GenerateWork, **settings: int) -> Runner:
+    return Runner(BACKBONE, DICTIONARIES, *works, **settings)
 
 
 def greedy(prompt: tuple[int, ...], n: int, *edits: Edit) -> GenerateWork:
@@ -91,24 +51,24 @@ def test_edited_greedy_tokens_equal_the_slow_loop(operation: str, positions: obj
         Edit(name, firing(name, PROMPT), positions=positions, **OPERATIONS[operation])  # type: ignore[arg-type]
         for name in DICTIONARIES
     ]
-    runner = Runner(greedy(PROMPT, 10, *edits)).run()
+    run = runner(greedy(PROMPT, 10, *edits)).run()
     expected, logprobs = SLOW.greedy(PROMPT, 10, edits)
-    assert runner.ids(0) == expected
-    assert runner.logprobs(0) == pytest.approx(logprobs, abs=1e-4)
+    assert run.ids(0) == expected
+    assert run.logprobs(0) == pytest.approx(logprobs, abs=1e-4)
 
 
 def test_edits_reach_every_decoded_token() -> None:
     """The log-probability of every token after the prompt differs from what it is with that one step unedited."""
     edit = Edit("mid", firing("mid", PROMPT), "add", 8.0, positions="generated")
-    runner = Runner(greedy(PROMPT, 8, edit)).run()
-    tokens = [*PROMPT, *runner.ids(0)]
+    run = runner(greedy(PROMPT, 8, edit)).run()
+    tokens = [*PROMPT, *run.ids(0)]
     for skipped in range(len(PROMPT), len(tokens) - 1):
         others = tuple(p for p in range(len(PROMPT), len(tokens)) if p != skipped)
         partial = Edit("mid", edit.feature, "add", 8.0, positions=others)
         logits = SLOW.next_logits(tokens[: skipped + 1], len(PROMPT), [partial])
         step = skipped + 1 - len(PROMPT)
         without = float(logits.log_softmax(0)[tokens[skipped + 1]])
-        assert abs(runner.logprobs(0)[step] - without) > 1e-3
+        assert abs(run.logprobs(0)[step] - without) > 1e-3
 
 
 def test_plain_and_edited_sequences_share_a_batch() -> None:
@@ -118,17 +78,17 @@ def test_plain_and_edited_sequences_share_a_batch() -> None:
         for i, prompt in enumerate(prompts)
     ]
     # Few slots and small prefill chunks: some wait, some are in the midst of their prompt while others decode.
-    runner = Runner(*works, max_concurrent_generations=3, prefill_chunk_tokens=11).run()
+    run = runner(*works, max_concurrent_generations=3, prefill_chunk_tokens=11).run()
     for i, work in enumerate(works):
-        assert runner.ids(i) == SLOW.greedy(work.prompt, work.max_new_tokens, work.edits)[0]
-        assert runner.ids(i) == Runner(work).run().ids(0)
-        assert runner.end(i).reason == "length"
-        assert runner.end(i).generated_tokens == work.max_new_tokens
+        assert run.ids(i) == SLOW.greedy(work.prompt, work.max_new_tokens, work.edits)[0]
+        assert run.ids(i) == runner(work).run().ids(0)
+        assert run.end(i).reason == "length"
+        assert run.end(i).generated_tokens == work.max_new_tokens
 
 
 def test_no_edits_is_the_plain_forward() -> None:
-    runner = Runner(greedy(PROMPT, 12)).run()
-    assert runner.ids(0) == SLOW.greedy(PROMPT, 12)[0]
+    run = runner(greedy(PROMPT, 12)).run()
+    assert run.ids(0) == SLOW.greedy(PROMPT, 12)[0]
 
 
 def test_sampled_tokens_do_not_depend_on_company() -> None:
@@ -137,9 +97,9 @@ def test_sampled_tokens_do_not_depend_on_company() -> None:
         GenerateWork(p, 20, SamplingOptions(temperature=0.8 + 0.2 * i, top_k=(i % 3) * 20, top_p=(i % 2) * 0.9, seed=i))
         for i, p in enumerate(prompts)
     ]
-    together = Runner(*works, max_concurrent_generations=4, prefill_chunk_tokens=16).run()
+    together = runner(*works, max_concurrent_generations=4, prefill_chunk_tokens=16).run()
     for i, work in enumerate(works):
-        alone = Runner(work).run()
+        alone = runner(work).run()
         assert together.ids(i) == alone.ids(0)
         assert together.text(i) == alone.text(0)
     assert len({tuple(together.ids(i)) for i in range(8)}) == 8
@@ -147,24 +107,24 @@ def test_sampled_tokens_do_not_depend_on_company() -> None:
 
 def test_a_sequence_may_join_at_any_step() -> None:
     first, second = greedy(PROMPT, 10), greedy(PROMPT[::-1], 5)
-    runner = Runner(first)
+    run = runner(first)
     for _ in range(4):
-        runner.step()
-    runner.join(second)
-    runner.run()
-    assert runner.ids(0) == SLOW.greedy(first.prompt, 10)[0]
-    assert runner.ids(1) == SLOW.greedy(second.prompt, 5)[0]
+        run.step()
+    run.join(second)
+    run.run()
+    assert run.ids(0) == SLOW.greedy(first.prompt, 10)[0]
+    assert run.ids(1) == SLOW.greedy(second.prompt, 5)[0]
 
 
 def test_a_cancelled_sequence_leaves_its_slot_before_the_next_step() -> None:
-    runner = Runner(greedy(PROMPT, 80), greedy(PROMPT[:4], 3), max_concurrent_generations=1)
-    runner.step()
-    assert (runner.generation.n_active, len(runner.waiting)) == (1, 1)
-    runner.continuations[0].cancelled = True
-    runner.step()
-    assert (runner.generation.n_active, len(runner.waiting)) == (1, 0)
-    assert runner.run().ids(1) == SLOW.greedy(PROMPT[:4], 3)[0]
-    assert len(runner.ids(0)) == 1
+    run = runner(greedy(PROMPT, 80), greedy(PROMPT[:4], 3), max_concurrent_generations=1)
+    run.step()
+    assert (run.generation.n_active, len(run.waiting)) == (1, 1)
+    run.continuations[0].cancelled = True
+    run.step()
+    assert (run.generation.n_active, len(run.waiting)) == (1, 0)
+    assert run.run().ids(1) == SLOW.greedy(PROMPT[:4], 3)[0]
+    assert len(run.ids(0)) == 1
 
 
 def test_edits_that_overflow_fail_alone() -> None:
@@ -172,26 +132,26 @@ def test_edits_that_overflow_fail_alone() -> None:
     huge = [Edit("delta", 3, "set", 3e38), Edit("early", 3, "set", 3e38)]
     later = Edit("mid", 4, "add", 1.0)
     works = [greedy(PROMPT, 5), greedy(PROMPT, 5, huge[0]), greedy(PROMPT, 5, huge[1], later), greedy(PROMPT[:3], 4)]
-    runner = Runner(*works).run()
+    run = runner(*works).run()
     for i in (1, 2):
-        (error,) = runner.events[runner.continuations[i]]
+        (error,) = run.events[run.continuations[i]]
         assert isinstance(error, NonFiniteActivations)
-    assert runner.ids(0) == SLOW.greedy(PROMPT, 5)[0]
-    assert runner.ids(3) == SLOW.greedy(PROMPT[:3], 4)[0]
-    assert runner.generation.n_active == 0
+    assert run.ids(0) == SLOW.greedy(PROMPT, 5)[0]
+    assert run.ids(3) == SLOW.greedy(PROMPT[:3], 4)[0]
+    assert run.generation.n_active == 0
 
 
 def test_a_slot_left_full_of_nan_does_not_reach_the_next_sequence() -> None:
     works = [greedy((*PROMPT, *PROMPT), 5, Edit("early", 3, "set", 3e38)), greedy(PROMPT[:3], 6)]
-    runner = Runner(*works, max_concurrent_generations=1).run()
-    assert runner.ids(1) == SLOW.greedy(PROMPT[:3], 6)[0]
+    run = runner(*works, max_concurrent_generations=1).run()
+    assert run.ids(1) == SLOW.greedy(PROMPT[:3], 6)[0]
 
 
 def test_generation_ends_when_the_context_is_full() -> None:
     prompt = random_rows(1, (BACKBONE.context_length - 5,) * 2, seed=2)[0]
-    runner = Runner(greedy(prompt, 50)).run()
-    assert runner.ids(0) == SLOW.greedy(prompt, 5)[0]
-    assert runner.end(0).reason == "length"
+    run = runner(greedy(prompt, 50)).run()
+    assert run.ids(0) == SLOW.greedy(prompt, 5)[0]
+    assert run.end(0).reason == "length"
 
 
 def test_end_of_text_ends_and_is_not_returned() -> None:
@@ -199,25 +159,25 @@ def test_end_of_text_ends_and_is_not_returned() -> None:
     seeds = range(60)
     for seed in seeds:
         work = GenerateWork(PROMPT, 60, SamplingOptions(temperature=1.5, seed=seed), edits=(edit,))
-        runner = Runner(work).run()
-        if runner.end(0).reason == "end_of_text":
+        run = runner(work).run()
+        if run.end(0).reason == "end_of_text":
             break
-    assert runner.end(0).reason == "end_of_text"
-    assert 0 not in runner.ids(0)
-    assert runner.end(0).generated_tokens == len(runner.ids(0)) + 1
+    assert run.end(0).reason == "end_of_text"
+    assert 0 not in run.ids(0)
+    assert run.end(0).generated_tokens == len(run.ids(0)) + 1
     ignoring = GenerateWork(PROMPT, 60, work.sampling, edits=(edit,), ignore_end_of_text=True)
-    longer = Runner(ignoring).run()
-    assert longer.ids(0)[: len(runner.ids(0)) + 1] == [*runner.ids(0), 0]
+    longer = runner(ignoring).run()
+    assert longer.ids(0)[: len(run.ids(0)) + 1] == [*run.ids(0), 0]
     assert longer.end(0).reason == "length"
 
 
 def test_stop_strings_are_found_across_tokens() -> None:
-    plain = Runner(GenerateWork(PROMPT, 30, SamplingOptions(seed=4), ignore_end_of_text=True)).run()
+    plain = runner(GenerateWork(PROMPT, 30, SamplingOptions(seed=4), ignore_end_of_text=True)).run()
     text = plain.text(0)
     start = next(i for i in range(8, len(text)) if text[: i + 2].count(text[i : i + 2]) == 1)
     stop = text[start : start + 2]  # one byte a token: two characters are at least two tokens
     work = GenerateWork(PROMPT, 30, SamplingOptions(seed=4), stop=("never this", stop), ignore_end_of_text=True)
-    runner = Runner(work).run()
-    assert runner.text(0) == text[:start]
-    assert (runner.end(0).reason, runner.end(0).stop) == ("stop", stop)
-    assert runner.ids(0) == plain.ids(0)[: len(runner.ids(0))]
+    run = runner(work).run()
+    assert run.text(0) == text[:start]
+    assert (run.end(0).reason, run.end(0).stop) == ("stop", stop)
+    assert run.ids(0) == plain.ids(0)[: len(run.ids(0))]

@@ -167,6 +167,16 @@ class TestTurns:
         s.put([part(10)])
         assert isinstance(take(s, generating=True), list)
 
+    def test_batches_between_generation_steps_are_smaller(self) -> None:
+        s = scheduler(generation_steps_per_batch=1, shared_batch_tokens=20)
+        for _ in range(12):
+            s.put([part(10)])
+        sizes = []
+        for generating in (True, True, True, True, False):
+            turn = take(s, generating)
+            sizes.append(sum(p.tokens for p in turn) if isinstance(turn, list) else "g")
+        assert sizes == ["g", 20, "g", 20, 80]
+
     def test_waiting_generations_get_turns_in_arrival_order(self) -> None:
         s = scheduler()
         for name in "abc":

@@ -18,11 +18,12 @@ from grpc_health.v1 import health_pb2
 
 from service.arrays import pack_tensor
 from service.pb.saeserve.v1 import catalog_service_pb2 as catalog_pb
-from service.pb.saeserve.v1 import common_pb2
+from service.pb.saeserve.v1 import common_pb2, edits_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as feature_pb
 from service.pb.saeserve.v1 import intervention_service_pb2 as intervention_pb
 from service.pb.saeserve.v1 import server_service_pb2 as server_pb
 from service.rpc.servicers import RPCS
+from tests.service.rpc.malformed_causal import causal_services
 
 Code = grpc.StatusCode
 INVALID, NOT_FOUND, PRECONDITION = Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.FAILED_PRECONDITION
@@ -110,6 +111,8 @@ def _services(facts: Facts) -> Iterator[tuple[str, Make, dict[str, tuple[grpc.St
     yield "EncodeActivations", lambda rng, d: _encode(rng, d), _encode_defects(facts) | ids
     yield "DecodeFeatures", lambda rng, d: _decode(d), _decode_defects(facts) | ids
     yield "Generate", lambda rng, d: _generate(facts, rng, d), _generate_defects(facts) | ids
+    for rpc, make, defects in causal_services(facts.info, list(facts.dictionaries)):
+        yield rpc, make, defects | ids
     yield "ListDictionaries", lambda rng, d: catalog_pb.ListDictionariesRequest(), ids
     yield "GetServerInfo", lambda rng, d: server_pb.GetServerInfoRequest(), ids
     yield (
@@ -182,10 +185,10 @@ def _generate(facts: Facts, rng: random.Random, dictionary: catalog_pb.Dictionar
         sampling=intervention_pb.Sampling(temperature=1, seed=rng.randrange(1000)),
         stop=["\n\n"],
         edits=[
-            intervention_pb.Edit(
+            edits_pb2.Edit(
                 dictionary=dictionary.name,
                 feature=rng.randrange(dictionary.n_latents),
-                set=intervention_pb.Amount(value=0.01),
+                set=edits_pb2.Amount(value=0.01),
             )
         ],
     )
@@ -339,7 +342,7 @@ def _decode_defects(facts: Facts) -> dict[str, tuple[grpc.StatusCode, Spoil]]:
 
 def _generate_defects(facts: Facts) -> dict[str, tuple[grpc.StatusCode, Spoil]]:
     limits = facts.limits
-    pb = intervention_pb
+    pb = edits_pb2
 
     def sampling(**fields: float) -> Spoil:
         return lambda r: _set(r.sampling, **fields)
@@ -351,6 +354,22 @@ def _generate_defects(facts: Facts) -> dict[str, tuple[grpc.StatusCode, Spoil]]:
     def conflict(request: Any) -> None:
         request.edits.add().CopyFrom(request.edits[0])
         request.edits[1].positions.explicit.positions.append(0)
+
+    def combined(n: int = 1, **fields: Any) -> edits_pb2.Condition:
+        return pb.Condition(any_of=pb.Conditions(conditions=[pb.Condition()] * n), **fields)
+
+    def nested(depth: int) -> edits_pb2.Condition:
+        condition = pb.Condition()
+        for _ in range(depth):
+            condition = pb.Condition(all_of=pb.Conditions(conditions=[condition]))
+        return condition
+
+    def reference(ids: list[int], tokens: int = 0) -> edits_pb2.Resample:
+        return pb.Resample(reference=common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=ids)), tokens=tokens)
+
+    def replace_twice(request: Any) -> None:
+        request.edits[0].CopyFrom(pb.Edit(dictionary=request.edits[0].dictionary, replace=pb.Replace()))
+        request.edits.add().CopyFrom(request.edits[0])
 
     def explicit(*positions: int) -> Spoil:
         return edit(positions=pb.Positions(explicit=pb.ExplicitPositions(positions=positions)))
@@ -367,6 +386,28 @@ def _generate_defects(facts: Facts) -> dict[str, tuple[grpc.StatusCode, Spoil]]:
         "top_p negative": (INVALID, sampling(top_p=-0.1)),
         "top_p over 1": (INVALID, sampling(top_p=1.01)),
         "top_p NaN": (INVALID, sampling(top_p=NAN)),
+        "repetition penalty negative": (INVALID, sampling(repetition_penalty=-0.5)),
+        "repetition penalty NaN": (INVALID, sampling(repetition_penalty=NAN)),
+        "repetition penalty too large": (INVALID, sampling(repetition_penalty=1e6)),
+        "too many samples": (INVALID, lambda r: _set(r, samples=limits.max_samples + 1)),
+        "very many samples": (INVALID, lambda r: _set(r, samples=MAX_UINT32, compare=True)),
+        "too many top logprobs": (INVALID, lambda r: _set(r, top_logprobs=limits.max_top_logprobs + 1)),
+        "features of no dictionary": (INVALID, lambda r: r.features.SetInParent()),
+        "features of an unknown dictionary": (NOT_FOUND, lambda r: r.features.dictionaries.append("nowhere")),
+        "features of a dictionary twice": (
+            INVALID,
+            lambda r: r.features.dictionaries.extend([r.edits[0].dictionary] * 2),
+        ),
+        "features of an empty name": (INVALID, lambda r: r.features.dictionaries.append("")),
+        "too many features": (
+            INVALID,
+            lambda r: r.features.MergeFrom(
+                intervention_pb.WatchedFeatures(
+                    dictionaries=[r.edits[0].dictionary], top_k=limits.max_selected_features + 1
+                )
+            ),
+        ),
+        "stop list of megabytes": (INVALID, lambda r: r.stop.extend(["x" * limits.max_stop_bytes] * 10_000)),
         "stop empty": (INVALID, lambda r: r.stop.append("")),
         "stop too long": (INVALID, lambda r: r.stop.append("x" * (limits.max_stop_bytes + 1))),
         "too many stops": (INVALID, lambda r: r.stop.extend(["x"] * limits.max_stop_strings)),
@@ -394,6 +435,31 @@ def _generate_defects(facts: Facts) -> dict[str, tuple[grpc.StatusCode, Spoil]]:
         "condition's feature outside": (INVALID, edit(condition=pb.Condition(feature=outside))),
         "condition's threshold NaN": (INVALID, edit(condition=pb.Condition(threshold=NAN))),
         "condition's threshold negative": (INVALID, edit(condition=pb.Condition(threshold=-1))),
+        "condition's dictionary unknown": (NOT_FOUND, edit(condition=pb.Condition(dictionary="nowhere"))),
+        "condition's comparison unknown": (INVALID, edit(condition=pb.Condition(comparison=9))),
+        "condition's unit unknown": (INVALID, edit(condition=pb.Condition(unit=9))),
+        "condition of none": (INVALID, edit(condition=pb.Condition(all_of=pb.Conditions()))),
+        "condition both single and combined": (INVALID, edit(condition=combined(threshold=1))),
+        "condition too deep": (INVALID, edit(condition=nested(5))),
+        "condition far too deep": (INVALID, edit(condition=nested(40))),
+        "condition of too many": (INVALID, edit(condition=combined(17))),
+        "condition of very many": (INVALID, edit(condition=combined(20_000))),
+        "after no text": (INVALID, edit(positions=pb.Positions(after=pb.AfterText()))),
+        "after a long text": (INVALID, edit(positions=pb.Positions(after=pb.AfterText(text="é" * 129)))),
+        "after each without a bound": (
+            INVALID,
+            edit(positions=pb.Positions(after=pb.AfterText(text="a", occurrence=2))),
+        ),
+        "occurrence unknown": (INVALID, edit(positions=pb.Positions(after=pb.AfterText(text="a", occurrence=7)))),
+        "reference not set": (INVALID, edit(resample=pb.Resample())),
+        "reference empty": (INVALID, edit(resample=pb.Resample(reference=common_pb2.TextInput(text="")))),
+        "reference too long": (INVALID, edit(resample=reference([1] * (facts.context_length + 1)))),
+        "reference outside the vocabulary": (INVALID, edit(resample=reference([facts.vocab_size]))),
+        "reference tokens unknown": (INVALID, edit(resample=reference([1], tokens=8))),
+        "replacement of a feature": (INVALID, lambda r: (edit(replace=pb.Replace())(r), _set(r.edits[0], feature=1))),
+        "two replacements": (INVALID, lambda r: replace_twice(r)),
+        "preset unknown": (NOT_FOUND, lambda r: r.presets.append("no such")),
+        "presets too many": (INVALID, lambda r: r.presets.extend(["a"] * (limits.max_edits + 1))),
         "edits that conflict": (INVALID, conflict),
     }
     for dictionary in facts.dictionaries:

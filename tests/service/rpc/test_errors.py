@@ -9,7 +9,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from service.engine.errors import QueueFull
-from service.pb.saeserve.v1 import catalog_service_pb2, common_pb2, server_service_pb2
+from service.pb.saeserve.v1 import catalog_service_pb2, common_pb2, edits_pb2, server_service_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as pb
 from service.pb.saeserve.v1 import intervention_service_pb2 as intervention_pb
 from service.runtime import ReplicaSettings
@@ -94,11 +94,11 @@ async def test_edit_that_needs_statistics_the_dictionary_lacks(served: Served) -
     request = intervention_pb.GenerateRequest(
         prompt=common_pb2.TextInput(text="a"),
         edits=[
-            intervention_pb.Edit(dictionary="plain", feature=1, ablate=intervention_pb.ABLATION_MEAN),
-            intervention_pb.Edit(
+            edits_pb2.Edit(dictionary="plain", feature=1, ablate=edits_pb2.ABLATION_MEAN),
+            edits_pb2.Edit(
                 dictionary="plain",
                 feature=2,
-                set=intervention_pb.Amount(value=1, unit=intervention_pb.UNIT_RECORDED_MAXIMUM),
+                set=edits_pb2.Amount(value=1, unit=edits_pb2.UNIT_RECORDED_MAXIMUM),
             ),
         ],
     )

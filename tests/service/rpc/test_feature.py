@@ -224,7 +224,7 @@ async def test_encode_and_decode(served: Served, name: str) -> None:
         pb.DecodeFeaturesRequest(dictionary=name, features=encoded.features, input_statistics=encoded.input_statistics)
     )
     np.testing.assert_allclose(unpack_tensor(decoded.activations), dictionary.decode(features), atol=1e-4)
-    if dictionary.normalize:
+    if dictionary.normalizes_input:
         mean, std = unpack_input_statistics(encoded.input_statistics)
         np.testing.assert_allclose(mean, x.mean(1), atol=1e-5)
         np.testing.assert_allclose(std, x.std(1), atol=1e-4)

@@ -1,15 +1,19 @@
 """Generate: streams, seeds, stop strings, edits, truncation."""
 
 import asyncio
+import threading
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
 from sae_runtime import Edit
-from service.pb.saeserve.v1 import common_pb2
+from service.engine.settings import EngineSettings
+from service.pb.saeserve.v1 import common_pb2, edits_pb2, server_service_pb2
 from service.pb.saeserve.v1 import intervention_service_pb2 as pb
-from tests.service.conftest import Served
+from service.runtime import ReplicaSettings
+from tests.service.conftest import LIMITS, Served, serve
 from tests.service.engine.models import SlowGenerator
 
 
@@ -31,20 +35,20 @@ async def test_greedy_equals_the_reference_with_and_without_an_edit(served: Serv
     reference = SlowGenerator(served.backbone, served.dictionaries)
     prompt = served.backbone.encode_text("Once upon").ids
     maximum = float(served.dictionaries["mid"].statistics.max[3])
-    amount = pb.Amount(value=2, unit=pb.UNIT_RECORDED_MAXIMUM)
+    amount = edits_pb2.Amount(value=2, unit=edits_pb2.UNIT_RECORDED_MAXIMUM)
     cases = [
         ([], []),
         (
-            [pb.Edit(dictionary="mid", feature=3, set=amount)],
+            [edits_pb2.Edit(dictionary="mid", feature=3, set=amount)],
             [Edit(dictionary="mid", feature=3, operation="set", value=2 * maximum)],
         ),
         (
             [
-                pb.Edit(
+                edits_pb2.Edit(
                     dictionary="wide",
                     feature=5,
-                    add=pb.Amount(value=4),
-                    positions=pb.Positions(range=pb.POSITION_RANGE_GENERATED),
+                    add=edits_pb2.Amount(value=4),
+                    positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_GENERATED),
                 )
             ],
             [Edit(dictionary="wide", feature=5, operation="add", value=4, positions="generated")],
@@ -109,3 +113,97 @@ async def test_cancelling_frees_the_slot(served: Served) -> None:
         call.cancel()
     *_, finish = await generate(served, max_new_tokens=2)
     assert finish.generated_tokens == 2
+
+
+async def responses(served: Served, **fields: object) -> list[pb.GenerateResponse]:
+    prompt = common_pb2.TextInput(text="Once upon")
+    request = pb.GenerateRequest(prompt=prompt, ignore_end_of_text=True, **fields)
+    return [reply async for reply in served.interventions.Generate(request)]
+
+
+def ids_by_sequence(replies: list[pb.GenerateResponse]) -> dict[tuple[int, bool], list[int]]:
+    found: dict[tuple[int, bool], list[int]] = {}
+    for reply in replies:
+        found.setdefault((reply.sample, reply.unedited), []).extend(reply.chunk.token_ids)
+    return found
+
+
+async def test_samples_and_compare_are_labelled(served: Served) -> None:
+    hot = pb.Sampling(temperature=1, seed=5)
+    edit = edits_pb2.Edit(dictionary="mid", feature=3, add=edits_pb2.Amount(value=6))
+    replies = await responses(served, max_new_tokens=7, sampling=hot, edits=[edit], samples=2, compare=True)
+    found = ids_by_sequence(replies)
+    assert sorted(found) == [(0, False), (0, True), (1, False), (1, True)]
+    ends = [(r.sample, r.unedited) for r in replies if r.WhichOneof("event") == "finish"]
+    assert sorted(ends) == sorted(found)
+    assert found[0, False] == (await generate(served, max_new_tokens=7, sampling=hot, edits=[edit]))[1]
+    assert found[0, True] == (await generate(served, max_new_tokens=7, sampling=hot))[1]
+
+
+async def test_tokens_come_with_their_alternatives_and_features(served: Served) -> None:
+    watched = pb.WatchedFeatures(dictionaries=["early", "mid"], prompt=True)
+    replies = await responses(served, max_new_tokens=6, top_logprobs=4, features=watched)
+    (ids,) = ids_by_sequence(replies).values()
+    tops = [top for reply in replies for top in reply.chunk.top]
+    assert [top.token_ids[0] for top in tops] == ids  # greedily
+    assert all(list(top.logprobs) == sorted(top.logprobs, reverse=True) and len(top.pieces) == 4 for top in tops)
+    told = [each for reply in replies for each in reply.chunk.features]
+    prompt = served.backbone.encode_text("Once upon").ids
+    assert [token for each in told for token in each.token_ids] == [*prompt, *ids[:-1]]
+    assert b"".join(piece for each in told for piece in each.pieces)[:9] == b"Once upon"
+    assert [d.dictionary for d in told[0].dictionaries] == ["early", "mid"]
+    splits = told[0].dictionaries[1].features.row_splits
+    assert (len(splits), max(np.diff(splits))) == (len(prompt) + 1, 5)
+
+
+async def test_a_request_that_the_cache_cannot_hold_is_refused_at_once(served: Served) -> None:
+    engine = EngineSettings(max_cache_tokens=100)
+    async for small in serve(ReplicaSettings(limits=LIMITS, engine=engine)):
+        info = await small.server.GetServerInfo(server_service_pb2.GetServerInfoRequest())
+        assert info.limits.max_cache_tokens == 100
+        assert info.cache_bytes == 100 * small.backbone.cache_bytes_per_token
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await responses(small, max_new_tokens=30, samples=3)
+        assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "max_cache_tokens = 100" in raised.value.details()
+        assert len(await responses(small, max_new_tokens=30)) > 1
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+async def test_a_call_that_ends_early_frees_its_slots_within_one_step(
+    served: Served, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model thread is held in a step until the call has ended in the engine; the next step is without it."""
+    engine = served.runtime.engine
+    generation = engine._generation
+    reached, go_on = threading.Event(), threading.Event()
+    rows: list[int] = []
+    run = generation._runner.run
+
+    def held(batch: Any, cache: Any) -> Any:
+        rows.append(len(batch))
+        if len(rows) == 3:
+            reached.set()
+            assert go_on.wait(60)
+        return run(batch, cache)
+
+    monkeypatch.setattr(generation._runner, "run", held)
+    prompt = common_pb2.TextInput(text="Once upon")
+    call = served.interventions.Generate(
+        pb.GenerateRequest(prompt=prompt, max_new_tokens=40, ignore_end_of_text=True, samples=3),
+        timeout=2 if how == "deadline" else None,
+    )
+    await asyncio.to_thread(reached.wait, 60)
+    if how == "cancel":
+        call.cancel()
+    with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+        async for _ in call:
+            pass
+    assert await call.code() == (grpc.StatusCode.CANCELLED if how == "cancel" else grpc.StatusCode.DEADLINE_EXCEEDED)
+    while engine._continuations:  # noqa: ASYNC110  # until the server's side of the call has ended as well
+        await asyncio.sleep(0)
+    go_on.set()
+    *_, finish = await generate(served, max_new_tokens=2)
+    assert finish.generated_tokens == 2
+    assert rows == [1, 3, 3, 1, 1]
+    assert engine.snapshot().cache_tokens == 0

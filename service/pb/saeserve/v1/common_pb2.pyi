@@ -251,7 +251,7 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class InputStatistics(_message.Message):
-    """Mean and standard deviation that normalised one input row; decoding needs them to give back the input's units.
+    """Mean and scale that normalised one input row; decoding needs them to give back the input's units: mean + std * x.
     Empty for dictionaries that do not normalise their input.
     """
 
@@ -261,11 +261,11 @@ class InputStatistics(_message.Message):
     STD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One mean a row."""
+        """One mean a row; 0 with the normalisation "constant_norm"."""
 
     @_builtins.property
     def std(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One standard deviation (with epsilon) a row."""
+        """One standard deviation a row, without epsilon; with "constant_norm" the root mean square."""
 
     def __init__(
         self,

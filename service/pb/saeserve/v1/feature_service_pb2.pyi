@@ -77,7 +77,7 @@ class ExtractFeaturesRequest(_message.Message):
     include_tokens: _builtins.bool
     """Also return the tokens with their offsets."""
     include_reconstruction_error: _builtins.bool
-    """Also return the error of each token's reconstruction."""
+    """Also return the error of each token's reconstruction. Not with a dictionary that is a transcoder."""
     overflow: _common_pb2.Overflow.ValueType
     """What to do with inputs that are too long."""
     @_builtins.property
@@ -404,7 +404,9 @@ Global___EncodeActivationsResponse: _TypeAlias = EncodeActivationsResponse  # no
 
 @_typing.final
 class DecodeFeaturesRequest(_message.Message):
-    """Request of DecodeFeatures."""
+    """Request of DecodeFeatures. A dictionary with a skip connection (`has_skip_connection`) is refused: its reconstruction
+    also depends on the raw activation, which this request does not carry.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

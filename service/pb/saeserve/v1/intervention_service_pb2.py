@@ -22,46 +22,37 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from service.pb.saeserve.v1 import causal_pb2 as saeserve_dot_v1_dot_causal__pb2
 from service.pb.saeserve.v1 import common_pb2 as saeserve_dot_v1_dot_common__pb2
+from service.pb.saeserve.v1 import edits_pb2 as saeserve_dot_v1_dot_edits__pb2
+from service.pb.saeserve.v1 import feature_service_pb2 as saeserve_dot_v1_dot_feature__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&saeserve/v1/intervention_service.proto\x12\x0bsaeserve.v1\x1a\x18saeserve/v1/common.proto\"\xb5\x02\n\x04\x45\x64it\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x65\x61ture\x18\x02 \x01(\r\x12\"\n\x03set\x18\x03 \x01(\x0b\x32\x13.saeserve.v1.AmountH\x00\x12\"\n\x03\x61\x64\x64\x18\x04 \x01(\x0b\x32\x13.saeserve.v1.AmountH\x00\x12\x0f\n\x05scale\x18\x05 \x01(\x02H\x00\x12#\n\x05\x63lamp\x18\x06 \x01(\x0b\x32\x12.saeserve.v1.ClampH\x00\x12\'\n\x06\x61\x62late\x18\x07 \x01(\x0e\x32\x15.saeserve.v1.AblationH\x00\x12)\n\tpositions\x18\x08 \x01(\x0b\x32\x16.saeserve.v1.Positions\x12)\n\tcondition\x18\t \x01(\x0b\x32\x16.saeserve.v1.ConditionB\x0b\n\toperation\"8\n\x06\x41mount\x12\r\n\x05value\x18\x01 \x01(\x02\x12\x1f\n\x04unit\x18\x02 \x01(\x0e\x32\x11.saeserve.v1.Unit\"l\n\x05\x43lamp\x12\x14\n\x07minimum\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x07maximum\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x1f\n\x04unit\x18\x03 \x01(\x0e\x32\x11.saeserve.v1.UnitB\n\n\x08_minimumB\n\n\x08_maximum\"y\n\tPositions\x12+\n\x05range\x18\x01 \x01(\x0e\x32\x1a.saeserve.v1.PositionRangeH\x00\x12\x32\n\x08\x65xplicit\x18\x02 \x01(\x0b\x32\x1e.saeserve.v1.ExplicitPositionsH\x00\x42\x0b\n\tpositions\"&\n\x11\x45xplicitPositions\x12\x11\n\tpositions\x18\x01 \x03(\r\"/\n\tCondition\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\r\x12\x11\n\tthreshold\x18\x02 \x01(\x02\"Y\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\x83\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.saeserve.v1.TextInput\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.saeserve.v1.Sampling\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12 \n\x05\x65\x64its\x18\x06 \x03(\x0b\x32\x11.saeserve.v1.Edit\x12\x1a\n\x12ignore_end_of_text\x18\x07 \x01(\x08\x12\'\n\x08overflow\x18\x08 \x01(\x0e\x32\x15.saeserve.v1.Overflow\"\x8e\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.saeserve.v1.GeneratedChunkH\x00\x12/\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1d.saeserve.v1.GenerationFinishH\x00\x42\x07\n\x05\x65vent\"C\n\x0eGeneratedChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\"\xc9\x01\n\x10GenerationFinish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.saeserve.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x18\n\x10truncated_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0c\n\x04stop\x18\x06 \x01(\t\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.saeserve.v1.Timing*E\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0c\n\x08UNIT_RAW\x10\x01\x12\x19\n\x15UNIT_RECORDED_MAXIMUM\x10\x02*J\n\x08\x41\x62lation\x12\x18\n\x14\x41\x42LATION_UNSPECIFIED\x10\x00\x12\x11\n\rABLATION_ZERO\x10\x01\x12\x11\n\rABLATION_MEAN\x10\x02*\x80\x01\n\rPositionRange\x12\x1e\n\x1aPOSITION_RANGE_UNSPECIFIED\x10\x00\x12\x16\n\x12POSITION_RANGE_ALL\x10\x01\x12\x19\n\x15POSITION_RANGE_PROMPT\x10\x02\x12\x1c\n\x18POSITION_RANGE_GENERATED\x10\x03*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x1d\n\x19\x46INISH_REASON_END_OF_TEXT\x10\x03\x32`\n\x13InterventionService\x12I\n\x08Generate\x12\x1c.saeserve.v1.GenerateRequest\x1a\x1d.saeserve.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&saeserve/v1/intervention_service.proto\x12\x0bsaeserve.v1\x1a\x18saeserve/v1/causal.proto\x1a\x18saeserve/v1/common.proto\x1a\x17saeserve/v1/edits.proto\x1a!saeserve/v1/feature_service.proto\"u\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x42\x07\n\x05_seed\"\xfc\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.saeserve.v1.TextInput\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.saeserve.v1.Sampling\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12 \n\x05\x65\x64its\x18\x06 \x03(\x0b\x32\x11.saeserve.v1.Edit\x12\x1a\n\x12ignore_end_of_text\x18\x07 \x01(\x08\x12\'\n\x08overflow\x18\x08 \x01(\x0e\x32\x15.saeserve.v1.Overflow\x12\x0f\n\x07presets\x18\t \x03(\t\x12\x0f\n\x07samples\x18\n \x01(\r\x12\x0f\n\x07\x63ompare\x18\x0b \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x0c \x01(\r\x12.\n\x08\x66\x65\x61tures\x18\r \x01(\x0b\x32\x1c.saeserve.v1.WatchedFeatures\"F\n\x0fWatchedFeatures\x12\x14\n\x0c\x64ictionaries\x18\x01 \x03(\t\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x0e\n\x06prompt\x18\x03 \x01(\x08\"\xb0\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.saeserve.v1.GeneratedChunkH\x00\x12/\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1d.saeserve.v1.GenerationFinishH\x00\x12\x0e\n\x06sample\x18\x04 \x01(\r\x12\x10\n\x08unedited\x18\x05 \x01(\x08\x42\x07\n\x05\x65vent\"\x96\x01\n\x0eGeneratedChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12#\n\x03top\x18\x04 \x03(\x0b\x32\x16.saeserve.v1.TopTokens\x12,\n\x08\x66\x65\x61tures\x18\x05 \x03(\x0b\x32\x1a.saeserve.v1.TokenFeatures\"@\n\tTopTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0e\n\x06pieces\x18\x03 \x03(\x0c\"\x81\x01\n\rTokenFeatures\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06pieces\x18\x03 \x03(\x0c\x12\x35\n\x0c\x64ictionaries\x18\x04 \x03(\x0b\x32\x1f.saeserve.v1.DictionaryFeatures\"\xc9\x01\n\x10GenerationFinish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.saeserve.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x18\n\x10truncated_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0c\n\x04stop\x18\x06 \x01(\t\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.saeserve.v1.Timing*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x1d\n\x19\x46INISH_REASON_END_OF_TEXT\x10\x03\x32\xc0\x03\n\x13InterventionService\x12I\n\x08Generate\x12\x1c.saeserve.v1.GenerateRequest\x1a\x1d.saeserve.v1.GenerateResponse0\x01\x12>\n\x05Score\x12\x19.saeserve.v1.ScoreRequest\x1a\x1a.saeserve.v1.ScoreResponse\x12Y\n\x0e\x41\x62lateFeatures\x12\".saeserve.v1.AblateFeaturesRequest\x1a#.saeserve.v1.AblateFeaturesResponse\x12\x62\n\x11\x41ttributeFeatures\x12%.saeserve.v1.AttributeFeaturesRequest\x1a&.saeserve.v1.AttributeFeaturesResponse\x12_\n\x10\x43ontrastFeatures\x12$.saeserve.v1.ContrastFeaturesRequest\x1a%.saeserve.v1.ContrastFeaturesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'service.pb.saeserve.v1.intervention_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UNIT']._serialized_start=1544
-  _globals['_UNIT']._serialized_end=1613
-  _globals['_ABLATION']._serialized_start=1615
-  _globals['_ABLATION']._serialized_end=1689
-  _globals['_POSITIONRANGE']._serialized_start=1692
-  _globals['_POSITIONRANGE']._serialized_end=1820
-  _globals['_FINISHREASON']._serialized_start=1822
-  _globals['_FINISHREASON']._serialized_end=1948
-  _globals['_EDIT']._serialized_start=82
-  _globals['_EDIT']._serialized_end=391
-  _globals['_AMOUNT']._serialized_start=393
-  _globals['_AMOUNT']._serialized_end=449
-  _globals['_CLAMP']._serialized_start=451
-  _globals['_CLAMP']._serialized_end=559
-  _globals['_POSITIONS']._serialized_start=561
-  _globals['_POSITIONS']._serialized_end=682
-  _globals['_EXPLICITPOSITIONS']._serialized_start=684
-  _globals['_EXPLICITPOSITIONS']._serialized_end=722
-  _globals['_CONDITION']._serialized_start=724
-  _globals['_CONDITION']._serialized_end=771
-  _globals['_SAMPLING']._serialized_start=773
-  _globals['_SAMPLING']._serialized_end=862
-  _globals['_GENERATEREQUEST']._serialized_start=865
-  _globals['_GENERATEREQUEST']._serialized_end=1124
-  _globals['_GENERATERESPONSE']._serialized_start=1127
-  _globals['_GENERATERESPONSE']._serialized_end=1269
-  _globals['_GENERATEDCHUNK']._serialized_start=1271
-  _globals['_GENERATEDCHUNK']._serialized_end=1338
-  _globals['_GENERATIONFINISH']._serialized_start=1341
-  _globals['_GENERATIONFINISH']._serialized_end=1542
-  _globals['_INTERVENTIONSERVICE']._serialized_start=1950
-  _globals['_INTERVENTIONSERVICE']._serialized_end=2046
+  _globals['_FINISHREASON']._serialized_start=1475
+  _globals['_FINISHREASON']._serialized_end=1601
+  _globals['_SAMPLING']._serialized_start=167
+  _globals['_SAMPLING']._serialized_end=284
+  _globals['_GENERATEREQUEST']._serialized_start=287
+  _globals['_GENERATEREQUEST']._serialized_end=667
+  _globals['_WATCHEDFEATURES']._serialized_start=669
+  _globals['_WATCHEDFEATURES']._serialized_end=739
+  _globals['_GENERATERESPONSE']._serialized_start=742
+  _globals['_GENERATERESPONSE']._serialized_end=918
+  _globals['_GENERATEDCHUNK']._serialized_start=921
+  _globals['_GENERATEDCHUNK']._serialized_end=1071
+  _globals['_TOPTOKENS']._serialized_start=1073
+  _globals['_TOPTOKENS']._serialized_end=1137
+  _globals['_TOKENFEATURES']._serialized_start=1140
+  _globals['_TOKENFEATURES']._serialized_end=1269
+  _globals['_GENERATIONFINISH']._serialized_start=1272
+  _globals['_GENERATIONFINISH']._serialized_end=1473
+  _globals['_INTERVENTIONSERVICE']._serialized_start=1604
+  _globals['_INTERVENTIONSERVICE']._serialized_end=2052
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,8 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from service.pb.saeserve.v1 import common_pb2 as _common_pb2
+from service.pb.saeserve.v1 import edits_pb2 as _edits_pb2
+from service.pb.saeserve.v1 import feature_service_pb2 as _feature_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,82 +21,6 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class _Unit:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Unit.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    UNIT_UNSPECIFIED: _Unit.ValueType  # 0
-    """The same as UNIT_RAW."""
-    UNIT_RAW: _Unit.ValueType  # 1
-    """The dictionary's activation units."""
-    UNIT_RECORDED_MAXIMUM: _Unit.ValueType  # 2
-    """Multiples of the feature's largest activation on the text that its statistics were taken on."""
-
-class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
-    """Units of strengths."""
-
-UNIT_UNSPECIFIED: Unit.ValueType  # 0
-"""The same as UNIT_RAW."""
-UNIT_RAW: Unit.ValueType  # 1
-"""The dictionary's activation units."""
-UNIT_RECORDED_MAXIMUM: Unit.ValueType  # 2
-"""Multiples of the feature's largest activation on the text that its statistics were taken on."""
-Global___Unit: _TypeAlias = Unit  # noqa: Y015
-
-class _Ablation:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _AblationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Ablation.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    ABLATION_UNSPECIFIED: _Ablation.ValueType  # 0
-    """The same as ABLATION_ZERO."""
-    ABLATION_ZERO: _Ablation.ValueType  # 1
-    """Zero."""
-    ABLATION_MEAN: _Ablation.ValueType  # 2
-    """The feature's mean activation over all tokens of the text that its statistics were taken on."""
-
-class Ablation(_Ablation, metaclass=_AblationEnumTypeWrapper):
-    """What an ablated feature is replaced with."""
-
-ABLATION_UNSPECIFIED: Ablation.ValueType  # 0
-"""The same as ABLATION_ZERO."""
-ABLATION_ZERO: Ablation.ValueType  # 1
-"""Zero."""
-ABLATION_MEAN: Ablation.ValueType  # 2
-"""The feature's mean activation over all tokens of the text that its statistics were taken on."""
-Global___Ablation: _TypeAlias = Ablation  # noqa: Y015
-
-class _PositionRange:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _PositionRangeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PositionRange.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    POSITION_RANGE_UNSPECIFIED: _PositionRange.ValueType  # 0
-    """The same as POSITION_RANGE_ALL."""
-    POSITION_RANGE_ALL: _PositionRange.ValueType  # 1
-    """Every token."""
-    POSITION_RANGE_PROMPT: _PositionRange.ValueType  # 2
-    """The prompt's tokens."""
-    POSITION_RANGE_GENERATED: _PositionRange.ValueType  # 3
-    """Tokens after the prompt."""
-
-class PositionRange(_PositionRange, metaclass=_PositionRangeEnumTypeWrapper):
-    """Named ranges of token positions."""
-
-POSITION_RANGE_UNSPECIFIED: PositionRange.ValueType  # 0
-"""The same as POSITION_RANGE_ALL."""
-POSITION_RANGE_ALL: PositionRange.ValueType  # 1
-"""Every token."""
-POSITION_RANGE_PROMPT: PositionRange.ValueType  # 2
-"""The prompt's tokens."""
-POSITION_RANGE_GENERATED: PositionRange.ValueType  # 3
-"""Tokens after the prompt."""
-Global___PositionRange: _TypeAlias = PositionRange  # noqa: Y015
 
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -125,218 +51,6 @@ FINISH_REASON_END_OF_TEXT: FinishReason.ValueType  # 3
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
-class Edit(_message.Message):
-    """One change of one feature: h' = h + std * (z' - z) * d, where z is the feature's activation on the token, z' what the
-    operation makes of it, d its decoder direction, and std the input's standard deviation where the dictionary
-    normalises. What the dictionary does not explain stays as it is (error-preserving).
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DICTIONARY_FIELD_NUMBER: _builtins.int
-    FEATURE_FIELD_NUMBER: _builtins.int
-    SET_FIELD_NUMBER: _builtins.int
-    ADD_FIELD_NUMBER: _builtins.int
-    SCALE_FIELD_NUMBER: _builtins.int
-    CLAMP_FIELD_NUMBER: _builtins.int
-    ABLATE_FIELD_NUMBER: _builtins.int
-    POSITIONS_FIELD_NUMBER: _builtins.int
-    CONDITION_FIELD_NUMBER: _builtins.int
-    dictionary: _builtins.str
-    """Name of the dictionary."""
-    feature: _builtins.int
-    """Feature number in [0, n_latents)."""
-    scale: _builtins.float
-    """z' = z * factor. Must be finite."""
-    ablate: Global___Ablation.ValueType
-    """z' = 0, or the feature's mean activation."""
-    @_builtins.property
-    def set(self) -> Global___Amount:
-        """z' = value."""
-
-    @_builtins.property
-    def add(self) -> Global___Amount:
-        """z' = z + value."""
-
-    @_builtins.property
-    def clamp(self) -> Global___Clamp:
-        """z' = z, kept inside bounds."""
-
-    @_builtins.property
-    def positions(self) -> Global___Positions:
-        """Where the edit acts. Not set: on all tokens."""
-
-    @_builtins.property
-    def condition(self) -> Global___Condition:
-        """The edit acts only on tokens where this holds. Not set: on all of `positions`."""
-
-    def __init__(
-        self,
-        *,
-        dictionary: _builtins.str = ...,
-        feature: _builtins.int = ...,
-        set: Global___Amount | None = ...,
-        add: Global___Amount | None = ...,
-        scale: _builtins.float = ...,
-        clamp: Global___Clamp | None = ...,
-        ablate: Global___Ablation.ValueType = ...,
-        positions: Global___Positions | None = ...,
-        condition: Global___Condition | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ablate", b"ablate", "add", b"add", "clamp", b"clamp", "condition", b"condition", "operation", b"operation", "positions", b"positions", "scale", b"scale", "set", b"set"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ablate", b"ablate", "add", b"add", "clamp", b"clamp", "condition", b"condition", "dictionary", b"dictionary", "feature", b"feature", "operation", b"operation", "positions", b"positions", "scale", b"scale", "set", b"set"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["set", "add", "scale", "clamp", "ablate"]  # noqa: Y015
-    _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
-
-Global___Edit: _TypeAlias = Edit  # noqa: Y015
-
-@_typing.final
-class Amount(_message.Message):
-    """A strength, in one of two units. Must be finite."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    VALUE_FIELD_NUMBER: _builtins.int
-    UNIT_FIELD_NUMBER: _builtins.int
-    value: _builtins.float
-    """The number."""
-    unit: Global___Unit.ValueType
-    """Its unit."""
-    def __init__(
-        self,
-        *,
-        value: _builtins.float = ...,
-        unit: Global___Unit.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["unit", b"unit", "value", b"value"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Amount: _TypeAlias = Amount  # noqa: Y015
-
-@_typing.final
-class Clamp(_message.Message):
-    """Bounds of an activation; at least one must be set, and minimum <= maximum. Both are in the unit named."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MINIMUM_FIELD_NUMBER: _builtins.int
-    MAXIMUM_FIELD_NUMBER: _builtins.int
-    UNIT_FIELD_NUMBER: _builtins.int
-    minimum: _builtins.float
-    """Smallest activation."""
-    maximum: _builtins.float
-    """Largest activation."""
-    unit: Global___Unit.ValueType
-    """Unit of both."""
-    def __init__(
-        self,
-        *,
-        minimum: _builtins.float | None = ...,
-        maximum: _builtins.float | None = ...,
-        unit: Global___Unit.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "maximum", b"maximum", "minimum", b"minimum"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "maximum", b"maximum", "minimum", b"minimum", "unit", b"unit"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__maximum: _TypeAlias = _typing.Literal["maximum"]  # noqa: Y015
-    _WhichOneofArgType__maximum: _TypeAlias = _typing.Literal["_maximum", b"_maximum"]  # noqa: Y015
-    _WhichOneofReturnType__minimum: _TypeAlias = _typing.Literal["minimum"]  # noqa: Y015
-    _WhichOneofArgType__minimum: _TypeAlias = _typing.Literal["_minimum", b"_minimum"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__maximum) -> _WhichOneofReturnType__maximum | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__minimum) -> _WhichOneofReturnType__minimum | None: ...
-
-Global___Clamp: _TypeAlias = Clamp  # noqa: Y015
-
-@_typing.final
-class Positions(_message.Message):
-    """Token positions of a sequence."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    RANGE_FIELD_NUMBER: _builtins.int
-    EXPLICIT_FIELD_NUMBER: _builtins.int
-    range: Global___PositionRange.ValueType
-    """A named range."""
-    @_builtins.property
-    def explicit(self) -> Global___ExplicitPositions:
-        """Single positions, 0-based from the prompt's first token."""
-
-    def __init__(
-        self,
-        *,
-        range: Global___PositionRange.ValueType = ...,
-        explicit: Global___ExplicitPositions | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["explicit", b"explicit", "positions", b"positions", "range", b"range"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explicit", b"explicit", "positions", b"positions", "range", b"range"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_positions: _TypeAlias = _typing.Literal["range", "explicit"]  # noqa: Y015
-    _WhichOneofArgType_positions: _TypeAlias = _typing.Literal["positions", b"positions"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_positions) -> _WhichOneofReturnType_positions | None: ...
-
-Global___Positions: _TypeAlias = Positions  # noqa: Y015
-
-@_typing.final
-class ExplicitPositions(_message.Message):
-    """Single positions."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    POSITIONS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """0-based positions, without repeats."""
-
-    def __init__(
-        self,
-        *,
-        positions: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ExplicitPositions: _TypeAlias = ExplicitPositions  # noqa: Y015
-
-@_typing.final
-class Condition(_message.Message):
-    """Holds on a token where a feature exceeds a threshold."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FEATURE_FIELD_NUMBER: _builtins.int
-    THRESHOLD_FIELD_NUMBER: _builtins.int
-    feature: _builtins.int
-    """Feature number, in the edit's dictionary."""
-    threshold: _builtins.float
-    """The activation must be larger than this. Finite, at least 0."""
-    def __init__(
-        self,
-        *,
-        feature: _builtins.int = ...,
-        threshold: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "threshold", b"threshold"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Condition: _TypeAlias = Condition  # noqa: Y015
-
-@_typing.final
 class Sampling(_message.Message):
     """How the next token is chosen."""
 
@@ -346,6 +60,7 @@ class Sampling(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 takes the likeliest token; else logits are divided by it. Finite, in [0, 100]."""
     top_k: _builtins.int
@@ -356,6 +71,10 @@ class Sampling(_message.Message):
     """Seed of this sequence's own random numbers: the same request gives the same text whatever runs beside it.
     Not set: the server draws one and returns it.
     """
+    repetition_penalty: _builtins.float
+    """Before all else, logits of tokens that the sequence has already (prompt included) are divided by this where they
+    are positive and multiplied where they are negative. Finite, at least 0, at most 100. 0 or 1: no penalty.
+    """
     def __init__(
         self,
         *,
@@ -363,10 +82,11 @@ class Sampling(_message.Message):
         top_k: _builtins.int = ...,
         top_p: _builtins.float = ...,
         seed: _builtins.int | None = ...,
+        repetition_penalty: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -388,14 +108,29 @@ class GenerateRequest(_message.Message):
     EDITS_FIELD_NUMBER: _builtins.int
     IGNORE_END_OF_TEXT_FIELD_NUMBER: _builtins.int
     OVERFLOW_FIELD_NUMBER: _builtins.int
+    PRESETS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    COMPARE_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Echoed in every reply and in error details. The server makes one up if it is empty. At most 128 characters."""
     max_new_tokens: _builtins.int
-    """Upper bound of new tokens. 0: the server's default. Prompt and new tokens together must fit the context."""
+    """Upper bound of new tokens of a sequence. 0: the server's default. Prompt and new tokens together must fit the
+    context, and for all sequences of the call the key-value cache (Limits.max_cache_tokens).
+    """
     ignore_end_of_text: _builtins.bool
     """Go on after an end-of-text token is sampled. Default: generation ends there, and the token is not returned."""
     overflow: _common_pb2.Overflow.ValueType
     """What to do with a prompt that leaves no room for a new token; truncation drops tokens from its start."""
+    samples: _builtins.int
+    """How many sequences to generate. 0: one. They run the prompt once. Sample i is the same whatever this number is;
+    with a temperature of 0 all are equal.
+    """
+    compare: _builtins.bool
+    """Also generate every sample without edits and presets, from the same seed, beside the edited ones."""
+    top_logprobs: _builtins.int
+    """How many of the likeliest tokens to return at each token's place. 0: none."""
     @_builtins.property
     def prompt(self) -> _common_pb2.TextInput:
         """At least one token."""
@@ -409,8 +144,16 @@ class GenerateRequest(_message.Message):
         """Generation ends before the first of these strings, which is not returned. They may span tokens."""
 
     @_builtins.property
-    def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Edit]:
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Edit]:
         """Changes of features, at most one of a feature at a position."""
+
+    @_builtins.property
+    def presets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of edit presets of the server (GetServerInfo lists them), whose edits come before `edits`."""
+
+    @_builtins.property
+    def features(self) -> Global___WatchedFeatures:
+        """Features to return with the tokens. Not set: none."""
 
     def __init__(
         self,
@@ -420,29 +163,74 @@ class GenerateRequest(_message.Message):
         max_new_tokens: _builtins.int = ...,
         sampling: Global___Sampling | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
-        edits: _abc.Iterable[Global___Edit] | None = ...,
+        edits: _abc.Iterable[_edits_pb2.Edit] | None = ...,
         ignore_end_of_text: _builtins.bool = ...,
         overflow: _common_pb2.Overflow.ValueType = ...,
+        presets: _abc.Iterable[_builtins.str] | None = ...,
+        samples: _builtins.int = ...,
+        compare: _builtins.bool = ...,
+        top_logprobs: _builtins.int = ...,
+        features: Global___WatchedFeatures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edits", b"edits", "ignore_end_of_text", b"ignore_end_of_text", "max_new_tokens", b"max_new_tokens", "overflow", b"overflow", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compare", b"compare", "edits", b"edits", "features", b"features", "ignore_end_of_text", b"ignore_end_of_text", "max_new_tokens", b"max_new_tokens", "overflow", b"overflow", "presets", b"presets", "prompt", b"prompt", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
+class WatchedFeatures(_message.Message):
+    """Features that Generate returns with the tokens: of every token that is run, as the edited model has them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DICTIONARIES_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    top_k: _builtins.int
+    """The strongest of each, on each token. 0: 5."""
+    prompt: _builtins.bool
+    """Also of the prompt's tokens."""
+    @_builtins.property
+    def dictionaries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of dictionaries, without repeats; at least one."""
+
+    def __init__(
+        self,
+        *,
+        dictionaries: _abc.Iterable[_builtins.str] | None = ...,
+        top_k: _builtins.int = ...,
+        prompt: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionaries", b"dictionaries", "prompt", b"prompt", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchedFeatures: _TypeAlias = WatchedFeatures  # noqa: Y015
+
+@_typing.final
 class GenerateResponse(_message.Message):
-    """A message of Generate's stream: zero or more with tokens, then exactly one with `finish`."""
+    """A message of Generate's stream. Each sequence has zero or more with `chunk`, then exactly one with `finish`; those of
+    several sequences take turns in any order.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    UNEDITED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
+    sample: _builtins.int
+    """Which of the samples it is about, 0-based."""
+    unedited: _builtins.bool
+    """It is about the sequence without edits that `compare` asked for."""
     @_builtins.property
     def chunk(self) -> Global___GeneratedChunk:
         """New tokens."""
@@ -457,10 +245,12 @@ class GenerateResponse(_message.Message):
         request_id: _builtins.str = ...,
         chunk: Global___GeneratedChunk | None = ...,
         finish: Global___GenerationFinish | None = ...,
+        sample: _builtins.int = ...,
+        unedited: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "finish", b"finish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "finish", b"finish", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "finish", b"finish", "request_id", b"request_id", "sample", b"sample", "unedited", b"unedited"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["chunk", "finish"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
@@ -477,6 +267,8 @@ class GeneratedChunk(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text since the last chunk: whole characters only. Text that may yet become a stop string is held back."""
     @_builtins.property
@@ -485,7 +277,17 @@ class GeneratedChunk(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Log-probability of each, under the edited model and before temperature and cuts."""
+        """Log-probability of each, under the edited model and before penalty, temperature and cuts."""
+
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopTokens]:
+        """If asked for: one entry a token."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenFeatures]:
+        """If asked for: features of tokens that were run since the last chunk. A token is run after it was sampled, so they
+        come one chunk later, and the last token of a sequence has none. Those of the prompt come with sample 0 alone.
+        """
 
     def __init__(
         self,
@@ -493,18 +295,96 @@ class GeneratedChunk(_message.Message):
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        top: _abc.Iterable[Global___TopTokens] | None = ...,
+        features: _abc.Iterable[Global___TokenFeatures] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GeneratedChunk: _TypeAlias = GeneratedChunk  # noqa: Y015
 
 @_typing.final
+class TopTokens(_message.Message):
+    """The likeliest tokens at one place, likeliest first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their ids."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Log-probability of each, as GeneratedChunk.logprobs."""
+
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The bytes of each; empty without a tokenizer."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        pieces: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "pieces", b"pieces", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopTokens: _TypeAlias = TopTokens  # noqa: Y015
+
+@_typing.final
+class TokenFeatures(_message.Message):
+    """The features of consecutive tokens of a sequence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    DICTIONARIES_FIELD_NUMBER: _builtins.int
+    first_position: _builtins.int
+    """Position of the first of the tokens, 0-based from the prompt's first token."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids of the tokens."""
+
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The bytes of each; one alone need not be valid UTF-8. Empty without a tokenizer."""
+
+    @_builtins.property
+    def dictionaries(self) -> _containers.RepeatedCompositeFieldContainer[_feature_service_pb2.DictionaryFeatures]:
+        """One entry a dictionary, in the order of the request, with one row a token."""
+
+    def __init__(
+        self,
+        *,
+        first_position: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        pieces: _abc.Iterable[_builtins.bytes] | None = ...,
+        dictionaries: _abc.Iterable[_feature_service_pb2.DictionaryFeatures] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionaries", b"dictionaries", "first_position", b"first_position", "pieces", b"pieces", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenFeatures: _TypeAlias = TokenFeatures  # noqa: Y015
+
+@_typing.final
 class GenerationFinish(_message.Message):
-    """How a generation ended."""
+    """How a sequence ended."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -524,7 +404,7 @@ class GenerationFinish(_message.Message):
     truncated_tokens: _builtins.int
     """Tokens dropped from the prompt's start because of OVERFLOW_TRUNCATE."""
     seed: _builtins.int
-    """The seed that was used."""
+    """The seed of the call, for all its samples."""
     stop: _builtins.str
     """The stop string that was met, with FINISH_REASON_STOP."""
     @_builtins.property

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from service.pb.saeserve.v1 import causal_pb2 as saeserve_dot_v1_dot_causal__pb2
 from service.pb.saeserve.v1 import intervention_service_pb2 as saeserve_dot_v1_dot_intervention__service__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -40,6 +41,26 @@ class InterventionServiceStub:
                 request_serializer=saeserve_dot_v1_dot_intervention__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=saeserve_dot_v1_dot_intervention__service__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/saeserve.v1.InterventionService/Score',
+                request_serializer=saeserve_dot_v1_dot_causal__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=saeserve_dot_v1_dot_causal__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.AblateFeatures = channel.unary_unary(
+                '/saeserve.v1.InterventionService/AblateFeatures',
+                request_serializer=saeserve_dot_v1_dot_causal__pb2.AblateFeaturesRequest.SerializeToString,
+                response_deserializer=saeserve_dot_v1_dot_causal__pb2.AblateFeaturesResponse.FromString,
+                _registered_method=True)
+        self.AttributeFeatures = channel.unary_unary(
+                '/saeserve.v1.InterventionService/AttributeFeatures',
+                request_serializer=saeserve_dot_v1_dot_causal__pb2.AttributeFeaturesRequest.SerializeToString,
+                response_deserializer=saeserve_dot_v1_dot_causal__pb2.AttributeFeaturesResponse.FromString,
+                _registered_method=True)
+        self.ContrastFeatures = channel.unary_unary(
+                '/saeserve.v1.InterventionService/ContrastFeatures',
+                request_serializer=saeserve_dot_v1_dot_causal__pb2.ContrastFeaturesRequest.SerializeToString,
+                response_deserializer=saeserve_dot_v1_dot_causal__pb2.ContrastFeaturesResponse.FromString,
+                _registered_method=True)
 
 
 class InterventionServiceServicer:
@@ -53,6 +74,34 @@ class InterventionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Log-probabilities of given texts, unedited and edited.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AblateFeatures(self, request, context):
+        """What taking features away, one at a time, does to the predictions on texts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AttributeFeatures(self, request, context):
+        """Which features on which tokens drive a logit: gradient x activation, and exact ablation of the largest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ContrastFeatures(self, request, context):
+        """Features that tell two sets of texts apart, and an edit made of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InterventionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +109,26 @@ def add_InterventionServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=saeserve_dot_v1_dot_intervention__service__pb2.GenerateRequest.FromString,
                     response_serializer=saeserve_dot_v1_dot_intervention__service__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=saeserve_dot_v1_dot_causal__pb2.ScoreRequest.FromString,
+                    response_serializer=saeserve_dot_v1_dot_causal__pb2.ScoreResponse.SerializeToString,
+            ),
+            'AblateFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.AblateFeatures,
+                    request_deserializer=saeserve_dot_v1_dot_causal__pb2.AblateFeaturesRequest.FromString,
+                    response_serializer=saeserve_dot_v1_dot_causal__pb2.AblateFeaturesResponse.SerializeToString,
+            ),
+            'AttributeFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.AttributeFeatures,
+                    request_deserializer=saeserve_dot_v1_dot_causal__pb2.AttributeFeaturesRequest.FromString,
+                    response_serializer=saeserve_dot_v1_dot_causal__pb2.AttributeFeaturesResponse.SerializeToString,
+            ),
+            'ContrastFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.ContrastFeatures,
+                    request_deserializer=saeserve_dot_v1_dot_causal__pb2.ContrastFeaturesRequest.FromString,
+                    response_serializer=saeserve_dot_v1_dot_causal__pb2.ContrastFeaturesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +159,114 @@ class InterventionService:
             '/saeserve.v1.InterventionService/Generate',
             saeserve_dot_v1_dot_intervention__service__pb2.GenerateRequest.SerializeToString,
             saeserve_dot_v1_dot_intervention__service__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeserve.v1.InterventionService/Score',
+            saeserve_dot_v1_dot_causal__pb2.ScoreRequest.SerializeToString,
+            saeserve_dot_v1_dot_causal__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AblateFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeserve.v1.InterventionService/AblateFeatures',
+            saeserve_dot_v1_dot_causal__pb2.AblateFeaturesRequest.SerializeToString,
+            saeserve_dot_v1_dot_causal__pb2.AblateFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttributeFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeserve.v1.InterventionService/AttributeFeatures',
+            saeserve_dot_v1_dot_causal__pb2.AttributeFeaturesRequest.SerializeToString,
+            saeserve_dot_v1_dot_causal__pb2.AttributeFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ContrastFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeserve.v1.InterventionService/ContrastFeatures',
+            saeserve_dot_v1_dot_causal__pb2.ContrastFeaturesRequest.SerializeToString,
+            saeserve_dot_v1_dot_causal__pb2.ContrastFeaturesResponse.FromString,
             options,
             channel_credentials,
             insecure,

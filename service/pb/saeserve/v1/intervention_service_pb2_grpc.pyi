@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from service.pb.saeserve.v1 import causal_pb2 as _causal_pb2
 from service.pb.saeserve.v1 import intervention_service_pb2 as _intervention_service_pb2
 import abc as _abc_1
 import grpc as _grpc
@@ -35,6 +36,14 @@ class InterventionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> InterventionServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_intervention_service_pb2.GenerateRequest, _intervention_service_pb2.GenerateResponse]
     """Continues a prompt. Edits act on the prompt and on every decoded token, as their positions say."""
+    Score: _grpc.UnaryUnaryMultiCallable[_causal_pb2.ScoreRequest, _causal_pb2.ScoreResponse]
+    """Log-probabilities of given texts, unedited and edited."""
+    AblateFeatures: _grpc.UnaryUnaryMultiCallable[_causal_pb2.AblateFeaturesRequest, _causal_pb2.AblateFeaturesResponse]
+    """What taking features away, one at a time, does to the predictions on texts."""
+    AttributeFeatures: _grpc.UnaryUnaryMultiCallable[_causal_pb2.AttributeFeaturesRequest, _causal_pb2.AttributeFeaturesResponse]
+    """Which features on which tokens drive a logit: gradient x activation, and exact ablation of the largest."""
+    ContrastFeatures: _grpc.UnaryUnaryMultiCallable[_causal_pb2.ContrastFeaturesRequest, _causal_pb2.ContrastFeaturesResponse]
+    """Features that tell two sets of texts apart, and an edit made of them."""
 
 @_typing.type_check_only
 class InterventionServiceAsyncStub(InterventionServiceStub):
@@ -43,6 +52,14 @@ class InterventionServiceAsyncStub(InterventionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_intervention_service_pb2.GenerateRequest, _intervention_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt. Edits act on the prompt and on every decoded token, as their positions say."""
+    Score: _aio.UnaryUnaryMultiCallable[_causal_pb2.ScoreRequest, _causal_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Log-probabilities of given texts, unedited and edited."""
+    AblateFeatures: _aio.UnaryUnaryMultiCallable[_causal_pb2.AblateFeaturesRequest, _causal_pb2.AblateFeaturesResponse]  # type: ignore[assignment]
+    """What taking features away, one at a time, does to the predictions on texts."""
+    AttributeFeatures: _aio.UnaryUnaryMultiCallable[_causal_pb2.AttributeFeaturesRequest, _causal_pb2.AttributeFeaturesResponse]  # type: ignore[assignment]
+    """Which features on which tokens drive a logit: gradient x activation, and exact ablation of the largest."""
+    ContrastFeatures: _aio.UnaryUnaryMultiCallable[_causal_pb2.ContrastFeaturesRequest, _causal_pb2.ContrastFeaturesResponse]  # type: ignore[assignment]
+    """Features that tell two sets of texts apart, and an edit made of them."""
 
 class InterventionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs the backbone with features edited."""
@@ -54,5 +71,37 @@ class InterventionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_intervention_service_pb2.GenerateResponse], _abc.AsyncIterator[_intervention_service_pb2.GenerateResponse]]:
         """Continues a prompt. Edits act on the prompt and on every decoded token, as their positions say."""
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _causal_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_causal_pb2.ScoreResponse, _abc.Awaitable[_causal_pb2.ScoreResponse]]:
+        """Log-probabilities of given texts, unedited and edited."""
+
+    @_abc_1.abstractmethod
+    def AblateFeatures(
+        self,
+        request: _causal_pb2.AblateFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_causal_pb2.AblateFeaturesResponse, _abc.Awaitable[_causal_pb2.AblateFeaturesResponse]]:
+        """What taking features away, one at a time, does to the predictions on texts."""
+
+    @_abc_1.abstractmethod
+    def AttributeFeatures(
+        self,
+        request: _causal_pb2.AttributeFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_causal_pb2.AttributeFeaturesResponse, _abc.Awaitable[_causal_pb2.AttributeFeaturesResponse]]:
+        """Which features on which tokens drive a logit: gradient x activation, and exact ablation of the largest."""
+
+    @_abc_1.abstractmethod
+    def ContrastFeatures(
+        self,
+        request: _causal_pb2.ContrastFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_causal_pb2.ContrastFeaturesResponse, _abc.Awaitable[_causal_pb2.ContrastFeaturesResponse]]:
+        """Features that tell two sets of texts apart, and an edit made of them."""
 
 def add_InterventionServiceServicer_to_server(servicer: InterventionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from service.pb.saeserve.v1 import edits_pb2 as saeserve_dot_v1_dot_edits__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n saeserve/v1/server_service.proto\x12\x0bsaeserve.v1\"*\n\x14GetServerInfoRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xbb\x02\n\x15GetServerInfoResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12Q\n\x10library_versions\x18\x03 \x03(\x0b\x32\x37.saeserve.v1.GetServerInfoResponse.LibraryVersionsEntry\x12\'\n\x08\x62\x61\x63kbone\x18\x04 \x01(\x0b\x32\x15.saeserve.v1.Backbone\x12\x14\n\x0c\x64ictionaries\x18\x05 \x03(\t\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.saeserve.v1.Limits\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9a\x01\n\x08\x42\x61\x63kbone\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x10\n\x08n_layers\x18\x03 \x01(\r\x12\x0f\n\x07\x64_model\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\r\n\x05sites\x18\x08 \x03(\t\"\xff\x02\n\x06Limits\x12\x12\n\nmax_inputs\x18\x01 \x01(\r\x12\x1c\n\x14max_tokens_per_input\x18\x02 \x01(\r\x12\x1e\n\x16max_tokens_per_request\x18\x03 \x01(\r\x12\x16\n\x0emax_text_bytes\x18\x04 \x01(\r\x12\x1b\n\x13max_activation_rows\x18\x05 \x01(\r\x12\x18\n\x10max_dictionaries\x18\x06 \x01(\r\x12\x1d\n\x15max_selected_features\x18\x07 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x08 \x01(\r\x12\x11\n\tmax_edits\x18\t \x01(\r\x12\x19\n\x11max_edit_strength\x18\n \x01(\x02\x12\x18\n\x10max_stop_strings\x18\x0b \x01(\r\x12\x16\n\x0emax_stop_bytes\x18\x0c \x01(\r\x12\"\n\x1amax_concurrent_generations\x18\r \x01(\r\x12\x19\n\x11max_queued_tokens\x18\x0e \x01(\r2g\n\rServerService\x12V\n\rGetServerInfo\x12!.saeserve.v1.GetServerInfoRequest\x1a\".saeserve.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n saeserve/v1/server_service.proto\x12\x0bsaeserve.v1\x1a\x17saeserve/v1/edits.proto\"*\n\x14GetServerInfoRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xff\x02\n\x15GetServerInfoResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12Q\n\x10library_versions\x18\x03 \x03(\x0b\x32\x37.saeserve.v1.GetServerInfoResponse.LibraryVersionsEntry\x12\'\n\x08\x62\x61\x63kbone\x18\x04 \x01(\x0b\x32\x15.saeserve.v1.Backbone\x12\x14\n\x0c\x64ictionaries\x18\x05 \x03(\t\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.saeserve.v1.Limits\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12-\n\x0c\x65\x64it_presets\x18\x08 \x03(\x0b\x32\x17.saeserve.v1.EditPreset\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\t \x01(\x04\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9a\x01\n\x08\x42\x61\x63kbone\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x10\n\x08n_layers\x18\x03 \x01(\r\x12\x0f\n\x07\x64_model\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\r\n\x05sites\x18\x08 \x03(\t\"\x8c\x05\n\x06Limits\x12\x12\n\nmax_inputs\x18\x01 \x01(\r\x12\x1c\n\x14max_tokens_per_input\x18\x02 \x01(\r\x12\x1e\n\x16max_tokens_per_request\x18\x03 \x01(\r\x12\x16\n\x0emax_text_bytes\x18\x04 \x01(\r\x12\x1b\n\x13max_activation_rows\x18\x05 \x01(\r\x12\x18\n\x10max_dictionaries\x18\x06 \x01(\r\x12\x1d\n\x15max_selected_features\x18\x07 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x08 \x01(\r\x12\x11\n\tmax_edits\x18\t \x01(\r\x12\x19\n\x11max_edit_strength\x18\n \x01(\x02\x12\x18\n\x10max_stop_strings\x18\x0b \x01(\r\x12\x16\n\x0emax_stop_bytes\x18\x0c \x01(\r\x12\"\n\x1amax_concurrent_generations\x18\r \x01(\r\x12\x19\n\x11max_queued_tokens\x18\x0e \x01(\r\x12\x1b\n\x13max_relative_change\x18\x0f \x01(\x02\x12\x18\n\x10max_cache_tokens\x18\x10 \x01(\r\x12\x13\n\x0bmax_samples\x18\x11 \x01(\r\x12\x18\n\x10max_top_logprobs\x18\x12 \x01(\r\x12\x1c\n\x14max_ablated_features\x18\x1e \x01(\r\x12\x1a\n\x12max_variant_tokens\x18\x1f \x01(\r\x12\x18\n\x10max_logit_tokens\x18  \x01(\r\x12\x18\n\x10max_attributions\x18! \x01(\r\x12\x1a\n\x12max_contrast_texts\x18\" \x01(\r\x12\x1b\n\x13max_contrast_tokens\x18# \x01(\r2g\n\rServerService\x12V\n\rGetServerInfo\x12!.saeserve.v1.GetServerInfoRequest\x1a\".saeserve.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,16 +34,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=49
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=91
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=94
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=409
-  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_start=355
-  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_end=409
-  _globals['_BACKBONE']._serialized_start=412
-  _globals['_BACKBONE']._serialized_end=566
-  _globals['_LIMITS']._serialized_start=569
-  _globals['_LIMITS']._serialized_end=952
-  _globals['_SERVERSERVICE']._serialized_start=954
-  _globals['_SERVERSERVICE']._serialized_end=1057
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=74
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=116
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=119
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=502
+  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_start=448
+  _globals['_GETSERVERINFORESPONSE_LIBRARYVERSIONSENTRY']._serialized_end=502
+  _globals['_BACKBONE']._serialized_start=505
+  _globals['_BACKBONE']._serialized_end=659
+  _globals['_LIMITS']._serialized_start=662
+  _globals['_LIMITS']._serialized_end=1314
+  _globals['_SERVERSERVICE']._serialized_start=1316
+  _globals['_SERVERSERVICE']._serialized_end=1419
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from service.pb.saeserve.v1 import edits_pb2 as _edits_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -73,12 +74,16 @@ class GetServerInfoResponse(_message.Message):
     DICTIONARIES_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    EDIT_PRESETS_FIELD_NUMBER: _builtins.int
+    CACHE_BYTES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     version: _builtins.str
     """Version of saeserve."""
     device: _builtins.str
     """Device of the replica that answered: "cpu", "cuda:0"."""
+    cache_bytes: _builtins.int
+    """Bytes that the key-value cache of a replica takes: max_cache_tokens of every block's keys and values."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the libraries that decide results, by name: "torch", "transformers", "ray"."""
@@ -95,6 +100,10 @@ class GetServerInfoResponse(_message.Message):
     def limits(self) -> Global___Limits:
         """What requests must keep to."""
 
+    @_builtins.property
+    def edit_presets(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.EditPreset]:
+        """The edit presets that requests can name, sorted by name."""
+
     def __init__(
         self,
         *,
@@ -105,10 +114,12 @@ class GetServerInfoResponse(_message.Message):
         dictionaries: _abc.Iterable[_builtins.str] | None = ...,
         limits: Global___Limits | None = ...,
         device: _builtins.str = ...,
+        edit_presets: _abc.Iterable[_edits_pb2.EditPreset] | None = ...,
+        cache_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "device", b"device", "dictionaries", b"dictionaries", "library_versions", b"library_versions", "limits", b"limits", "request_id", b"request_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "cache_bytes", b"cache_bytes", "device", b"device", "dictionaries", b"dictionaries", "edit_presets", b"edit_presets", "library_versions", b"library_versions", "limits", b"limits", "request_id", b"request_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -186,8 +197,18 @@ class Limits(_message.Message):
     MAX_STOP_BYTES_FIELD_NUMBER: _builtins.int
     MAX_CONCURRENT_GENERATIONS_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_RELATIVE_CHANGE_FIELD_NUMBER: _builtins.int
+    MAX_CACHE_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_SAMPLES_FIELD_NUMBER: _builtins.int
+    MAX_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MAX_ABLATED_FEATURES_FIELD_NUMBER: _builtins.int
+    MAX_VARIANT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_LOGIT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_ATTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    MAX_CONTRAST_TEXTS_FIELD_NUMBER: _builtins.int
+    MAX_CONTRAST_TOKENS_FIELD_NUMBER: _builtins.int
     max_inputs: _builtins.int
-    """Inputs in one ExtractFeatures call."""
+    """Inputs in one ExtractFeatures, Score or AblateFeatures call."""
     max_tokens_per_input: _builtins.int
     """Tokens in one input: the context length, or less."""
     max_tokens_per_request: _builtins.int
@@ -203,7 +224,7 @@ class Limits(_message.Message):
     max_new_tokens: _builtins.int
     """New tokens of one Generate call."""
     max_edits: _builtins.int
-    """Edits in one call."""
+    """Edits in one call, those of presets included."""
     max_edit_strength: _builtins.float
     """Largest size of a strength in multiples of the recorded maximum, where it is known."""
     max_stop_strings: _builtins.int
@@ -214,6 +235,30 @@ class Limits(_message.Message):
     """Generations that run at once in one replica; more of them wait."""
     max_queued_tokens: _builtins.int
     """Tokens that may wait in one replica's queue; beyond it calls fail with RESOURCE_EXHAUSTED."""
+    max_relative_change: _builtins.float
+    """Largest size of what edits add to a token's activation, in multiples of the activation's size (Euclidean norms);
+    a generation that exceeds it ends with INVALID_ARGUMENT. 0: no bound.
+    """
+    max_cache_tokens: _builtins.int
+    """Tokens that the key-value cache of a replica holds. A Generate call reserves its prompt and new tokens, times its
+    sequences, rounded up to multiples of 64.
+    """
+    max_samples: _builtins.int
+    """Samples of one Generate call."""
+    max_top_logprobs: _builtins.int
+    """Likeliest tokens that a Generate call returns at each place."""
+    max_ablated_features: _builtins.int
+    """Features in one AblateFeatures call."""
+    max_variant_tokens: _builtins.int
+    """Tokens of all inputs of an AblateFeatures call, times features, ablations and (1 + single_tokens)."""
+    max_logit_tokens: _builtins.int
+    """Tokens in logit_tokens of one call."""
+    max_attributions: _builtins.int
+    """Pairs of a feature and a token that AttributeFeatures returns and ablates."""
+    max_contrast_texts: _builtins.int
+    """Texts in each set of a ContrastFeatures call."""
+    max_contrast_tokens: _builtins.int
+    """Tokens in both sets of a ContrastFeatures call."""
     def __init__(
         self,
         *,
@@ -231,10 +276,20 @@ class Limits(_message.Message):
         max_stop_bytes: _builtins.int = ...,
         max_concurrent_generations: _builtins.int = ...,
         max_queued_tokens: _builtins.int = ...,
+        max_relative_change: _builtins.float = ...,
+        max_cache_tokens: _builtins.int = ...,
+        max_samples: _builtins.int = ...,
+        max_top_logprobs: _builtins.int = ...,
+        max_ablated_features: _builtins.int = ...,
+        max_variant_tokens: _builtins.int = ...,
+        max_logit_tokens: _builtins.int = ...,
+        max_attributions: _builtins.int = ...,
+        max_contrast_texts: _builtins.int = ...,
+        max_contrast_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_activation_rows", b"max_activation_rows", "max_concurrent_generations", b"max_concurrent_generations", "max_dictionaries", b"max_dictionaries", "max_edit_strength", b"max_edit_strength", "max_edits", b"max_edits", "max_inputs", b"max_inputs", "max_new_tokens", b"max_new_tokens", "max_queued_tokens", b"max_queued_tokens", "max_selected_features", b"max_selected_features", "max_stop_bytes", b"max_stop_bytes", "max_stop_strings", b"max_stop_strings", "max_text_bytes", b"max_text_bytes", "max_tokens_per_input", b"max_tokens_per_input", "max_tokens_per_request", b"max_tokens_per_request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_ablated_features", b"max_ablated_features", "max_activation_rows", b"max_activation_rows", "max_attributions", b"max_attributions", "max_cache_tokens", b"max_cache_tokens", "max_concurrent_generations", b"max_concurrent_generations", "max_contrast_texts", b"max_contrast_texts", "max_contrast_tokens", b"max_contrast_tokens", "max_dictionaries", b"max_dictionaries", "max_edit_strength", b"max_edit_strength", "max_edits", b"max_edits", "max_inputs", b"max_inputs", "max_logit_tokens", b"max_logit_tokens", "max_new_tokens", b"max_new_tokens", "max_queued_tokens", b"max_queued_tokens", "max_relative_change", b"max_relative_change", "max_samples", b"max_samples", "max_selected_features", b"max_selected_features", "max_stop_bytes", b"max_stop_bytes", "max_stop_strings", b"max_stop_strings", "max_text_bytes", b"max_text_bytes", "max_tokens_per_input", b"max_tokens_per_input", "max_tokens_per_request", b"max_tokens_per_request", "max_top_logprobs", b"max_top_logprobs", "max_variant_tokens", b"max_variant_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,264 @@
+"""Measures generation against Hugging Face's `generate`, on this machine, as ratios taken in one run.
+
+    python -m loadtests.generation --out build/generation.json        (also part of loadtests.bench)
+
+Greedy decoding in float32; every stream has two edits on every token, of its own features: one that fires often on its
+prompt is taken away, another one is added to. Tokens are those that were sampled; prompts are run in every arm.
+
+    generate_16_vs_hf_sequential  tokens/s of 16 concurrent edited streams over gRPC, against Hugging Face's `generate`
+                                  with a forward hook that does the same edits, one request at a time (hooked.py)
+    generate_1_vs_hf              tokens/s of one edited stream over gRPC, against `generate` without hooks or edits
+    edit_cost                     time of 16 edited streams over gRPC over that of the same without edits, less 1
+    generate_*_tokens_per_s       what they are made of; `engine`: 16 edited streams without gRPC, in this process
+    mixed_*                       16 edited streams and extraction of 4 callers at once: what each keeps of the speed
+                                  that it has alone
+
+Before measuring, both arms must give the same tokens.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from loadtests.hooked import HookedGenerator, HookEdit
+from sae_runtime import Backbone, Edit, load_dictionary
+from service.engine.engine import Engine
+from service.engine.settings import EngineSettings
+from service.engine.work import GeneratedTokens, GenerateWork, SamplingOptions
+from service.pb.saeserve.v1 import common_pb2, edits_pb2
+from service.pb.saeserve.v1 import feature_service_pb2 as feature_pb
+from service.pb.saeserve.v1 import intervention_service_pb2 as pb
+from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
+from service.pb.saeserve.v1.intervention_service_pb2_grpc import InterventionServiceStub
+
+STREAMS = 16
+PROMPT_TOKENS = 32
+NEW_TOKENS = 48
+CHECKED_TOKENS = 8
+MIXED_CALLERS = 4
+SETTLE_S = 0.1
+PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
+
+
+class Request:
+    """One stream: a prompt and its two edits."""
+
+    def __init__(self, prompt: Sequence[int], dictionary: str, hooked: HookedGenerator, seed: int) -> None:
+        z = hooked.latents(prompt)
+        often = int((z > 0).sum(0).argmax())
+        other = int(torch.randint(z.shape[1], (), generator=torch.Generator().manual_seed(seed)))
+        strength = 2 * float(z.max())
+        self.prompt = tuple(prompt)
+        self.hook_edits = [HookEdit(often, 0.0, 0.0), HookEdit(other, 1.0, strength)]
+        self.edits = (Edit(dictionary, often, "ablate_zero"), Edit(dictionary, other, "add", strength))
+        self.messages = [
+            edits_pb2.Edit(dictionary=dictionary, feature=often, ablate=edits_pb2.ABLATION_ZERO),
+            edits_pb2.Edit(dictionary=dictionary, feature=other, add=edits_pb2.Amount(value=strength)),
+        ]
+
+    def message(self, n: int, *, edited: bool = True) -> pb.GenerateRequest:
+        return pb.GenerateRequest(
+            prompt=common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=self.prompt)),
+            max_new_tokens=n,
+            edits=self.messages if edited else [],
+            ignore_end_of_text=True,
+        )
+
+    def work(self, n: int) -> GenerateWork:
+        return GenerateWork(self.prompt, n, SamplingOptions(temperature=0), edits=self.edits, ignore_end_of_text=True)
+
+
+async def stream(stub: Any, request: pb.GenerateRequest) -> list[int]:
+    """The tokens of one call."""
+    return [token async for reply in stub.Generate(request) for token in reply.chunk.token_ids]
+
+
+async def over_grpc(address: str, requests: Sequence[pb.GenerateRequest]) -> list[list[int]]:
+    """The tokens of all calls, which run at once."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = InterventionServiceStub(channel)
+        return await asyncio.gather(*(stream(stub, request) for request in requests))
+
+
+async def in_process(engine: Engine, works: Sequence[GenerateWork]) -> int:
+    """How many tokens all give, at once."""
+
+    async def one(work: GenerateWork) -> int:
+        return sum([len(event.ids) async for event in engine.generate(work) if isinstance(event, GeneratedTokens)])
+
+    return sum(await asyncio.gather(*(one(work) for work in works)))
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes, after letting the machine settle."""
+    time.sleep(SETTLE_S)
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure_generation(
+    address: str, backbone_folder: Path, dictionary_folder: Path, rounds: int, sequential: int
+) -> dict[str, list[float]]:
+    """Values of each figure, one a round, by name without the shape's suffix.
+
+    `address` is a service of these folders; `sequential` is how many requests Hugging Face's arm runs in a round.
+    """
+    hooked = HookedGenerator(backbone_folder, dictionary_folder)
+    backbone, dictionary = Backbone.load(backbone_folder), load_dictionary(dictionary_folder).to(dtype=torch.float32)
+    texts = [json.loads(line)["text"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    rows = [ids for ids in (backbone.encode_text(text).ids for text in texts) if len(ids) >= PROMPT_TOKENS]
+    # Prompts of different lengths, as requests are.
+    requests = [
+        Request(row[: PROMPT_TOKENS - i % 8], dictionary.name, hooked, i) for i, row in enumerate(rows[:STREAMS])
+    ]
+    check_same_tokens(hooked, address, requests[:3])
+    edited = [request.message(NEW_TOKENS) for request in requests]
+    plain = [request.message(NEW_TOKENS, edited=False) for request in requests]
+
+    def sequentially(*, edits: bool, count: int) -> None:
+        for request in requests[:count]:
+            hooked.generate(request.prompt, NEW_TOKENS, request.hook_edits if edits else ())
+
+    seconds: dict[str, list[float]] = {}
+    with asyncio.Runner() as runner:
+        engine = Engine(backbone, {dictionary.name: dictionary}, EngineSettings())
+        runner.run(engine.start())
+        arms: dict[str, tuple[int, Callable[[], object]]] = {
+            "16_edited": (STREAMS, lambda: runner.run(over_grpc(address, edited))),
+            "16_plain": (STREAMS, lambda: runner.run(over_grpc(address, plain))),
+            "1_edited": (1, lambda: runner.run(over_grpc(address, edited[:1]))),
+            "hf_sequential": (sequential, lambda: sequentially(edits=True, count=sequential)),
+            "hf_plain": (1, lambda: sequentially(edits=False, count=1)),
+            "engine_16_edited": (
+                STREAMS,
+                lambda: runner.run(in_process(engine, [r.work(NEW_TOKENS) for r in requests])),
+            ),
+        }
+        for _, arm in arms.values():
+            arm()
+        names = list(arms)
+        for i in range(rounds):
+            for name in names[i % len(names) :] + names[: i % len(names)]:  # no arm is always first
+                count, arm = arms[name]
+                seconds.setdefault(name, []).append(timed(arm) / (count * NEW_TOKENS))
+        runner.run(engine.stop())
+
+    def ratios(numerator: str, denominator: str) -> list[float]:
+        return [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]
+
+    figures = {
+        "generate_16_vs_hf_sequential": ratios("hf_sequential", "16_edited"),
+        "generate_1_vs_hf": ratios("hf_plain", "1_edited"),
+        "edit_cost": [ratio - 1 for ratio in ratios("16_edited", "16_plain")],
+    }
+    for name, values in seconds.items():
+        figures[f"generate_{name}_tokens_per_s"] = [1 / value for value in values]
+    figures |= mixed_load(address, edited, [row[:64] for row in rows], dictionary.name)
+    return figures
+
+
+def mixed_load(
+    address: str, streams: Sequence[pb.GenerateRequest], rows: Sequence[Sequence[int]], dictionary: str
+) -> dict[str, list[float]]:
+    """Both kinds of work at once: speed of each over its speed alone, and extraction replies while streams ran."""
+    extractions = [
+        feature_pb.ExtractFeaturesRequest(
+            inputs=[common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=row))], dictionaries=[dictionary]
+        )
+        for row in rows
+    ]
+
+    async def extract_until(stop: asyncio.Event, stub: Any) -> int:
+        n = 0
+        while not stop.is_set():
+            request = extractions[n % len(extractions)]
+            await stub.ExtractFeatures(request)
+            n += 1
+        return n
+
+    async def run(*, generate: bool, extract_s: float) -> tuple[float, float]:
+        """Seconds of the streams, and extraction replies a second while they ran (or for `extract_s`)."""
+        async with grpc.aio.insecure_channel(address) as channel:
+            stop = asyncio.Event()
+            extraction = FeatureServiceStub(channel)
+            callers = [
+                asyncio.create_task(extract_until(stop, extraction)) for _ in range(MIXED_CALLERS if extract_s else 0)
+            ]
+            started = time.perf_counter()
+            if generate:
+                stub = InterventionServiceStub(channel)
+                await asyncio.gather(*(stream(stub, request) for request in streams))
+            else:
+                await asyncio.sleep(extract_s)
+            seconds = time.perf_counter() - started
+            stop.set()
+            replies = sum(await asyncio.gather(*callers))
+            return seconds, replies / (time.perf_counter() - started)
+
+    streams_alone, _ = asyncio.run(run(generate=True, extract_s=0))
+    _, replies_alone = asyncio.run(run(generate=False, extract_s=min(5.0, streams_alone)))
+    streams_mixed, replies_mixed = asyncio.run(run(generate=True, extract_s=1))
+    return {
+        "mixed_generate_share": [streams_alone / streams_mixed],
+        "mixed_extract_share": [replies_mixed / replies_alone],
+    }
+
+
+def check_same_tokens(hooked: HookedGenerator, address: str, requests: Sequence[Request]) -> None:
+    """Both arms must do the same work: AssertionError unless they sample the same tokens."""
+    served = asyncio.run(over_grpc(address, [request.message(CHECKED_TOKENS) for request in requests]))
+    for request, tokens in zip(requests, served, strict=True):
+        expected = hooked.generate(request.prompt, CHECKED_TOKENS, request.hook_edits)
+        assert tokens == expected, f"the service sampled {tokens}, Hugging Face {expected}"
+
+
+def main() -> None:
+    # Here, because the benchmark of everything imports this module.
+    from loadtests.bench import BUILTIN, Shape, running_service
+    from loadtests.shapes import write_gpt2_shape
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/generation.json"), help="flat JSON: name to number")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of every comparison")
+    parser.add_argument("--shapes", nargs="+", choices=("builtin", "gpt2_shape"), default=["builtin", "gpt2_shape"])
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
+    numbers: dict[str, float] = {}
+    console = Console()
+    console.print(f"medians of {arguments.rounds} rounds on {os.cpu_count()} cores, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as directory:
+        for name in arguments.shapes:
+            if name == "builtin":
+                folders = (BUILTIN / "backbone", BUILTIN / "dictionaries" / "resid-late")
+            else:
+                folders = write_gpt2_shape(Path(directory), BUILTIN / "backbone")
+            shape = Shape(name, *folders, requests_per_round=0, latency_requests=0)
+            with running_service(shape, arguments.out.with_name(f"generation-{name}.log")) as address:
+                figures = measure_generation(address, *folders, arguments.rounds, sequential_requests(name))
+            for key, values in figures.items():
+                numbers[f"{key}.{name}"] = statistics.median(values)
+                console.print(f"{key}.{name}: {statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})")
+    arguments.out.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def sequential_requests(shape: str) -> int:
+    """Requests of Hugging Face's arm in a round: it takes seconds for each on the larger shape."""
+    return 4 if shape == "builtin" else 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Ablation studies: features are taken away one at a time, and the change of every prediction is measured.
+
+A variant is a copy of one row in which one feature is replaced, by zero or by its mean, on all tokens or on one. The
+rows run once up to the features' sites; only the blocks behind run for every variant, many variants in a batch. Rows on
+which a feature is silent do not run again: setting it to zero changes nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sae_runtime.autoencoder import Dictionary
+from sae_runtime.backbone import Backbone
+from sae_runtime.causal.predictions import Predictions, compare, next_tokens, predict
+from sae_runtime.causal.prefix import Change, SharedPrefix
+from sae_runtime.packed import PackedTokens
+from sae_runtime.sites import Site
+
+Replacement = Literal["zero", "mean"]
+REPLACEMENTS: tuple[Replacement, ...] = ("zero", "mean")
+
+DISTANCE_ENDS = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, 513, 1 << 31)
+"""Bucket i of the distances holds [DISTANCE_ENDS[i - 1], DISTANCE_ENDS[i]): 0, 1, 2, 3 to 4, 5 to 8, ..."""
+
+N_FIGURES = 6
+"""Figures of an affected token before those of the chosen tokens: 1, whether a token follows, and then the changes of
+its loss, of its being right, of its logit, and KL."""
+
+
+@dataclass(frozen=True)
+class FeatureId:
+    """A latent of a dictionary."""
+
+    dictionary: str
+    feature: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One changed copy of a row."""
+
+    feature: int
+    """Place in the study's list of features."""
+    replacement: Replacement
+    row: int
+    position: int | None
+    """The token on which alone the feature is replaced; None for all tokens."""
+    length: int
+    """Tokens of the row: what the variant costs."""
+    site: Site
+    """Where the feature is."""
+
+
+@dataclass(frozen=True, eq=False)
+class VariantEffect:
+    """Sums over a variant's affected tokens; [C] = N_FIGURES and then one logit change for each chosen token."""
+
+    variant: Variant
+    total: Tensor
+    """float64 [C] on the host, all tokens."""
+    active: Tensor
+    """float64 [C], the tokens on which the feature is active."""
+    by_distance: Tensor | None
+    """float64 [len(DISTANCE_ENDS), C] by distance from the changed token; of variants with one changed token."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureActivity:
+    """Where a feature is active in a study's rows."""
+
+    active_tokens: Tensor
+    """int64 [rows] on the host."""
+    total: Tensor
+    """float64 [rows], sum of the activations."""
+
+
+class AblationStudy:
+    """Rows that ran once, and the variants that there are to run.
+
+    The variants' effects do not depend on how they are batched (up to rounding), so that a caller may run them in
+    pieces as small as it likes: `run` takes any of `variants`.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        backbone: Backbone,
+        dictionaries: Mapping[str, Dictionary],
+        rows: Sequence[Sequence[int]],
+        features: Sequence[FeatureId],
+        replacements: Sequence[Replacement] = ("zero",),
+        *,
+        tokens: Sequence[int] = (),
+        single_tokens: int = 0,
+    ) -> None:
+        """Runs the unchanged rows, and lists the variants.
+
+        Args:
+            rows: at least two tokens each.
+            features: of dictionaries with a site (and with statistics, where they are replaced by the mean).
+            tokens: chosen tokens, whose logits are followed.
+            single_tokens: so many tokens of each row on which a feature is strongest are also changed alone, which
+                tells how far behind the token its effect reaches. 0: none.
+        """
+        self.backbone = backbone
+        self.features = tuple(features)
+        names = sorted({each.dictionary for each in features})
+        self._site = {name: _site(dictionaries[name]) for name in names}
+        self._dictionaries = {name: dictionaries[name] for name in names}
+        self._prefix = SharedPrefix(backbone, rows, set(self._site.values()))
+        packed = self._prefix.packed
+        self.lengths = packed.lengths
+        self._targets = next_tokens(rows).to(backbone.device)
+        self._tokens = torch.tensor(list(tokens), dtype=torch.int64, device=backbone.device)
+        self._unedited = predict(backbone, self._prefix.final, self._targets, self._tokens)
+        self._latents: dict[int, Tensor] = {}  # [N] activations of each feature, by its place
+        self._scale: dict[str, Tensor | None] = {}  # [N, 1] what a normalising dictionary took out of its input
+        for name, dictionary in self._dictionaries.items():
+            places = [i for i, each in enumerate(features) if each.dictionary == name]
+            wanted = torch.tensor([features[i].feature for i in places], device=dictionary.device)
+            ascending, column = torch.unique(wanted, return_inverse=True)
+            x = self._prefix.paused[self._site[name]].activation
+            z, statistics = dictionary.encode_ascending(x, ascending)
+            self._scale[name] = None if statistics is None else statistics.std
+            for i, at in zip(places, column.tolist(), strict=True):
+                self._latents[i] = z[:, at]
+        self.activity = [self._activity(i) for i in range(len(features))]
+        self.variants = tuple(self._variants(replacements, single_tokens))
+
+    @property
+    def unedited(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each row, float64 [rows] on the host: predictions with a target, sum of losses, how many are right."""
+        rows = self._prefix.packed.row_of_token
+        parts = torch.stack([self._targets >= 0, self._unedited.loss, self._unedited.correct], dim=1).double()
+        sums = torch.zeros(len(self.lengths), 3, dtype=torch.float64, device=rows.device).index_add_(0, rows, parts)
+        count, loss, correct = sums.cpu().unbind(1)
+        return count, loss, correct
+
+    @torch.no_grad()
+    def run(self, variants: Sequence[Variant]) -> list[VariantEffect]:
+        """Runs variants in one batch for each site.
+
+        Raises:
+            ValueError: activations or logits out of the range of the backbone's dtype.
+        """
+        by_site: dict[Site, list[int]] = {}
+        for i, variant in enumerate(variants):
+            by_site.setdefault(variant.site, []).append(i)
+        effects: dict[int, VariantEffect] = {}
+        for site, places in by_site.items():
+            chosen = [variants[i] for i in places]
+            effects |= dict(zip(places, self._run_site(site, chosen), strict=True))
+        return [effects[i] for i in range(len(variants))]
+
+    def _run_site(self, site: Site, variants: Sequence[Variant]) -> Iterator[VariantEffect]:
+        changed = self._prefix.run(site, [self._change(variant) for variant in variants])
+        predictions, kl = compare(
+            self.backbone, self._prefix.final, changed.final, changed.place, self._targets, self._tokens
+        )
+        before = self._unedited[changed.place]
+        figures = _figures(before, predictions, kl, self._targets[changed.place] >= 0)  # [M, C]
+        latents = torch.stack([self._latents[variant.feature] for variant in variants])  # [V, N]
+        active = latents[changed.change, changed.place] != 0
+        total = _sum_by(changed.change, figures, len(variants))
+        at_active = _sum_by(changed.change[active], figures[active], len(variants))
+        n_buckets = len(DISTANCE_ENDS)
+        single = torch.tensor([variant.position is not None for variant in variants], device=kl.device)
+        origin = torch.tensor(
+            [self._prefix.starts[variant.row] + (variant.position or 0) for variant in variants], device=kl.device
+        )
+        alone = single[changed.change]
+        distance = (changed.place - origin[changed.change])[alone]
+        bucket = torch.bucketize(distance, torch.tensor(DISTANCE_ENDS, device=kl.device), right=True)
+        group = changed.change[alone] * n_buckets + bucket
+        by_distance = _sum_by(group, figures[alone], len(variants) * n_buckets).view(len(variants), n_buckets, -1)
+        for i, variant in enumerate(variants):
+            yield VariantEffect(
+                variant, total[i], at_active[i], by_distance[i] if variant.position is not None else None
+            )
+
+    def _change(self, variant: Variant) -> Change:
+        """h' - h = std (z' - z) d where the feature is replaced, as `sae_runtime.interventions` has it."""
+        feature = self.features[variant.feature]
+        dictionary = self._dictionaries[feature.dictionary]
+        start = self._prefix.starts[variant.row]
+        z = self._latents[variant.feature][start : start + variant.length]
+        new = 0.0
+        if variant.replacement == "mean":
+            assert dictionary.statistics is not None
+            new = float(dictionary.statistics.mean[feature.feature])
+        if variant.position is not None:
+            tokens = torch.tensor([variant.position], device=z.device)
+        else:
+            tokens = (z != new).nonzero().squeeze(1)
+            if not len(tokens):  # equal to its mean everywhere: a change of nothing
+                tokens = torch.zeros(1, dtype=torch.int64, device=z.device)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        amount = (new - z[tokens].to(dtype))[:, None]
+        scale = self._scale[feature.dictionary]
+        if scale is not None:
+            amount = amount * scale[start + tokens]
+        return Change(variant.row, tokens, amount * dictionary.decoder[feature.feature].to(dtype))
+
+    def _activity(self, feature: int) -> FeatureActivity:
+        z = self._latents[feature].split(self.lengths)
+        return FeatureActivity(
+            torch.stack([(row != 0).sum() for row in z]).cpu(), torch.stack([row.double().sum() for row in z]).cpu()
+        )
+
+    def _variants(self, replacements: Sequence[Replacement], single_tokens: int) -> Iterator[Variant]:
+        for feature in range(len(self.features)):
+            active = self.activity[feature].active_tokens.tolist()
+            site = self._site[self.features[feature].dictionary]
+            rows = self._latents[feature].abs().split(self.lengths)
+            for row, length in enumerate(self.lengths):
+                strongest = rows[row].topk(min(single_tokens, active[row])).indices.tolist() if active[row] else []
+                for replacement in replacements:
+                    # A mean of 0 is the same as zero: nothing changes where the feature is silent.
+                    if active[row] or (replacement == "mean" and self._mean(feature) != 0):
+                        yield Variant(feature, replacement, row, None, length, site)
+                    yield from (Variant(feature, replacement, row, position, length, site) for position in strongest)
+
+    def _mean(self, feature: int) -> float:
+        each = self.features[feature]
+        statistics = self._dictionaries[each.dictionary].statistics
+        assert statistics is not None, "the caller checks that there are statistics"
+        return float(statistics.mean[each.feature])
+
+
+@torch.no_grad()
+def total_activation(
+    backbone: Backbone, dictionaries: Mapping[str, Dictionary], rows: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """How much each feature writes on the rows: sum over tokens of |z| std |d|.
+
+    Float64 [n_latents] on the host, by name. That is the length of its part of the reconstruction (|d| of the decoder
+    row, std as in `Dictionary.decode`), so that features of dictionaries of any normalisation compare.
+    """
+    sites = {name: _site(dictionary) for name, dictionary in dictionaries.items()}
+    activations = backbone.forward(PackedTokens.from_rows(rows), capture=set(sites.values())).activations
+    totals = {}
+    for name, dictionary in dictionaries.items():
+        features = dictionary.encode(activations[sites[name]])
+        total = torch.zeros(dictionary.n_latents, dtype=torch.float64, device=features.values.device)
+        values = features.values.abs().double()
+        if features.input_statistics is not None:
+            values = values * features.input_statistics.std
+        total.index_add_(0, features.indices.clamp_min(0).flatten(), values.flatten())
+        used = total.nonzero().squeeze(1)
+        total[used] *= dictionary.decoder[used].double().norm(dim=1)
+        totals[name] = total.cpu()
+    return totals
+
+
+def strongest_features(totals: Mapping[str, Tensor], count: int) -> list[FeatureId]:
+    """The features with the largest totals, largest first; silent ones are left out."""
+    names = sorted(totals)
+    offsets = torch.tensor([0, *(len(totals[name]) for name in names)]).cumsum(0).tolist()
+    values, places = torch.cat([totals[name] for name in names]).sort(descending=True, stable=True)
+    chosen = []
+    for value, place in zip(values[:count].tolist(), places[:count].tolist(), strict=True):
+        if value > 0:
+            at = max(i for i in range(len(names)) if offsets[i] <= place)
+            chosen.append(FeatureId(names[at], place - offsets[at]))
+    return chosen
+
+
+def in_batches(variants: Sequence[Variant], max_tokens: int) -> list[list[Variant]]:
+    """Variants of one site and at most `max_tokens` tokens (a longer one stands alone), like lengths together."""
+    batches: list[list[Variant]] = []
+    size = 0
+    for variant in sorted(variants, key=lambda each: (each.site, each.length, each.row)):
+        if not batches or variant.site != batches[-1][0].site or size + variant.length > max_tokens:
+            batches.append([])
+            size = 0
+        batches[-1].append(variant)
+        size += variant.length
+    return batches
+
+
+def _site(dictionary: Dictionary) -> Site:
+    if dictionary.site is None:
+        raise ValueError(f"dictionary {dictionary.name!r} does not say which site it reads")
+    return Site.parse(dictionary.site)
+
+
+def _figures(before: Predictions, after: Predictions, kl: Tensor, known: Tensor) -> Tensor:
+    """float64 [M, C]: 1, known, loss, right, target logit, KL, chosen logits; changes are after - before."""
+    fixed = [
+        torch.ones_like(kl),
+        known,
+        after.loss - before.loss,
+        after.correct.double() - before.correct.double(),
+        after.target_logit - before.target_logit,
+        kl,
+    ]
+    logits = after.token_logits.double() - before.token_logits.double()
+    return torch.cat([torch.stack([each.double() for each in fixed], dim=1), logits], dim=1)
+
+
+def _sum_by(group: Tensor, figures: Tensor, n_groups: int) -> Tensor:
+    sums = torch.zeros(n_groups, figures.shape[1], dtype=torch.float64, device=figures.device)
+    return sums.index_add_(0, group, figures).cpu()

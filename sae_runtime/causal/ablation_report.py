@@ -1,0 +1,213 @@
+"""From the effects of variants to what a study tells of each feature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sae_runtime.causal.ablation import (
+    DISTANCE_ENDS,
+    N_FIGURES,
+    AblationStudy,
+    FeatureActivity,
+    FeatureId,
+    Replacement,
+    VariantEffect,
+)
+from sae_runtime.causal.bootstrap import mean_interval
+
+RankBy = Literal["kl", "loss", "accuracy", "logit"]
+RANKINGS: tuple[RankBy, ...] = ("kl", "loss", "accuracy", "logit")
+
+
+@dataclass(frozen=True)
+class EffectFigures:
+    """Means over predictions; changes are ablated - unedited."""
+
+    n_tokens: int
+    """Tokens after which predictions were compared (KL and logits)."""
+    n_targets: int
+    """Those of them that a token follows (loss and accuracy)."""
+    delta_loss: float
+    """Nats; above 0: the text became less likely."""
+    delta_accuracy: float
+    kl: float
+    """KL(unedited || ablated) in nats."""
+    delta_target_logit: float
+    """Of the token that follows."""
+    delta_logits: tuple[float, ...]
+    """Of each chosen token."""
+
+
+@dataclass(frozen=True)
+class DistanceEffect:
+    """Effect of changing one token on the predictions made `first` to `last` tokens behind it."""
+
+    first: int
+    last: int
+    figures: EffectFigures
+
+
+@dataclass(frozen=True)
+class FeatureEffect:
+    """What replacing one feature does to the study's texts."""
+
+    feature: FeatureId
+    replacement: Replacement
+    active_tokens: int
+    active_texts: int
+    mean_activation: float
+    """Over the tokens on which it is active; 0 if there are none."""
+    everywhere: EffectFigures
+    """The feature is replaced on all tokens; means over all predictions of all texts."""
+    at_active: EffectFigures
+    """The same, over the predictions made on tokens where the feature is active."""
+    delta_loss_interval: tuple[float, float]
+    """95 % bootstrap interval of everywhere.delta_loss over texts."""
+    text_delta_loss: tuple[float, ...]
+    """Mean change of the loss of each text."""
+    text_kl: tuple[float, ...]
+    """Mean KL of each text."""
+    by_distance: tuple[DistanceEffect, ...]
+    """The feature is replaced on one token of a text at a time; empty unless the study did so."""
+
+
+@dataclass(frozen=True)
+class AblationReport:
+    """A whole study."""
+
+    n_texts: int
+    n_targets: int
+    """Predictions with a target, over all texts."""
+    loss: float
+    """Unedited, nats a token."""
+    accuracy: float
+    effects: tuple[FeatureEffect, ...]
+    """Largest first, by the ranking asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class StudyResult:
+    """One study that has run: what `summarize` needs of it, all on the host."""
+
+    lengths: tuple[int, ...]
+    unedited: tuple[Tensor, Tensor, Tensor]
+    activity: Sequence[FeatureActivity]
+    effects: Sequence[VariantEffect]
+
+    @classmethod
+    def of(cls, study: AblationStudy, effects: Sequence[VariantEffect]) -> StudyResult:
+        return cls(study.lengths, study.unedited, study.activity, effects)
+
+
+def summarize(
+    features: Sequence[FeatureId],
+    replacements: Sequence[Replacement],
+    results: Sequence[StudyResult],
+    *,
+    n_chosen: int = 0,
+    rank_by: RankBy = "kl",
+    seed: int = 0,
+) -> AblationReport:
+    """One report over the rows of several studies of the same features, in their order.
+
+    Args:
+        n_chosen: number of chosen tokens.
+        rank_by: the figure over all predictions whose size sorts the features; "logit": of the first chosen token, or
+            of the token that follows.
+        seed: of the bootstrap.
+    """
+    targets = torch.cat([result.unedited[0] for result in results])  # [R]
+    lengths = torch.tensor([length for result in results for length in result.lengths], dtype=torch.float64)
+    first_row = [0]
+    for result in results:
+        first_row.append(first_row[-1] + len(result.lengths))
+    n_figures, n_rows, n_buckets = N_FIGURES + n_chosen, len(lengths), len(DISTANCE_ENDS)
+    by_text: dict[tuple[int, Replacement], Tensor] = {}
+    at_active: dict[tuple[int, Replacement], Tensor] = {}
+    by_distance: dict[tuple[int, Replacement], Tensor] = {}
+    for feature in range(len(features)):
+        for replacement in replacements:
+            by_text[feature, replacement] = torch.zeros(n_rows, n_figures, dtype=torch.float64)
+            at_active[feature, replacement] = torch.zeros(n_figures, dtype=torch.float64)
+            by_distance[feature, replacement] = torch.zeros(n_buckets, n_figures, dtype=torch.float64)
+    for result, offset in zip(results, first_row, strict=False):
+        for effect in result.effects:
+            variant = effect.variant
+            key = (variant.feature, variant.replacement)
+            if effect.by_distance is not None:
+                by_distance[key] += effect.by_distance
+            else:
+                by_text[key][offset + variant.row] += effect.total
+                at_active[key] += effect.active
+
+    effects = []
+    for (feature, replacement), sums in by_text.items():
+        active = torch.cat([result.activity[feature].active_tokens for result in results])
+        total = float(torch.cat([result.activity[feature].total for result in results]).sum())
+        # Tokens that did not run are unchanged: they count, with a change of 0.
+        everywhere = sums.sum(0)
+        everywhere[0], everywhere[1] = lengths.sum(), targets.sum()
+        effects.append(
+            FeatureEffect(
+                feature=features[feature],
+                replacement=replacement,
+                active_tokens=int(active.sum()),
+                active_texts=int((active > 0).sum()),
+                mean_activation=total / max(int(active.sum()), 1),
+                everywhere=_means(everywhere),
+                at_active=_means(at_active[feature, replacement]),
+                delta_loss_interval=mean_interval(sums[:, 2], targets, seed=seed),
+                text_delta_loss=tuple((sums[:, 2] / targets.clamp_min(1)).tolist()),
+                text_kl=tuple((sums[:, 5] / lengths).tolist()),
+                by_distance=tuple(_distances(by_distance[feature, replacement])),
+            )
+        )
+    n_targets = int(targets.sum())
+    return AblationReport(
+        n_texts=n_rows,
+        n_targets=n_targets,
+        loss=float(torch.cat([result.unedited[1] for result in results]).sum()) / n_targets,
+        accuracy=float(torch.cat([result.unedited[2] for result in results]).sum()) / n_targets,
+        effects=tuple(sorted(effects, key=lambda effect: -_size(effect.everywhere, rank_by))),
+    )
+
+
+def _means(sums: Tensor) -> EffectFigures:
+    """Of sums [C] as VariantEffect has them; 0 where there is nothing to average."""
+    n_tokens, n_targets, loss, right, target_logit, kl, *logits = sums.tolist()
+    return EffectFigures(
+        n_tokens=round(n_tokens),
+        n_targets=round(n_targets),
+        delta_loss=loss / max(n_targets, 1),
+        delta_accuracy=right / max(n_targets, 1),
+        kl=kl / max(n_tokens, 1),
+        delta_target_logit=target_logit / max(n_targets, 1),
+        delta_logits=tuple(logit / max(n_tokens, 1) for logit in logits),
+    )
+
+
+def _distances(sums: Tensor) -> list[DistanceEffect]:
+    found = []
+    for i, end in enumerate(DISTANCE_ENDS):
+        if sums[i, 0] > 0:
+            found.append(DistanceEffect(DISTANCE_ENDS[i - 1] if i else 0, min(end - 1, 2**31 - 1), _means(sums[i])))
+    return found
+
+
+def _size(figures: EffectFigures, rank_by: RankBy) -> float:
+    match rank_by:
+        case "kl":
+            size = figures.kl
+        case "loss":
+            size = figures.delta_loss
+        case "accuracy":
+            size = figures.delta_accuracy
+        case _:
+            size = figures.delta_logits[0] if figures.delta_logits else figures.delta_target_logit
+    return math.fabs(size)

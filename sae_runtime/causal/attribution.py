@@ -1,0 +1,232 @@
+"""Which features on which tokens drive a logit: gradient x activation, checked by exact ablation.
+
+The metric is a logit, or the difference of two, after one token. A feature with activation z on a token enters the
+forward pass as h + std z d, so that
+
+    dm/dz = std (dm/dh . d),        attribution = z dm/dz
+
+where dm/dh at every site comes from one backward pass. The attribution is the first-order estimate of how far the
+metric falls when the feature is set to zero there: m(unedited) - m(ablated), which `AttributionStudy.run` measures.
+(Attribution patching: Nanda 2023; Syed, Rager and Conmy 2023. For latents: Marks et al. 2024.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sae_runtime.autoencoder import Dictionary
+from sae_runtime.backbone import Backbone
+from sae_runtime.causal.ablation import FeatureId
+from sae_runtime.causal.correlation import pearson, spearman
+from sae_runtime.causal.prefix import Change, SharedPrefix, last_site
+from sae_runtime.features import SparseFeatures
+from sae_runtime.packed import PackedTokens
+from sae_runtime.sites import Site
+
+_ENTRIES = 1 << 22
+"""Entries of gathered decoder rows that exist at once."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is explained: logit(token), or logit(token) - logit(foil), after the last token of a row."""
+
+    token: int
+    foil: int | None = None
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """One feature on one token."""
+
+    feature: FeatureId
+    position: int
+    activation: float
+    gradient: float
+    """dm/dz."""
+    attribution: float
+    """z dm/dz."""
+    effect: float | None = None
+    """m(unedited) - m(ablated to zero on this token), where it was measured."""
+
+
+@dataclass(frozen=True)
+class AttributionReport:
+    """Attributions of one row, the largest in size first."""
+
+    metric: float
+    """m of the unedited row."""
+    attributions: tuple[Attribution, ...]
+    n_active: int
+    """Active (feature, token) pairs that were looked at."""
+    totals: Mapping[str, float]
+    """Sum of all attributions, by dictionary."""
+    pearson: float | None
+    """Of attribution and effect over the pairs that were ablated; None for fewer than two."""
+    spearman: float | None
+
+
+class AttributionStudy:
+    """The gradients of one row, and the exact ablations that there are to run.
+
+    Needs autograd: made and used under torch.inference_mode, it leaves that mode for as long as it computes.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        dictionaries: Mapping[str, Dictionary],
+        row: Sequence[int],
+        target: Target,
+        *,
+        count: int = 20,
+    ) -> None:
+        """One forward and one backward pass.
+
+        Args:
+            dictionaries: with a site; by name.
+            row: tokens up to the one after which the target is predicted.
+            count: so many pairs of a feature and a token are kept, the largest attributions in size.
+
+        Raises:
+            ValueError: activations or logits that are not finite.
+        """
+        self._backbone, self._target = backbone, target
+        self._dictionaries = dictionaries
+        self._sites = {name: Site.parse(str(dictionary.site)) for name, dictionary in dictionaries.items()}
+        with torch.inference_mode(False), torch.no_grad():
+            self._prefix = SharedPrefix(backbone, [list(row)], set(self._sites.values()))
+            self.metric = float(self._metric(self._prefix.final[-1:]))
+            gradients = self._gradients()
+            self._scale: dict[str, Tensor | None] = {}
+            pairs: list[Attribution] = []
+            self.totals: dict[str, float] = {}
+            self.n_active = 0
+            for name, dictionary in dictionaries.items():
+                site = self._sites[name]
+                features = dictionary.encode(self._prefix.paused[site].activation)
+                statistics = features.input_statistics
+                self._scale[name] = None if statistics is None else statistics.std
+                gradient = latent_gradients(dictionary, features, gradients[site])
+                attribution = features.values.to(gradient.dtype) * gradient  # [T, k]
+                self.totals[name] = float(attribution.sum(dtype=torch.float64))
+                self.n_active += int((features.values != 0).sum())
+                pairs += _largest(name, features, gradient, attribution, count)
+        pairs.sort(key=lambda each: -abs(each.attribution))
+        self.attributions = tuple(pairs[:count])
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row: what one ablation costs."""
+        return len(self._prefix.packed)
+
+    @torch.no_grad()
+    def run(self, attributions: Sequence[Attribution]) -> list[Attribution]:
+        """The same with their exact effects, from one batch for each site.
+
+        Raises:
+            ValueError: activations out of the range of the backbone's dtype.
+        """
+        by_site: dict[Site, list[int]] = {}
+        for i, each in enumerate(attributions):
+            by_site.setdefault(self._sites[each.feature.dictionary], []).append(i)
+        effects: dict[int, float] = {}
+        for site, places in by_site.items():
+            changed = self._prefix.run(site, [self._ablation(attributions[i]) for i in places])
+            at_last = changed.place == self.length - 1
+            metric = self._metric(changed.final[at_last])
+            for change, value in zip(changed.change[at_last].tolist(), metric.tolist(), strict=True):
+                effects[places[change]] = self.metric - value
+        return [replace(each, effect=effects[i]) for i, each in enumerate(attributions)]
+
+    def report(self, attributions: Sequence[Attribution]) -> AttributionReport:
+        """Everything, from attributions of which some or all went through `run`."""
+        measured = [each for each in attributions if each.effect is not None]
+        estimate = torch.tensor([each.attribution for each in measured], dtype=torch.float64)
+        effect = torch.tensor([each.effect for each in measured], dtype=torch.float64)
+        return AttributionReport(
+            metric=self.metric,
+            attributions=tuple(attributions),
+            n_active=self.n_active,
+            totals=self.totals,
+            pearson=pearson(estimate, effect),
+            spearman=spearman(estimate, effect),
+        )
+
+    def _metric(self, final: Tensor) -> Tensor:
+        """m [n] from what the last block returned at the row's end, [n, d_model]."""
+        logits = self._backbone.unembed(final)
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the logits are not finite")
+        metric = logits[:, self._target.token]
+        return metric if self._target.foil is None else metric - logits[:, self._target.foil]
+
+    def _gradients(self) -> dict[Site, Tensor]:
+        """dm/dh [T, width] of every site, from one backward pass that starts at the first of them."""
+        leaves: dict[Site, Tensor] = {}
+
+        def add_leaf(site: Site, x: Tensor) -> Tensor:
+            leaves[site] = torch.zeros_like(x, requires_grad=True)
+            return x + leaves[site]
+
+        sites = sorted(set(self._sites.values()))
+        packed = PackedTokens(self._prefix.packed.ids, self._prefix.packed.lengths, (0,))
+        last = last_site(self._backbone)
+        with torch.enable_grad():
+            result = self._backbone.forward(
+                packed, start=self._prefix.paused[sites[0]], edit=add_leaf, edit_sites=sites, capture=[last]
+            )
+            self._metric(result.activations[last][-1:]).sum().backward()
+        gradients: dict[Site, Tensor] = {}
+        for site, leaf in leaves.items():
+            # A site of the last block behind which nothing reads has no gradient at the tokens before the end.
+            gradients[site] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return gradients
+
+    def _ablation(self, each: Attribution) -> Change:
+        dictionary = self._dictionaries[each.feature.dictionary]
+        direction = dictionary.decoder[each.feature.feature]
+        dtype = torch.promote_types(direction.dtype, torch.float32)
+        scale = self._scale[each.feature.dictionary]
+        amount = torch.tensor([[-each.activation]], dtype=dtype, device=direction.device)
+        if scale is not None:
+            amount = amount * scale[each.position]
+        return Change(0, torch.tensor([each.position], device=direction.device), amount * direction.to(dtype))
+
+
+def latent_gradients(dictionary: Dictionary, features: SparseFeatures, gradient: Tensor) -> Tensor:
+    """dm/dz of listed latents, [n, k], from dm/dh [n, width]; float32 or better, 0 at the padding."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    result = torch.zeros(features.indices.shape, dtype=dtype, device=gradient.device)
+    step = max(1, _ENTRIES // max(features.indices.shape[1] * gradient.shape[1], 1))
+    for start in range(0, len(features), step):
+        at = slice(start, start + step)
+        directions = dictionary.decoder[features.indices[at].clamp_min(0)].to(dtype)  # [n, k, width]
+        result[at] = torch.einsum("nkd,nd->nk", directions, gradient[at].to(dtype))
+    if features.input_statistics is not None:
+        result *= features.input_statistics.std.to(dtype)
+    return result * (features.indices >= 0)
+
+
+def _largest(
+    name: str, features: SparseFeatures, gradient: Tensor, attribution: Tensor, count: int
+) -> list[Attribution]:
+    listed = features.indices.flatten() >= 0
+    size = attribution.abs().flatten().masked_fill(~listed, -1)
+    width = features.indices.shape[1]
+    chosen = size.topk(min(count, int(listed.sum()))).indices
+    return [
+        Attribution(FeatureId(name, int(latent)), int(place) // width, float(value), float(slope), float(product))
+        for place, latent, value, slope, product in zip(
+            chosen.tolist(),
+            features.indices.flatten()[chosen].tolist(),
+            features.values.flatten()[chosen].tolist(),
+            gradient.flatten()[chosen].tolist(),
+            attribution.flatten()[chosen].tolist(),
+            strict=True,
+        )
+    ]

@@ -1,0 +1,107 @@
+"""Teacher-forced scores of given texts, with and without edits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_runtime.autoencoder import Dictionary
+from sae_runtime.backbone import Backbone
+from sae_runtime.causal.predictions import Predictions, compare, next_tokens, predict
+from sae_runtime.causal.prefix import last_site
+from sae_runtime.interventions import CompiledEdits, Edit, RowEdits, plan_edits
+from sae_runtime.packed import PackedTokens
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A row to score."""
+
+    tokens: Sequence[int]
+    edits: Sequence[Edit] = ()
+    """Checked by `check_edits`, references resolved. The whole row counts as the prompt."""
+    logit_tokens: Sequence[int] = ()
+    """Tokens whose logits are returned at every position."""
+    max_relative_change: float = math.inf
+    """Edits that add more than this times the size of a token's activation (Euclidean norms) are out of range."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowScore:
+    """Predictions after each of a row's T tokens; there is no loss after the last."""
+
+    unedited: Predictions
+    edited: Predictions | None
+    """None for a row without edits."""
+    kl: Tensor | None
+    """[T] KL(unedited || edited) in nats."""
+
+
+@torch.no_grad()
+def score_rows(backbone: Backbone, rows: Sequence[ScoredRow], dictionaries: Mapping[str, Dictionary]) -> list[RowScore]:
+    """Scores rows in one batch; the edited rows share the blocks before the first edited site with their unedited ones.
+
+    Raises:
+        ValueError: a row over the context length, a token outside the vocabulary, or activations out of range.
+    """
+    device = backbone.device
+    packed = PackedTokens.from_rows([row.tokens for row in rows]).to(device)
+    edited_rows = [i for i, row in enumerate(rows) if row.edits]
+    plan = plan_edits([_row_edits(backbone, rows[i], dictionaries) for i in edited_rows], dictionaries)
+    last = last_site(backbone)
+    result = backbone.forward(packed, capture=[last], pause=plan.sites[:1])
+    final = result.activations[last]
+    targets = next_tokens([row.tokens for row in rows]).to(device)
+    columns = sorted({token for row in rows for token in row.logit_tokens})
+    tokens = torch.tensor(columns, dtype=torch.int64, device=device)
+    unedited = predict(backbone, final, targets, tokens)
+
+    edited: Predictions | None = None
+    kl: Tensor | None = None
+    if edited_rows:
+        spans = _spans(packed)
+        place = torch.cat([torch.arange(*spans[i]) for i in edited_rows]).to(device)
+        changed = final[place]
+        if plan:
+            copies = PackedTokens.from_rows([rows[i].tokens for i in edited_rows]).to(device)
+            changed = backbone.forward(
+                copies,
+                start=result.paused[plan.sites[0]].take(place),
+                edit=plan.apply,
+                edit_sites=plan.sites,
+                capture=[last],
+            ).activations[last]
+        edited, kl = compare(backbone, final, changed, place, targets, tokens)
+
+    scores, at = [], 0
+    for row, (start, end) in zip(rows, _spans(packed), strict=True):
+        own = torch.tensor([columns.index(token) for token in row.logit_tokens], dtype=torch.int64, device=device)
+        before = unedited[start:end].with_tokens(own)
+        if row.edits and edited is not None and kl is not None:
+            rows_of_edited = slice(at, at + end - start)
+            scores.append(RowScore(before, edited[rows_of_edited].with_tokens(own), kl[rows_of_edited]))
+            at += end - start
+        else:
+            scores.append(RowScore(before, None, None))
+    return scores
+
+
+def _row_edits(backbone: Backbone, row: ScoredRow, dictionaries: Mapping[str, Dictionary]) -> RowEdits:
+    n = len(row.tokens)
+    compiled = CompiledEdits(
+        row.edits,
+        dictionaries,
+        n,
+        token_bytes=backbone.token_bytes if backbone.has_tokenizer else None,
+        max_relative_change=row.max_relative_change,
+    )
+    return RowEdits(compiled, n, 0, n, row.tokens)
+
+
+def _spans(packed: PackedTokens) -> list[tuple[int, int]]:
+    ends = torch.tensor(packed.lengths).cumsum(0).tolist()
+    return [(end - length, end) for end, length in zip(ends, packed.lengths, strict=True)]

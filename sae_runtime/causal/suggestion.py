@@ -1,0 +1,82 @@
+"""An edit from examples: what to do to a feature to make text more like one set and less like another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sae_runtime.causal.bootstrap import mean_interval
+from sae_runtime.causal.contrast import FeatureContrast
+from sae_runtime.interventions import Edit
+
+STRENGTH_FACTORS = (0.25, 0.5, 1.0, 2.0)
+"""Multiples of a feature's typical activation that are tried when a suggestion is validated."""
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """How an edit changes the loss of a set of texts."""
+
+    delta_loss: float
+    """Nats a token, mean over all predictions of the set."""
+    interval: tuple[float, float]
+    """95 % bootstrap interval over texts."""
+    kl: float
+    """Mean KL(unedited || edited) in nats."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One strength of a suggested edit, scored on the sets that it was found on."""
+
+    edits: tuple[Edit, ...]
+    a: SetScores
+    b: SetScores
+
+    @property
+    def shift(self) -> float:
+        """By how much the edit favours the texts of a over those of b, nats a token."""
+        return self.b.delta_loss - self.a.delta_loss
+
+
+def suggest_edit(contrast: FeatureContrast, peaks: Sequence[float], recorded_maximum: float) -> Edit:
+    """An edit towards set a.
+
+    A feature that is stronger in a is set to its typical peak there, in multiples of its recorded maximum; one that is
+    stronger in b is set to zero.
+
+    Args:
+        peaks: the feature's largest activation in each text of a.
+        recorded_maximum: of the dictionary's statistics.
+
+    Raises:
+        ValueError: the feature has no recorded maximum.
+    """
+    feature = contrast.feature
+    if contrast.auc < 0.5:
+        return Edit(feature.dictionary, feature.feature, "ablate_zero")
+    if not recorded_maximum > 0:
+        raise ValueError(f"feature {feature.feature} of {feature.dictionary!r} has no recorded maximum")
+    active = [peak for peak in peaks if peak > 0]
+    typical = float(torch.tensor(active, dtype=torch.float64).median()) if active else 0.0
+    return Edit(feature.dictionary, feature.feature, "set", value=round(typical / recorded_maximum, 3), unit="max")
+
+
+def at_strength(edits: Sequence[Edit], factor: float) -> tuple[Edit, ...]:
+    """The edits with the strengths of those that set a value multiplied."""
+    return tuple(
+        Edit(each.dictionary, each.feature, "set", value=round(each.value * factor, 4), unit="max")
+        if each.operation == "set"
+        else each
+        for each in edits
+    )
+
+
+def set_scores(losses: Sequence[tuple[float, float, int, int]], seed: int = 0) -> SetScores:
+    """From each text's sum of loss changes, sum of KL, number of predictions with a target, and number of tokens."""
+    change = torch.tensor([loss for loss, _, _, _ in losses], dtype=torch.float64)
+    targets = torch.tensor([n for _, _, n, _ in losses], dtype=torch.float64)
+    kl = sum(kl for _, kl, _, _ in losses) / max(sum(n for _, _, _, n in losses), 1)
+    return SetScores(float(change.sum() / targets.sum()), mean_interval(change, targets, seed=seed), kl)

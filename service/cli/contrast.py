@@ -1,0 +1,141 @@
+"""`saeserve contrast`: which features tell two sets of texts apart, and an edit made of them."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from service.cli.argument_types import natural
+from service.cli.causal_options import add_output_arguments, add_truncate_argument, draw_plot
+from service.cli.command_error import CommandError
+from service.cli.connection import add_connection_arguments, connected
+from service.cli.edit_options import describe
+from service.cli.features import read_files
+from service.cli.json_output import print_json
+from service.client.causal import Contrast, SetScore, SuggestionTrial
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, which in (("a", "first"), ("b", "second")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help=f"the {which} set: each line with words is a text; - is standard input (can be repeated)",
+        )
+        parser.add_argument(
+            f"--{name}-text", action="append", default=[], metavar="TEXT", help=f"a text of the {which} set"
+        )
+    parser.add_argument(
+        "--dictionary", action="append", default=[], metavar="NAME", help="compare this one (can be repeated) [all]"
+    )
+    parser.add_argument("--aggregate", choices=("max", "mean"), default="max", help="how a text's tokens are combined")
+    parser.add_argument("--count", type=natural, metavar="N", help="show N features [20]")
+    parser.add_argument(
+        "--fdr", type=float, default=0.0, metavar="Q", help="show only features with a q-value of at most Q"
+    )
+    parser.add_argument(
+        "--suggest", type=natural, default=0, metavar="N", help="suggest an edit towards the first set with N features"
+    )
+    parser.add_argument(
+        "--validate", action="store_true", help="score the suggestion at several strengths on both sets"
+    )
+    add_truncate_argument(parser)
+    add_output_arguments(parser)
+    add_connection_arguments(parser)
+    parser.set_defaults(timeout=300.0)  # long texts take a while
+
+
+def run(arguments: argparse.Namespace) -> int:
+    a = [*arguments.a_text, *read_files(arguments.a, lines=True)]
+    b = [*arguments.b_text, *read_files(arguments.b, lines=True)]
+    if min(len(a), len(b)) < 2:
+        raise CommandError(
+            f"the sets have {len(a)} and {len(b)} texts, expected at least 2 each: --a FILE --b FILE, a text a line",
+            exit_code=2,
+        )
+    with connected(arguments) as client:
+        contrast = client.contrast_features(
+            a,
+            b,
+            arguments.dictionary or None,
+            aggregation=arguments.aggregate,
+            count=arguments.count,
+            false_discovery_rate=arguments.fdr,
+            suggest=arguments.suggest,
+            validate=arguments.validate,
+            overflow="truncate" if arguments.truncate else "error",
+        )
+    if arguments.json:
+        print_json(contrast)
+    else:
+        console = Console(highlight=False)
+        console.print(
+            Text(
+                f"{len(a)} texts against {len(b)}; {contrast.n_tested:,} features tested, "
+                f"{contrast.n_found:,} at a false discovery rate of 5 %\n",
+                style="dim",
+            )
+        )
+        console.print(_table(contrast))
+        if arguments.suggest:
+            _print_suggestion(console, contrast)
+    if arguments.plot:
+        from service.cli.causal_plots import draw_contrast
+
+        draw_plot(arguments.plot, lambda figure: draw_contrast(figure, contrast))
+    return 0
+
+
+def _table(contrast: Contrast) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("feature", style="cyan", no_wrap=True)
+    for column in ("mean a", "mean b", "active a", "active b", "effect size", "AUC", "p", "q"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for each in contrast.features:
+        table.add_row(
+            f"{each.feature[0]}:{each.feature[1]}",
+            f"{each.mean_a:.3f}",
+            f"{each.mean_b:.3f}",
+            str(each.active_a),
+            str(each.active_b),
+            f"{each.effect_size:+.2f}",
+            f"{each.auc:.3f}",
+            f"{each.p_value:.1e}",
+            f"{each.q_value:.1e}",
+        )
+    return table
+
+
+def _print_suggestion(console: Console, contrast: Contrast) -> None:
+    if not contrast.suggestion:
+        console.print("\nNo feature that differs can be edited: no edit is suggested.")
+        return
+    console.print(Text(f"\nSuggested: {describe(contrast.suggestion)}", style="bold cyan"))
+    if contrast.trials:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("edit", "Δ loss on a", "Δ loss on b", "favours a by", "KL a", "KL b"):
+            table.add_column(column, justify="left" if column == "edit" else "right")
+        for trial in contrast.trials:
+            table.add_row(*_trial(trial))
+        console.print(table)
+        console.print(Text("scored on the texts that the features were found on; nats a token, 95 %", style="dim"))
+
+
+def _trial(trial: SuggestionTrial) -> list[str]:
+    def change(score: SetScore) -> str:
+        low, high = score.interval
+        return f"{score.delta_loss:+.4f} ({low:+.4f} to {high:+.4f})"
+
+    return [
+        describe(trial.edits),
+        change(trial.a),
+        change(trial.b),
+        f"{trial.shift:+.4f}",
+        f"{trial.a.kl:.4f}",
+        f"{trial.b.kl:.4f}",
+    ]

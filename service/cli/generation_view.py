@@ -1,0 +1,166 @@
+"""How generated text looks at a terminal: streams as they arrive, and a table of their tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from service.cli.token_view import visible
+from service.client import GeneratedChunk, GenerationResult, TopTokens
+
+_Key = tuple[bool, int]
+"""Of a sequence: whether it is the edited one, and its sample; unedited ones come first."""
+
+
+class GenerationView:
+    """Prints the text on standard output as it arrives; what is said about it goes to standard error.
+
+    Several sequences stand side by side on a terminal; elsewhere each is printed once the one before has ended.
+    """
+
+    def __init__(self, prompt: str, edits: str, *, several: bool) -> None:
+        """`edits` describes them; `several` sequences are generated, or one."""
+        self._prompt = prompt
+        self._edits = edits
+        self._several = several
+        self._out, self._about = Console(highlight=False), Console(stderr=True, highlight=False)
+        self._texts: dict[_Key, str] = {}
+        self._printed: _Key | None = None
+        self._live: Live | None = None
+
+    def add(self, chunk: GeneratedChunk) -> None:
+        """Takes the next chunk of some sequence."""
+        key = (not chunk.unedited, chunk.sample)
+        self._texts[key] = self._texts.get(key, "") + chunk.text
+        if not self._several:
+            self._print_first(key, chunk.text)
+        elif self._out.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._out, refresh_per_second=12)
+                self._live.start()
+            self._live.update(self._panels())
+
+    def _print_first(self, key: _Key, text: str) -> None:
+        """The only sequence, token by token."""
+        if self._printed is None:
+            self._head(key)
+            self._printed = key
+        self._out.print(Text(text), end="", soft_wrap=True)
+        self._out.file.flush()
+
+    def finish(self, results: Sequence[GenerationResult], seconds: float) -> None:
+        """Prints what is left to say once all have ended."""
+        ordered = sorted(results, key=lambda result: (not result.unedited, result.sample))
+        if self._live is not None:
+            self._live.update(self._panels())
+            self._live.stop()
+        for result in ordered:
+            key = (not result.unedited, result.sample)
+            if self._live is not None:
+                self._say(result, self._title(key), seconds)
+                continue
+            if key != self._printed:
+                self._head(key)
+                self._out.print(Text(result.text), end="", soft_wrap=True)
+            self._out.print()
+            self._say(result, "", seconds)
+        for result in ordered:
+            if result.top or result.features:
+                if len(ordered) > 1:
+                    self._out.print(Text(self._title((not result.unedited, result.sample)), style="bold cyan"))
+                self._out.print(token_table(result))
+
+    def _head(self, key: _Key) -> None:
+        title = self._title(key)
+        if title:
+            self._about.print(Text(title, style="bold cyan"))
+        self._out.print(Text(self._prompt, style="dim"), end="", soft_wrap=True)
+
+    def _title(self, key: _Key) -> str:
+        edited, sample = key
+        title = self._edits if edited else "without edits"
+        return f"{title}{', ' if title else ''}sample {sample}" if sample else title
+
+    def _panels(self) -> RenderableType:
+        panels = [
+            Panel(
+                Group(Text.assemble((self._prompt, "dim"), text)),
+                title=Text(self._title(key) or "sample 0", style="bold cyan"),
+                width=max(30, self._out.width // 2 - 1) if len(self._texts) > 1 else None,
+            )
+            for key, text in sorted(self._texts.items())
+        ]
+        return Columns(panels)
+
+    def _say(self, result: GenerationResult, title: str, seconds: float) -> None:
+        rate = f"{result.generated_tokens / seconds:.0f} tokens/s"
+        cut = f", {result.truncated_tokens:,} tokens of the prompt cut off" if result.truncated_tokens else ""
+        about = f"{result.generated_tokens} tokens, {_reason(result)}, seed {result.seed}, {rate}{cut}"
+        self._about.print(Text(f"{title}: {about}" if title else f"{about}\n", style="dim"))
+
+
+def token_table(result: GenerationResult) -> Table:
+    """One row a token: its probability, the likeliest ones at its place, and the features that fired on it."""
+    dictionaries = list(result.features[0].dictionaries) if result.features else []
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("token", no_wrap=True, overflow="ellipsis", max_width=24)
+    table.add_column("probability", justify="right")
+    if result.top:
+        table.add_column("likeliest", no_wrap=True, overflow="ellipsis")
+    for name in dictionaries:
+        table.add_column(name, style="cyan", no_wrap=True, overflow="ellipsis")
+    pieces, cells = _features_by_position(result, dictionaries)
+    first_generated = result.prompt_tokens
+    last = first_generated + len(result.token_ids)
+    for position in range(min(cells, default=first_generated), last):
+        place = position - first_generated
+        token = visible(pieces[position]) if position in pieces else f"id {result.token_ids[place]}"
+        row: list[RenderableType] = [str(position), Text(token, style="dim" if place < 0 else "")]
+        row.append(f"{math.exp(result.logprobs[place]):.3f}" if place >= 0 else "")
+        if result.top:
+            row.append(_likeliest(result.top[place]) if place >= 0 else "")
+        table.add_row(*row, *cells.get(position, ["" for _ in dictionaries]))
+    return table
+
+
+def _features_by_position(
+    result: GenerationResult, dictionaries: Iterable[str]
+) -> tuple[dict[int, bytes], dict[int, list[str]]]:
+    """The tokens' bytes, where they are known, and the text of the features of each dictionary, by position."""
+    pieces: dict[int, bytes] = {}
+    cells: dict[int, list[str]] = {}
+    for features in result.features:
+        for i in range(len(features.token_ids)):
+            position = features.first_position + i
+            if features.pieces:
+                pieces[position] = features.pieces[i]
+            cells[position] = [
+                "  ".join(f"{f} {v:.2f}" for f, v in zip(*features.dictionaries[name].row(i), strict=True))
+                for name in dictionaries
+            ]
+    for place, top in enumerate(result.top):
+        for token, piece in zip(top.token_ids, top.pieces, strict=False):
+            if token == result.token_ids[place]:
+                pieces[result.prompt_tokens + place] = piece
+    return pieces, cells
+
+
+def _likeliest(top: TopTokens) -> Text:
+    pieces = [visible(piece) for piece in top.pieces] or [f"id {token}" for token in top.token_ids]
+    text = Text()
+    for piece, logprob in zip(pieces, top.logprobs, strict=True):
+        text.append(piece, "bold").append(f" {math.exp(logprob):.3f}  ", "dim")
+    return text
+
+
+def _reason(result: GenerationResult) -> str:
+    reasons = {"length": "length reached", "stop": f"met {result.stop!r}", "end_of_text": "end of text"}
+    return reasons.get(result.finish_reason, result.finish_reason)

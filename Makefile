@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install install-dev serve test lint proto proto-check bench clean
+.PHONY: help install install-dev serve test lint proto proto-check bench bench-training builtin-figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,9 @@ proto-check: install-dev
 
 bench: install ## measure the service against bare PyTorch; writes build/bench.json (under 10 minutes)
 	$(BIN)/python -m loadtests.bench --out build/bench.json
+
+bench-training: install ## measure the trainers against other projects' (ARGS="--only speed"); writes build/bench-training.json
+	$(BIN)/python -m loadtests.training_bench --out build/bench-training.json $(ARGS)
 
 builtin-figures: install ## recompute the figures of the builtin model and its dictionaries
 	$(BIN)/python -m sae_runtime.builtin.figures

@@ -1,0 +1,328 @@
+"""Measures the trainers against those of other projects: `make bench-training`, or
+
+    python -m loadtests.training_bench --out build/bench-training.json [--only speed|quality] [--families topk ...]
+
+Peers are SAELens and dictionary_learning, installed from the package registry into build/peers, which nothing else
+uses. Every arm is a process of its own (training_arm.py), on the same activations.
+
+speed    TopK at d 768, n 32,768, k 32, in turn, round by round. tokens/s are of the median step; memory is the peak
+         resident set less that before the trainer existed. In float32 (the peers' default) and in bfloat16 autocast,
+         each against the better peer in the same precision.
+quality  every family on activations of the builtin model (resid-mid's site), equal tokens: NMSE, L0 and dead fraction
+         on held-out activations, of the form that is served. Each arm tries its own default learning rate and a higher
+         one and keeps the better. Families with a penalty are brought to the same L0: the knob (penalty; here k) is
+         moved by secants, and the NMSE is read off between the two nearest runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sae_runtime import Backbone, load_dictionary
+from sae_runtime.packed import PackedTokens
+from sae_runtime.sites import Site
+from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.data_rows import held_out_rows
+from sae_runtime.training.data_source import open_activation_source
+
+PEERS = ("saelens", "dictionary_learning")
+PEER_PACKAGES = ("sae-lens==6.54.12", "dictionary-learning==0.1.0")
+CHOOSING = ("topk", "batch_topk", "matryoshka")
+FAMILIES = (*CHOOSING, "relu", "relu_decoder_norm", "jumprelu", "gated")
+SPEED = {"d": 768, "n_latents": 32_768, "k": 32, "batch": 2048, "steps": 7, "warm_up": 2}
+RATE_FACTOR = 2.5  # the higher learning rate that every arm may try
+L0_TOLERANCE = 0.1
+SEARCH_RUNS = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the comparison of quality is."""
+
+    n_latents: int
+    k: int
+    batch: int
+    steps: int
+    held_out: int = 16_384
+
+
+def install_peers(folder: Path) -> Path:
+    """Python of an environment with the peers, made if it is not there yet."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    modules = "sae_lens", "dictionary_learning"
+    if subprocess.run([python, "-c", f"import {', '.join(modules)}"], capture_output=True).returncode:
+        torch_version = torch.__version__.partition("+")[0]
+        install = [python, "-m", "pip", "install", "--quiet", f"torch=={torch_version}", *PEER_PACKAGES]
+        subprocess.run(install, check=True)
+        # The torchvision that comes along may not fit a CPU build of torch, and then nothing can be imported.
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
+    return python
+
+
+def run_arm(spec: dict[str, Any], peers: Path) -> dict[str, float]:
+    """Figures of one arm. RuntimeError with the end of its output if it fails."""
+    python = sys.executable if spec["project"] == "saeserve" else str(peers)
+    command = [python, "-m", "loadtests.training_arm", json.dumps(spec)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{spec['project']} {spec['family']} failed:\n{done.stderr[-2000:]}")
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+# Speed
+
+
+def write_speed_activations(path: Path, tokens: int, d: int) -> None:
+    """Sparse sums of random directions with noise, float32 [tokens, d]: what a dictionary is for."""
+    generator = np.random.default_rng(0)
+    directions = generator.normal(size=(4 * d, d)).astype(np.float32) / math.sqrt(d)
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(tokens, d))
+    for start in range(0, tokens, 2048):
+        shape = (min(2048, tokens - start), 4 * d)
+        latents = generator.exponential(size=shape) * (generator.random(shape) < 32 / (4 * d))
+        rows[start : start + 2048] = latents.astype(np.float32) @ directions
+        rows[start : start + 2048] += 0.05 * generator.normal(size=(shape[0], d))
+    rows.flush()
+
+
+def measure_speed(peers: Path, folder: Path, rounds: int) -> dict[str, float]:
+    """tokens/s and peak memory of every arm, and the ratios to the better peer."""
+    activations = folder / "speed.npy"
+    write_speed_activations(activations, SPEED["batch"] * (SPEED["steps"] + 1) + 32_768, SPEED["d"])
+    arms = [(project, dtype) for dtype in ("float32", "bfloat16") for project in ("saeserve", *PEERS)]
+    speeds: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
+    memory: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for project, dtype in arms:
+            sizes = {name: SPEED[name] for name in ("n_latents", "k", "batch", "steps", "warm_up")}
+            spec = {"project": project, "family": "topk", "activations": str(activations), "dtype": dtype, **sizes}
+            figures = run_arm(spec | {"seed": 0, "settings": {}, "held_out": 0, "dead_after_tokens": 10**7}, peers)
+            speeds[project, dtype].append(figures["tokens_per_s"])
+            memory[project, dtype].append(figures["peak_mb"])
+            print(f"{project} {dtype}: {figures['tokens_per_s']:.0f} tokens/s, {figures['peak_mb']:.0f} MB", flush=True)
+    numbers: dict[str, float] = {}
+    for dtype, suffix in (("float32", ""), ("bfloat16", ".bfloat16")):
+        best = [max(pair) for pair in zip(*(speeds[peer, dtype] for peer in PEERS), strict=True)]
+        least = [min(pair) for pair in zip(*(memory[peer, dtype] for peer in PEERS), strict=True)]
+        ours = speeds["saeserve", dtype], memory["saeserve", dtype]
+        numbers[f"train_vs_best_peer{suffix}"] = statistics.median(a / b for a, b in zip(ours[0], best, strict=True))
+        numbers[f"train_memory_vs_best_peer{suffix}"] = statistics.median(
+            a / b for a, b in zip(ours[1], least, strict=True)
+        )
+    for (project, dtype), values in speeds.items():
+        numbers[f"train_tokens_per_s.{project}.{dtype}"] = statistics.median(values)
+        numbers[f"train_peak_mb.{project}.{dtype}"] = statistics.median(memory[project, dtype])
+    return numbers
+
+
+# Quality
+
+
+def write_builtin_activations(path: Path, data: Sequence[Path], tokens: int, held_out: int) -> None:
+    """Shuffled activations of the builtin model at resid-mid's site; the last ones are of held-out text."""
+    manifest = load_dictionary("resid-mid").manifest
+    assert manifest is not None
+    site = Site.parse(manifest.site)
+    backbone = Backbone.load()
+    config = TrainingConfig(
+        site=str(site), data=tuple(data), out=Path("unused"), backbone_dtype="float32", held_out_fraction=0.08
+    )
+    source = open_activation_source(config, backbone, [site])
+    rows = np.lib.format.open_memmap(
+        path, mode="w+", dtype=np.float32, shape=(tokens + held_out, backbone.site_width(site))
+    )
+    for start in range(0, tokens, 2048):
+        stop = min(tokens, start + 2048)
+        rows[start:stop] = source.next_batch(2048)[site][: stop - start].numpy()
+    source.close()
+    done = tokens
+    for row in held_out_rows(config, backbone, held_out):
+        found = backbone.forward(PackedTokens.from_rows([row]), capture=[site]).activations[site].detach().numpy()
+        found = found[: tokens + held_out - done]
+        rows[done : done + len(found)] = found
+        done += len(found)
+    if done < tokens + held_out:
+        raise ValueError(f"the text holds {done - tokens} held-out tokens, {held_out} are needed")
+    rows.flush()
+
+
+def settings_of(project: str, family: str, sizes: Sizes, rate_factor: float) -> tuple[dict[str, Any], float]:
+    """An arm's settings for a run of this length, and the knob that its penalty starts with (0: none)."""
+    rise, n = sizes.steps // 20, sizes.n_latents
+    if project == "saeserve":
+        rate = rate_factor * 5e-4 / math.sqrt(n / 2**14)
+        return {"learning_rate": rate, "warmup_steps": rise}, float(sizes.k) if family not in CHOOSING else 0.0
+    if project == "saelens":
+        settings: dict[str, Any] = {
+            "lr": rate_factor * 3e-4,
+            "lr_warm_up_steps": rise,
+            "lr_decay_steps": sizes.steps // 4,
+        }
+        if family == "matryoshka":
+            settings["matryoshka_widths"] = [n // 32, n // 16, n // 8, n // 4, n // 2, n]
+        if family in ("relu", "gated"):
+            return settings | {"l1_warm_up_steps": rise}, 1.0
+        return (settings | {"l0_warm_up_steps": rise}, 1.0) if family == "jumprelu" else (settings, 0.0)
+    default = {"relu": 1e-3, "relu_decoder_norm": 1e-3, "jumprelu": 7e-5, "gated": 5e-5}
+    settings = {
+        "lr": rate_factor * default.get(family, 2e-4 / math.sqrt(n / 2**14)),
+        "warmup_steps": rise,
+        "decay_start": sizes.steps * 3 // 4,
+    }
+    if family in CHOOSING:
+        settings["threshold_start_step"] = sizes.steps // 4
+        if family == "matryoshka":
+            settings["group_fractions"] = [1 / 32, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+        return settings, 0.0
+    settings["sparsity_warmup_steps"] = rise
+    if family == "jumprelu":
+        return settings | {"target_l0": float(sizes.k)}, 1.0
+    return settings, 0.1
+
+
+def with_knob(project: str, family: str, settings: dict[str, Any], knob: float) -> dict[str, Any]:
+    """The settings with the sparsity knob turned; saeserve's is its k."""
+    if family in CHOOSING or project == "saeserve":
+        return settings
+    if project == "saelens":
+        return settings | {"l0_coefficient" if family == "jumprelu" else "l1_coefficient": knob}
+    return settings | {"sparsity_penalty" if family == "jumprelu" else "l1_penalty": knob}
+
+
+def best_of(project: str, family: str, sizes: Sizes, activations: Path, peers: Path) -> dict[str, float]:
+    """NMSE, L0 and dead fraction of an arm at L0 = k, with the better of two learning rates."""
+    outcomes = []
+    for rate_factor in (1.0, RATE_FACTOR):
+        settings, knob = settings_of(project, family, sizes, rate_factor)
+        spec: dict[str, Any] = {
+            "project": project,
+            "family": family,
+            "activations": str(activations),
+            "dtype": "float32",
+            "n_latents": sizes.n_latents,
+            "k": sizes.k,
+            "batch": sizes.batch,
+            "steps": sizes.steps,
+            "warm_up": 2,
+            "seed": 0,
+            "held_out": sizes.held_out,
+            "dead_after_tokens": sizes.batch * sizes.steps // 4,
+        }
+        runs = []
+        for _ in range(SEARCH_RUNS if knob else 1):
+            own = {"k": max(1, round(knob))} if knob and project == "saeserve" else {}
+            figures = run_arm(spec | own | {"settings": with_knob(project, family, settings, knob)}, peers)
+            runs.append((knob, figures))
+            print(f"  {project} {family} x{rate_factor:g} knob {knob:.4g}: {_shown(figures)}", flush=True)
+            if abs(figures["l0"] / sizes.k - 1) <= L0_TOLERANCE / 4 or not knob:
+                break
+            knob = next_knob(runs, sizes.k, falls=project != "saeserve")
+        outcomes.append(at_l0([figures for _, figures in runs], sizes.k))
+    return min(outcomes, key=lambda figures: (not figures["l0_met"], figures["nmse"]))
+
+
+def next_knob(runs: Sequence[tuple[float, dict[str, float]]], target: float, *, falls: bool) -> float:
+    """Where L0 should be the target: on the line through the last two runs in logarithms, at most 10-fold away."""
+    (knob, last), slope = runs[-1], -1.0 if falls else 1.0
+    if len(runs) > 1:
+        other, before = runs[-2]
+        change = math.log(knob / other)
+        found = math.log(max(last["l0"], 0.1) / max(before["l0"], 0.1)) / change if change else 0.0
+        slope = found if found * slope > 0.2 else slope
+    step = math.log(target / max(last["l0"], 0.1)) / slope
+    return knob * math.exp(max(-math.log(10), min(math.log(10), step)))
+
+
+def at_l0(runs: Sequence[dict[str, float]], target: float) -> dict[str, float]:
+    """Figures at the target L0: between the nearest runs on both sides, or the nearest run."""
+    below = [run for run in runs if 0 < run["l0"] <= target]
+    above = [run for run in runs if run["l0"] > target]
+    nearest = min(runs, key=lambda run: abs(math.log(max(run["l0"], 0.1) / target)))
+    if abs(nearest["l0"] / target - 1) > L0_TOLERANCE / 4 and below and above:
+        low, high = max(below, key=lambda run: run["l0"]), min(above, key=lambda run: run["l0"])
+        share = math.log(target / low["l0"]) / math.log(high["l0"] / low["l0"])
+        between = {name: low[name] + share * (high[name] - low[name]) for name in ("nmse", "dead_fraction")}
+        return between | {"l0": target, "l0_met": 1.0}
+    met = abs(nearest["l0"] / target - 1) <= L0_TOLERANCE
+    return {name: nearest[name] for name in ("nmse", "l0", "dead_fraction")} | {"l0_met": float(met)}
+
+
+def measure_quality(
+    peers: Path, folder: Path, data: Sequence[Path], sizes: Sizes, families: Sequence[str]
+) -> dict[str, float]:
+    """NMSE, L0 and dead fraction by family and project; `train_nmse_vs_best_peer.<family>` is below 1 where ours is."""
+    activations = folder / "quality.npy"
+    write_builtin_activations(activations, data, sizes.batch * sizes.steps, sizes.held_out)
+    numbers: dict[str, float] = {}
+    for family in families:
+        found = {}
+        for project in ("saeserve", *PEERS):
+            if project == "saelens" and family == "relu_decoder_norm":
+                continue
+            found[project] = best_of(project, family, sizes, activations, peers)
+            print(f"{family} {project}: {_shown(found[project])}", flush=True)
+            for name, value in found[project].items():
+                numbers[f"quality_{name}.{family}.{project}"] = value
+        equal = [found[peer]["nmse"] for peer in PEERS if peer in found and found[peer]["l0_met"]]
+        if equal:
+            numbers[f"train_nmse_vs_best_peer.{family}"] = found["saeserve"]["nmse"] / min(equal)
+    return numbers
+
+
+def _shown(figures: dict[str, float]) -> str:
+    return f"NMSE {figures['nmse']:.4f}, L0 {figures['l0']:.1f}, dead {100 * figures['dead_fraction']:.1f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/bench-training.json"), help="flat JSON: name to number")
+    parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="the peers' environment")
+    parser.add_argument("--only", choices=("speed", "quality"), help="one of the two")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the speed comparison")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="for quality")
+    parser.add_argument("--data", nargs="+", type=Path, help="text for quality; the shipped held-out text if not given")
+    parser.add_argument("--n-latents", type=int, default=2048, help="for quality")
+    parser.add_argument("--k", type=int, default=32, help="for quality")
+    parser.add_argument("--batch", type=int, default=1024, help="tokens in a step, for quality")
+    parser.add_argument("--steps", type=int, default=300, help="for quality")
+    arguments = parser.parse_args()
+    peers = install_peers(arguments.peers)
+    numbers: dict[str, float] = {}
+    if arguments.out.exists() and (arguments.only or arguments.families != list(FAMILIES)):
+        numbers = json.loads(arguments.out.read_text())  # a part is measured anew
+    builtin = Path(__file__).resolve().parent.parent / "sae_runtime" / "builtin" / "data" / "heldout.jsonl.xz"
+    with tempfile.TemporaryDirectory() as temporary:
+        if arguments.only != "quality":
+            numbers |= measure_speed(peers, Path(temporary), arguments.rounds)
+        if arguments.only != "speed":
+            sizes = Sizes(arguments.n_latents, arguments.k, arguments.batch, arguments.steps)
+            data = arguments.data or [builtin]
+            numbers |= measure_quality(peers, Path(temporary), data, sizes, arguments.families)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(numbers, indent=1) + "\n")
+    table = Table("figure", "value")
+    for name, value in numbers.items():
+        table.add_row(name, f"{value:.4g}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

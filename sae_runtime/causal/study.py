@@ -81,7 +81,8 @@ def _equations(document: dict[str, Any]) -> list[str]:
     """Runs of four lines that all are equations, or that all are comparisons."""
     lines = [line for line in document["text"].split("\n") if line]
     groups = [lines[i : i + 4] for i in range(0, len(lines), 4)]
-    return ["\n".join(group) for group in groups if len(group) == 4]
+    # Short enough for one window, which then holds all four.
+    return [text for group in groups if len(group) == 4 and len(text := "\n".join(group)) <= WINDOW]
 
 
 def _all_lines(piece: str, has: str, lacks: str) -> bool:

@@ -57,7 +57,7 @@ def settings(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactor
         "compute_dtype": "float32",
         "storage_dtype": "float32",
         "adam_eps": 1e-6,
-        "checkpoint_interval": 0.3,
+        "checkpoint_interval": 0.1,
     }
 
 
@@ -79,6 +79,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {name: getattr(dictionary, name) for name in ("encoder", "decoder", "pre_bias", "latent_bias")}
 
 
+@pytest.mark.timeout(600)  # two starts of all workers, a run of two processes and one of one
 def test_a_killed_worker_is_replaced_and_the_run_ends_right(settings: dict[str, Any], tmp_path: Path) -> None:
     importlib.import_module("ray")  # brings psutil
     import psutil

@@ -153,13 +153,13 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(shape: Shape, rounds: int, log: Path) -> dict[str, Figure]:
-    """The figures of the module's docstring, by name without the shape's suffix."""
+def measure(shape: Shape, address: str, rounds: int) -> dict[str, Figure]:
+    """The figures of the module's docstring, by name without the shape's suffix; `address`: a service of the shape."""
     manifest = read_manifest(shape.dictionary)
     bare = BareExtractor(shape.backbone, shape.dictionary)
     texts = [json.loads(line)["text"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     texts = texts[: shape.requests_per_round * rounds]
-    with running_service(shape, log) as address, sequential_server(shape) as sequential:
+    with sequential_server(shape) as sequential:
         requests = [
             pb.ExtractFeaturesRequest(inputs=[common_pb2.TextInput(text=text)], dictionaries=[manifest.name])
             for text in texts
@@ -245,13 +245,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         for name in arguments.shapes:
             if name == "builtin":
-                shape = Shape(name, BUILTIN / "backbone", BUILTIN / "dictionaries" / "resid-late", 192, 40)
+                shape = Shape(name, BUILTIN / "backbone", BUILTIN / "dictionaries" / "resid-late", 192, 80)
             else:
                 folders = write_gpt2_shape(Path(directory), BUILTIN / "backbone")
                 shape = Shape(name, *folders, requests_per_round=32, latency_requests=12)
-            log = arguments.out.with_name(f"bench-{name}.log")
-            figures = measure(shape, arguments.rounds, log)
-            with running_service(shape, log.with_name(f"bench-generation-{name}.log")) as address:
+            with running_service(shape, arguments.out.with_name(f"bench-{name}.log")) as address:
+                figures = measure(shape, address, arguments.rounds)
                 generation = measure_generation(
                     address, shape.backbone, shape.dictionary, GENERATION_ROUNDS, sequential_requests(name)
                 )

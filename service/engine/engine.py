@@ -118,6 +118,8 @@ class Engine:
         self._max_sequence_tokens = min(
             settings.max_sequence_tokens or sys.maxsize, settings.max_cache_tokens, backbone.context_length
         )
+        if backbone.device.type != "cpu":
+            settings = settings.model_copy(update={"split_batch_tokens": 0})
         self._scheduler: Scheduler[Continuation] = Scheduler(settings)
         self._generation = Generation(backbone, self.dictionaries, settings, self._max_sequence_tokens)
         self._causal = CausalEngine(backbone, self.dictionaries, settings, self._run, self.extract)

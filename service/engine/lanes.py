@@ -33,7 +33,7 @@ class Lanes:
         """`count` threads with one torch thread each. The calling thread keeps its own number of torch threads."""
         self.count = count
         threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(count, "lane", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(count, "lane", initializer=_use_one_thread)
         # torch keeps this number for each thread, and the last one set for threads yet to come: all must be there now.
         barrier = threading.Barrier(count)
         for future in [self._pool.submit(barrier.wait) for _ in range(count)]:
@@ -51,6 +51,12 @@ class Lanes:
             if error is not None:
                 raise error
         return [future.result() for future in futures]
+
+
+def _use_one_thread() -> None:
+    # A thread's first question or parallel operation gives it the number last set anywhere, so it must be asked before.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def _inferring(share: Callable[[], Result]) -> Result:

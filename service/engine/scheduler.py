@@ -46,6 +46,7 @@ class Scheduler(Generic[Generation]):
     Order: the oldest part always runs in the next batch, together with queued parts of its kind that fit the budget,
     nearest in length first. So a part waits at most for as many batches as there were parts before it. A device that is
     idle starts at once; only after a batch of several requests may the next one wait for company (`batch_window_ms`).
+    Much that waits runs as two batches (`split_batch_tokens`): the replies to one are made while the other computes.
     Generations wait in arrival order; their turns alternate with batches (`generation_steps_per_batch`), which are
     smaller then (`shared_batch_tokens`), so that streams go on.
     """
@@ -151,7 +152,7 @@ class Scheduler(Generic[Generation]):
                     if not generation:
                         window = self._window()
                         if window <= 0:
-                            return self._take_batch(self._settings.max_batch_tokens)
+                            return self._take_batch(self._budget())
                         self._changed.wait(window)
                         continue
                     if self._generation_steps >= self._settings.generation_steps_per_batch:
@@ -195,6 +196,14 @@ class Scheduler(Generic[Generation]):
         if self._last_batch_parts < 2 or self._part_tokens >= self._last_batch_tokens:
             return 0.0
         return self._last_batch_end + self._settings.batch_window_ms / 1000 - self._clock()
+
+    def _budget(self) -> int:
+        """Tokens of the next batch, if nothing generates: half of what waits, or all if that would be too little."""
+        split, waiting = self._settings.split_batch_tokens, self._part_tokens
+        # About as much as the last batch had is the other half of what was split then, which is not split again.
+        if split and waiting >= max(2 * split, 1.5 * self._last_batch_tokens):
+            return waiting // 2
+        return self._settings.max_batch_tokens
 
     def _take_batch(self, budget: int) -> list[Part]:
         self._generation_steps = 0

@@ -22,6 +22,12 @@ class EngineSettings(BaseModel):
         description="Longest wait for more requests after a batch that held several, if fewer tokens are queued than "
         "that batch had. Without concurrent requests nothing ever waits.",
     )
+    split_batch_tokens: int = Field(
+        256,
+        ge=0,
+        description="On the CPU, twice this many waiting tokens run as two batches instead of one, so that replies are "
+        "made, and the next requests read, while the model computes. 0 never splits.",
+    )
     max_queued_tokens: int = Field(
         65_536,
         ge=1,

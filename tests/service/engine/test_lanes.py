@@ -77,18 +77,18 @@ def test_results_and_their_places_are_those_of_one_thread(
 def test_the_lanes_share_the_tokens_evenly_and_keep_torchs_threads_apart(
     backbone: Backbone, dictionary: Dictionary, lanes: Lanes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs: dict[str, tuple[int, int]] = {}
+    runs: list[tuple[int, int]] = []
 
     def watched(backbone: Backbone, parts: list[ExtractPart]) -> object:
         tokens = sum(len(row) for part in parts for row in part.rows)
-        runs[threading.current_thread().name] = (tokens, torch.get_num_threads())
+        runs.append((tokens, torch.get_num_threads()))
         return run_extract(backbone, parts)
 
     monkeypatch.setattr(module, "run_extract", watched)
     before = torch.get_num_threads()
     extract_in_lanes(backbone, parts_of(dictionary, [[40], [10, 50], [30], [20], [64]]), lanes)
     assert torch.get_num_threads() == before
-    tokens, threads = zip(*runs.values(), strict=True)
+    tokens, threads = zip(*runs, strict=True)
     assert sum(tokens) == 214
     assert max(tokens) - min(tokens) <= 20
     assert threads == (1, 1)
@@ -113,3 +113,19 @@ def test_a_failed_share_fails_the_batch_after_all_have_ended(lanes: Lanes) -> No
         lanes.run([fails, ended.set])
     assert ended.is_set()
     assert lanes.run([lambda: 1, lambda: 2]) == [1, 2]
+
+
+def test_each_lane_computes_on_one_thread(lanes: Lanes) -> None:
+    """torch resets a thread's number of threads at its first parallel operation, unless it was asked for before."""
+
+    def threads() -> int:
+        torch.nn.functional.gelu(torch.ones(300, 300))
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert lanes.run([threads, threads]) == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -83,6 +83,26 @@ def test_a_part_over_the_budget_runs_alone() -> None:
     assert take(s) == [small]
 
 
+def test_much_that_waits_runs_as_two_batches() -> None:
+    s = scheduler(max_batch_tokens=1000, split_batch_tokens=20)
+    parts = [part(10) for _ in range(10)]
+    s.put(parts[:1])
+    first = take(s)
+    s.batch_finished(first, 0.1)
+    s.put(parts[1:9])
+    second = take(s)
+    assert second == parts[1:5]
+    s.batch_finished(second, 0.1)
+    # The other half is not split again, though it is as much as could be.
+    assert take(s) == parts[5:9]
+
+
+def test_a_little_that_waits_runs_in_one_batch() -> None:
+    s = scheduler(max_batch_tokens=1000, split_batch_tokens=20)
+    s.put(few := [part(10) for _ in range(3)])
+    assert take(s) == few
+
+
 def test_the_queue_is_bounded_in_tokens() -> None:
     s = scheduler(max_queued_tokens=50)
     s.put([part(40)])

@@ -117,7 +117,10 @@ def measure_generation(
     `address` is a service of these folders; `sequential` is how many requests Hugging Face's arm runs in a round.
     """
     hooked = HookedGenerator(backbone_folder, dictionary_folder)
-    backbone, dictionary = Backbone.load(backbone_folder), load_dictionary(dictionary_folder).to(dtype=torch.float32)
+    backbone, dictionary = (
+        Backbone.load(backbone_folder),
+        load_dictionary(dictionary_folder).to(dtype=torch.float32).with_screen(),
+    )
     texts = [json.loads(line)["text"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     rows = [ids for ids in (backbone.encode_text(text).ids for text in texts) if len(ids) >= PROMPT_TOKENS]
     # Prompts of different lengths, as requests are.

@@ -242,7 +242,9 @@ class Dictionary:
             assert self.k is not None
             rows, columns = (may_be_active & wanted).nonzero(as_tuple=True)
             found = pre[rows, columns]
-            kept = kept_in_topk(prepared, self.encoder, self.latent_bias, self.k, rows, features[columns], found)
+            kept = kept_in_topk(
+                prepared, self.encoder, self.latent_bias, self.k, rows, features[columns], found, self.screen
+            )
             z[rows, columns] = torch.where(kept, found, 0.0)
             self._check_overflow(z)
             return z, statistics

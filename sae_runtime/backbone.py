@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_runtime import gpt2_weights
 from sae_runtime.attention import AttentionPlan
 from sae_runtime.gpt2_config import ACTIVATIONS, GPT2Settings
+from sae_runtime.kernels.linear import few_rows_linear
 from sae_runtime.kv_cache import KVCache
 from sae_runtime.packed import PackedTokens
 from sae_runtime.sites import LOCATIONS, Site
@@ -382,7 +383,7 @@ class Backbone:
         """Logits [n, vocab] of what the last block returns, [n, d_model]; float32, or float64 of a float64 backbone."""
         weights = self._weights
         x = F.layer_norm(x, (self.d_model,), weights.ln_f_weight, weights.ln_f_bias, self.settings.layer_norm_epsilon)
-        logits = F.linear(x, weights.lm_head)
+        logits = few_rows_linear(x, weights.lm_head).contiguous()
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _block(
@@ -410,9 +411,9 @@ class Backbone:
             if taps.end_at(layer, "resid_pre"):
                 return x
             h = F.layer_norm(x, d, w.ln_1_weight, w.ln_1_bias, config.layer_norm_epsilon)
-            h = torch.addmm(w.attn_c_attn_bias, h, w.attn_c_attn_weight)  # [N, 3 d]: queries, keys, values
+            h = w.attn_c_attn(h).contiguous()  # [N, 3 d]: queries, keys, values
             h = plan.attend(h, config.n_head, scale, layer, cache)  # [N, d]
-            h = torch.addmm(w.attn_c_proj_bias, h, w.attn_c_proj_weight)
+            h = w.attn_c_proj(h)
         if first <= 1:
             h = taps.pass_through(layer, "resid_delta_attn", h, x)
             x = x + h
@@ -421,13 +422,13 @@ class Backbone:
             if taps.end_at(layer, "resid_post_attn"):
                 return x
             h = F.layer_norm(x, d, w.ln_2_weight, w.ln_2_bias, config.layer_norm_epsilon)
-            h = torch.addmm(w.mlp_c_fc_bias, h, w.mlp_c_fc_weight)  # [N, d_mlp]
+            h = w.mlp_c_fc(h)  # [N, d_mlp]
             h = F.gelu(h, approximate=self._gelu)
         if first <= 3:
             h = taps.pass_through(layer, "mlp_post_act", h, x)
             if taps.end_at(layer, "mlp_post_act"):
                 return x
-            h = torch.addmm(w.mlp_c_proj_bias, h, w.mlp_c_proj_weight)  # [N, d]
+            h = w.mlp_c_proj(h)  # [N, d]
         if first <= 4:
             h = taps.pass_through(layer, "resid_delta_mlp", h, x)
             x = x + h
@@ -498,7 +499,7 @@ class _Taps:
                 )
             x = edited
         if site in self.capture:
-            self.captured[site] = x
+            self.captured[site] = x.contiguous()
         return x
 
     def end_at(self, layer: int, location: str) -> bool:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_runtime.gpt2_config import ACTIVATIONS, GPT2Settings
+from sae_runtime.kernels.linear import Linear
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin" / "backbone"
 
@@ -33,21 +34,21 @@ _HUB_FILES = (
 )
 
 
+_LAYER_NORMS = ("ln_1", "ln_2")
+_MATRICES = ("attn_c_attn", "attn_c_proj", "mlp_c_fc", "mlp_c_proj")
+
+
 class BlockWeights(NamedTuple):
-    """One block. Matrices are [inputs, outputs], as in Hugging Face's GPT-2 files (its `Conv1D`)."""
+    """One block."""
 
     ln_1_weight: Tensor  # [d]
     ln_1_bias: Tensor
-    attn_c_attn_weight: Tensor  # [d, 3 d]
-    attn_c_attn_bias: Tensor
-    attn_c_proj_weight: Tensor  # [d, d]
-    attn_c_proj_bias: Tensor
+    attn_c_attn: Linear  # d -> 3 d
+    attn_c_proj: Linear  # d -> d
     ln_2_weight: Tensor  # [d]
     ln_2_bias: Tensor
-    mlp_c_fc_weight: Tensor  # [d, d_mlp]
-    mlp_c_fc_bias: Tensor
-    mlp_c_proj_weight: Tensor  # [d_mlp, d]
-    mlp_c_proj_bias: Tensor
+    mlp_c_fc: Linear  # d -> d_mlp
+    mlp_c_proj: Linear  # d_mlp -> d
 
 
 class GPT2Weights(NamedTuple):
@@ -66,9 +67,14 @@ def assemble(state: Mapping[str, Tensor], n_layers: int, dtype: torch.dtype, dev
         return state[name].detach().to(device, dtype)
 
     def block(layer: int) -> BlockWeights:
-        # ln_1_weight is ln_1.weight, attn_c_attn_weight is attn.c_attn.weight
-        names = (f"transformer.h.{layer}.{_dotted(field)}" for field in BlockWeights._fields)
-        return BlockWeights(*map(take, names))
+        def part(name: str) -> tuple[Tensor, Tensor]:
+            weight, bias = (take(f"transformer.h.{layer}.{_dotted(name)}.{kind}") for kind in ("weight", "bias"))
+            return weight, bias
+
+        # Matrices are [inputs, outputs] in Hugging Face's GPT-2 files (its `Conv1D`).
+        ln_1, ln_2 = map(part, _LAYER_NORMS)
+        attn_c_attn, attn_c_proj, mlp_c_fc, mlp_c_proj = (Linear(*part(name)) for name in _MATRICES)
+        return BlockWeights(*ln_1, attn_c_attn, attn_c_proj, *ln_2, mlp_c_fc, mlp_c_proj)
 
     wte = take("transformer.wte.weight")
     tied = state.get("lm_head.weight") is None or state["lm_head.weight"] is state["transformer.wte.weight"]
@@ -209,12 +215,12 @@ def expected_shapes(settings: GPT2Settings) -> dict[str, tuple[int, ...]]:
         "transformer.ln_f.bias": (d,),
     }
     for layer in range(settings.n_layer):
-        for field in BlockWeights._fields:
-            part, _, kind = field.rpartition("_")
+        for part in (*_LAYER_NORMS, *_MATRICES):
             outputs = wide.get(part, d)
             inputs = d_mlp if part == "mlp_c_proj" else d
-            is_matrix = kind == "weight" and not part.startswith("ln_")
-            shapes[f"transformer.h.{layer}.{_dotted(field)}"] = (inputs, outputs) if is_matrix else (outputs,)
+            name = f"transformer.h.{layer}.{_dotted(part)}"
+            shapes[f"{name}.weight"] = (inputs, outputs) if part in _MATRICES else (outputs,)
+            shapes[f"{name}.bias"] = (outputs,)
     return shapes
 
 
@@ -235,9 +241,6 @@ def random_state(settings: GPT2Settings, seed: int) -> dict[str, Tensor]:
     return state
 
 
-def _dotted(field: str) -> str:
-    """attn_c_attn_weight -> attn.c_attn.weight, ln_1_bias -> ln_1.bias."""
-    part, _, kind = field.rpartition("_")
-    if part.startswith(("attn_", "mlp_")):
-        part = part.replace("_", ".", 1)
-    return f"{part}.{kind}"
+def _dotted(part: str) -> str:
+    """attn_c_attn -> attn.c_attn, ln_1 -> ln_1."""
+    return part if part in _LAYER_NORMS else part.replace("_", ".", 1)

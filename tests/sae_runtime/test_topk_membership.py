@@ -4,12 +4,17 @@ import pytest
 import torch
 
 from sae_runtime.kernels import topk_membership
+from sae_runtime.kernels.linear import few_rows_linear
+from sae_runtime.kernels.screened_topk import Screen
 from sae_runtime.kernels.topk_membership import kept_in_topk
 from tests.service.engine.models import random_dictionary
 
 
+@pytest.mark.parametrize("how", ["whole", "tiles", "screened"])
 @pytest.mark.parametrize(("n_latents", "k"), [(50, 7), (5000, 32), (3000, 2999), (1500, 1)])
-def test_equals_a_dense_topk(n_latents: int, k: int) -> None:
+def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k: int, how: str) -> None:
+    if how != "whole":
+        monkeypatch.setattr(topk_membership, "SMALL_BYTES", 0)
     generator = torch.Generator().manual_seed(n_latents)
     # Whole numbers: sums are exact in any order, and many values are equal.
     x, weight, bias = (
@@ -22,17 +27,38 @@ def test_equals_a_dense_topk(n_latents: int, k: int) -> None:
     latents = torch.randint(0, n_latents, (200,), generator=generator)
     latents[:40] = order[rows[:40], torch.randint(0, k, (40,), generator=generator)]  # kept ones, some at the edge
     latents[40:50] = order[rows[40:50], min(k, n_latents - 1)]
-    found = kept_in_topk(x, weight, bias, k, rows, latents, dense[rows, latents])
+    positive = dense[rows, latents] > 0
+    rows, latents = rows[positive], latents[positive]
+    screen = Screen.of(weight, bias) if how == "screened" else None
+    found = kept_in_topk(x, weight, bias, k, rows, latents, dense[rows, latents], screen)
     assert found.tolist() == (rank[rows, latents] < k).tolist()
     assert found.any()
-    assert k >= n_latents - 1 or not found.all()
+    assert k >= n_latents // 2 or not found.all()
+
+
+def test_screening_decides_as_float32_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values so near to each other that bfloat16 cannot tell many of them apart."""
+    monkeypatch.setattr(topk_membership, "SMALL_BYTES", 0)
+    generator = torch.Generator().manual_seed(8)
+    x, weight = torch.randn(20, 48, generator=generator), torch.randn(6000, 48, generator=generator)
+    bias = 0.1 * torch.randn(6000, generator=generator)
+    dense = x @ weight.T + bias
+    order = dense.argsort(dim=1, descending=True)
+    rows = torch.arange(20).repeat_interleave(12)
+    latents = order[:, 26:38].reshape(-1)  # ranks around the 32nd
+    found = kept_in_topk(x, weight, bias, 32, rows, latents, dense[rows, latents], Screen.of(weight, bias))
+    assert found.view(20, 12).tolist() == [[True] * 6 + [False] * 6] * 20
 
 
 def test_looks_at_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, addmm = [], torch.addmm
-    monkeypatch.setattr(
-        topk_membership.torch, "addmm", lambda b, x, w: seen.append((x.shape[0], w.shape[1])) or addmm(b, x, w)
-    )
+    seen: list[tuple[int, int]] = []
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        seen.append((len(x), len(weight)))
+        return few_rows_linear(x, weight, bias)
+
+    monkeypatch.setattr(topk_membership, "few_rows_linear", counted)
+    monkeypatch.setattr(topk_membership, "SMALL_BYTES", 0)
     weight = torch.eye(20_000, 2) + 1
     x, bias = torch.ones(3, 2), torch.zeros(20_000)
     pairs = torch.tensor([0, 2]), torch.tensor([19_000, 0])  # one of the smallest values, one of the two largest

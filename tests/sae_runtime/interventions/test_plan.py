@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_runtime import Edit, Site
+from sae_runtime import Dictionary, Edit, Site
 from sae_runtime.interventions import (
     AfterText,
     CompiledEdits,
@@ -192,3 +192,30 @@ def test_a_site_that_a_condition_reads_must_come_first() -> None:
     wide = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     assert plan.apply(plan.sites[0], wide) is wide
     plan.apply(SITE, activations(2))
+
+
+def test_an_edit_that_only_adds_does_not_ask_which_latents_are_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a TopK dictionary that takes the whole encoder, and the answer would change nothing."""
+    asked: list[list[list[bool]]] = []
+    encode = Dictionary.encode_ascending
+
+    def watched(self: Dictionary, x: Tensor, features: Tensor, wanted: Tensor) -> Any:
+        asked.append(wanted.tolist())
+        return encode(self, x, features, wanted)
+
+    monkeypatch.setattr(Dictionary, "encode_ascending", watched)
+    edits = (
+        Edit("topk", 1, "add", 1.0),
+        Edit("topk", 2, "scale", 0.0),
+        Edit("topk", 3, "add", 1.0, condition=Condition(feature=4, threshold=0.5)),
+    )
+    x = activations(2)
+    plan = plan_edits([RowEdits(edits, 2, 0, 2)], DICTIONARIES)
+    edited = plan.apply(SITE, x)
+    assert asked == [[[False, True, False, True]] * 2]
+    z = TOPK.encode_dense(x)
+    _, statistics = TOPK._prepare(x)
+    std = 1.0 if statistics is None else statistics.std
+    change = torch.zeros_like(z)
+    change[:, 1], change[:, 2], change[:, 3] = 1.0, -z[:, 2], (z[:, 4] > 0.5).float()
+    torch.testing.assert_close(edited, x + std * (change @ TOPK.decoder))

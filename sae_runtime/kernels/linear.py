@@ -1,0 +1,59 @@
+"""Products with weights that are read once for a few rows, as decoding does at every step.
+
+The time of such a product is that of reading the weights, but libraries are made for many rows. Which way is fast
+depends on the number of rows (ms for all blocks and the LM head of GPT-2 small in float32, on 2 cores of a Xeon with
+AVX-512, MKL as in torch 2.13; 24 would be the memory's speed):
+
+    rows  x @ W.T  x @ V   (W @ x.T).T
+    1     30       26      31
+    2     29       79      47
+    4     54       79      48
+    16    71       96      48
+    32    88       122     66
+    128   252      241     210 and 244 if its result is copied into the usual order
+
+with W [outputs, inputs] and V = W.T in memory of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW_ROWS = range(3, 65)
+"""Numbers of rows for which W @ x.T is the fastest on a CPU."""
+SMALL_BYTES = 8 << 20
+"""Of float32 matrices up to this size there are two copies: reading V for one row is twice as fast in a cache."""
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias for x [n, inputs], weight [outputs, inputs], bias [outputs]: [n, outputs].
+
+    The result may lie in memory column by column.
+    """
+    if len(x) in FEW_ROWS and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        return (weight @ x.t()).t() if bias is None else torch.addmm(bias[:, None], weight, x.t()).t()
+    return F.linear(x, weight, bias)
+
+
+class Linear:
+    """A matrix and a bias, kept in the layouts that are fast."""
+
+    def __init__(self, inputs_first: Tensor, bias: Tensor) -> None:
+        """inputs_first [inputs, outputs], bias [outputs]."""
+        self.weight = inputs_first.t().contiguous()
+        self.bias = bias
+        is_small = inputs_first.dtype == torch.float32 and inputs_first.nbytes <= SMALL_BYTES
+        self._inputs_first = inputs_first if is_small and inputs_first.device.type == "cpu" else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.weight.nbytes + self.bias.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, inputs] -> [n, outputs]; the result may lie in memory column by column."""
+        if len(x) == 1 and self._inputs_first is not None:
+            return torch.addmm(self.bias, x, self._inputs_first)
+        return few_rows_linear(x, self.weight, self.bias)

@@ -9,7 +9,8 @@ For the builtin model and for a random model of GPT-2 small's shape (32,768 late
                            same requests in padded batches of 16 (Hugging Face's GPT-2, F.linear, topk)
     extract_vs_sequential  the same tokens/s, against a plain gRPC server that runs the same PyTorch code on one request
                            at a time (sequential_server.py), under the same load of 16 callers
-    latency_over_forward_ms  median over requests of the latency at concurrency 1, less the time of the PyTorch code
+    latency_over_forward_ms  median over requests of the latency of a lone caller who sends one after the other,
+                           less the time of the PyTorch code
 
 Generation against Hugging Face's `generate` is measured as generation.py says.
 
@@ -55,6 +56,7 @@ BUILTIN = Path(__file__).resolve().parent.parent / "sae_runtime" / "builtin"
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 CONCURRENCY = 16
 GENERATION_ROUNDS = 3
+LATENCY_BLOCK = 8
 SETTLE_S = 0.1  # between two arms: idle worker threads of the first stop spinning
 
 
@@ -145,9 +147,9 @@ def free_ports(n: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object], settle_s: float = SETTLE_S) -> float:
     """Seconds that `work` takes, after letting the machine settle."""
-    time.sleep(SETTLE_S)
+    time.sleep(settle_s)
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -185,14 +187,7 @@ def measure(shape: Shape, address: str, rounds: int) -> dict[str, Figure]:
             n_tokens = sum(map(len, own_rows))
             for name in sorted(arms, key=lambda name: (list(arms).index(name) + i) % 3):  # no arm is always first
                 speeds[name].append(n_tokens / timed(arms[name]))
-        over_forward_ms = []
-        with grpc.insecure_channel(address) as channel:
-            stub = FeatureServiceStub(channel)
-            stub.ExtractFeatures(requests[0])
-            for request, row in list(zip(requests, rows, strict=True))[: shape.latency_requests]:
-                forward = timed(lambda row=row: bare.extract([row]))
-                latency = timed(lambda request=request: stub.ExtractFeatures(request))
-                over_forward_ms.append(1e3 * (latency - forward))
+        latency_over_forward_ms = measure_latency(bare, address, requests, rows, shape.latency_requests)
 
     def ratio(over: str) -> Figure:
         return Figure.median_of([a / b for a, b in zip(speeds["service"], speeds[over], strict=True)])
@@ -200,11 +195,37 @@ def measure(shape: Shape, address: str, rounds: int) -> dict[str, Figure]:
     return {
         "extract_vs_bare": ratio("bare"),
         "extract_vs_sequential": ratio("sequential"),
-        "latency_over_forward_ms": Figure.median_of(over_forward_ms),
+        "latency_over_forward_ms": Figure.median_of(latency_over_forward_ms),
         "extract_tokens_per_s": Figure.median_of(speeds["service"]),
         "bare_tokens_per_s": Figure.median_of(speeds["bare"]),
         "sequential_tokens_per_s": Figure.median_of(speeds["sequential"]),
     }
+
+
+def measure_latency(
+    bare: BareExtractor,
+    address: str,
+    requests: Sequence[pb.ExtractFeaturesRequest],
+    rows: Sequence[Sequence[int]],
+    count: int,
+) -> list[float]:
+    """For `count` requests, the latency of a lone caller without pauses less the forward pass of the same text, in ms.
+
+    In blocks, so that both meet the same machine and idle threads of one do not spin while the other runs.
+    """
+    over_ms: list[float] = []
+    with grpc.insecure_channel(address) as channel:
+        stub = FeatureServiceStub(channel)
+        for start in range(0, count, LATENCY_BLOCK):
+            block = range(start, min(start + LATENCY_BLOCK, count))
+            time.sleep(SETTLE_S)
+            bare.extract([rows[start]])
+            forward = [timed(lambda i=i: bare.extract([rows[i]]), 0) for i in block]
+            time.sleep(SETTLE_S)
+            stub.ExtractFeatures(requests[start])
+            latency = [timed(lambda i=i: stub.ExtractFeatures(requests[i]), 0) for i in block]
+            over_ms += [1e3 * (a - b) for a, b in zip(latency, forward, strict=True)]
+    return over_ms
 
 
 def token_rows(address: str, texts: Sequence[str], dictionary: str) -> list[list[int]]:

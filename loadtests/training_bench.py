@@ -10,8 +10,8 @@ speed    TopK at d 768, n 32,768, k 32, in turn, round by round. tokens/s are of
          each against the better peer in the same precision.
 quality  every family on activations of the builtin model (resid-mid's site), equal tokens: NMSE, L0 and dead fraction
          on held-out activations, of the form that is served. Each arm tries its own default learning rate and a higher
-         one and keeps the better. Families with a penalty are brought to the same L0: the knob (penalty; here k) is
-         moved by secants, and the NMSE is read off between the two nearest runs.
+         one and keeps the better. All but TopK are brought to the same L0 as served: the knob (k, or a peer's penalty)
+         is moved by secants, and the NMSE is read off between the two nearest runs.
 """
 
 from __future__ import annotations
@@ -114,7 +114,11 @@ def measure_speed(peers: Path, folder: Path, rounds: int) -> dict[str, float]:
         for project, dtype in arms:
             sizes = {name: SPEED[name] for name in ("n_latents", "k", "batch", "steps", "warm_up")}
             spec = {"project": project, "family": "topk", "activations": str(activations), "dtype": dtype, **sizes}
-            figures = run_arm(spec | {"seed": 0, "settings": {}, "held_out": 0, "dead_after_tokens": 10**7}, peers)
+            # Its default is longer than the run, which it refuses.
+            settings = {"warmup_steps": 1} if project == "dictionary_learning" else {}
+            figures = run_arm(
+                spec | {"seed": 0, "settings": settings, "held_out": 0, "dead_after_tokens": 10**7}, peers
+            )
             speeds[project, dtype].append(figures["tokens_per_s"])
             memory[project, dtype].append(figures["peak_mb"])
             print(f"{project} {dtype}: {figures['tokens_per_s']:.0f} tokens/s, {figures['peak_mb']:.0f} MB", flush=True)
@@ -167,9 +171,10 @@ def write_builtin_activations(path: Path, data: Sequence[Path], tokens: int, hel
 def settings_of(project: str, family: str, sizes: Sizes, rate_factor: float) -> tuple[dict[str, Any], float]:
     """An arm's settings for a run of this length, and the knob that its penalty starts with (0: none)."""
     rise, n = sizes.steps // 20, sizes.n_latents
+    k = 0.0 if family == "topk" else float(sizes.k)
     if project == "saeserve":
         rate = rate_factor * 5e-4 / math.sqrt(n / 2**14)
-        return {"learning_rate": rate, "warmup_steps": rise}, float(sizes.k) if family not in CHOOSING else 0.0
+        return {"learning_rate": rate, "warmup_steps": rise}, k
     if project == "saelens":
         settings: dict[str, Any] = {
             "lr": rate_factor * 3e-4,
@@ -180,7 +185,7 @@ def settings_of(project: str, family: str, sizes: Sizes, rate_factor: float) -> 
             settings["matryoshka_widths"] = [n // 32, n // 16, n // 8, n // 4, n // 2, n]
         if family in ("relu", "gated"):
             return settings | {"l1_warm_up_steps": rise}, 1.0
-        return (settings | {"l0_warm_up_steps": rise}, 1.0) if family == "jumprelu" else (settings, 0.0)
+        return (settings | {"l0_warm_up_steps": rise}, 1.0) if family == "jumprelu" else (settings, k)
     default = {"relu": 1e-3, "relu_decoder_norm": 1e-3, "jumprelu": 7e-5, "gated": 5e-5}
     settings = {
         "lr": rate_factor * default.get(family, 2e-4 / math.sqrt(n / 2**14)),
@@ -191,16 +196,21 @@ def settings_of(project: str, family: str, sizes: Sizes, rate_factor: float) -> 
         settings["threshold_start_step"] = sizes.steps // 4
         if family == "matryoshka":
             settings["group_fractions"] = [1 / 32, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
-        return settings, 0.0
+        return settings, k
     settings["sparsity_warmup_steps"] = rise
     if family == "jumprelu":
         return settings | {"target_l0": float(sizes.k)}, 1.0
     return settings, 0.1
 
 
+def turns_k(project: str, family: str) -> bool:
+    """Whether an arm's sparsity is set by k, rather than by a penalty."""
+    return project == "saeserve" or family in CHOOSING
+
+
 def with_knob(project: str, family: str, settings: dict[str, Any], knob: float) -> dict[str, Any]:
-    """The settings with the sparsity knob turned; saeserve's is its k."""
-    if family in CHOOSING or project == "saeserve":
+    """The settings with the penalty turned, where that is the knob."""
+    if turns_k(project, family):
         return settings
     if project == "saelens":
         return settings | {"l0_coefficient" if family == "jumprelu" else "l1_coefficient": knob}
@@ -228,13 +238,13 @@ def best_of(project: str, family: str, sizes: Sizes, activations: Path, peers: P
         }
         runs = []
         for _ in range(SEARCH_RUNS if knob else 1):
-            own = {"k": max(1, round(knob))} if knob and project == "saeserve" else {}
+            own = {"k": max(1, round(knob))} if knob and turns_k(project, family) else {}
             figures = run_arm(spec | own | {"settings": with_knob(project, family, settings, knob)}, peers)
             runs.append((knob, figures))
             print(f"  {project} {family} x{rate_factor:g} knob {knob:.4g}: {_shown(figures)}", flush=True)
             if abs(figures["l0"] / sizes.k - 1) <= L0_TOLERANCE / 4 or not knob:
                 break
-            knob = next_knob(runs, sizes.k, falls=project != "saeserve")
+            knob = next_knob(runs, sizes.k, falls=not turns_k(project, family))
         outcomes.append(at_l0([figures for _, figures in runs], sizes.k))
     return min(outcomes, key=lambda figures: (not figures["l0_met"], figures["nmse"]))
 

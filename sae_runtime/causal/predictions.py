@@ -12,6 +12,8 @@ from sae_runtime.backbone import Backbone
 
 LOGIT_ENTRIES = 1 << 24
 """Logits that exist at once (64 MiB in float32); a few temporaries of the same size come beside them."""
+CACHED_ENTRIES = 1 << 19
+"""Logits that are compared at once: what is computed on the way stays in the CPU's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,8 @@ def predict(backbone: Backbone, final: Tensor, targets: Tensor, tokens: Tensor) 
         ValueError: logits that are not finite.
     """
     parts = [
-        _figures(backbone.unembed(final[at]), targets[at], tokens) for at in _tiles(len(final), backbone.vocab_size)
+        _figures(backbone.unembed(final[at]), targets[at], tokens)
+        for at in _tiles(len(final), backbone.vocab_size, LOGIT_ENTRIES)
     ]
     return _join(parts, len(tokens))
 
@@ -78,13 +81,14 @@ def compare(
     order = base.argsort(stable=True)  # copies of a token stand together, which saves its own logits
     kl = torch.empty(len(base), dtype=torch.float64 if final.dtype == torch.float64 else torch.float32).to(base.device)
     parts = []
-    for at in _tiles(len(base), 2 * backbone.vocab_size):
+    for at in _tiles(len(base), 2 * backbone.vocab_size, LOGIT_ENTRIES):
         place = order[at]
         own, copy_of = torch.unique_consecutive(base[place], return_inverse=True)
         reference = backbone.unembed(final[own]).log_softmax(-1)
         logits = backbone.unembed(changed[place])
-        parts.append(_figures(logits, targets[base[place]], tokens))
-        kl[place] = divergence(reference, logits.log_softmax(-1), copy_of)
+        for few in _tiles(len(place), backbone.vocab_size, CACHED_ENTRIES):
+            parts.append(_figures(logits[few], targets[base[place[few]]], tokens))
+            kl[place[few]] = divergence(reference, logits[few].log_softmax(-1), copy_of[few])
     joined = _join(parts, len(tokens))
     back = order.argsort()
     return joined[back], kl
@@ -129,6 +133,6 @@ def _join(parts: list[Predictions], n_tokens: int) -> Predictions:
     )
 
 
-def _tiles(n: int, width: int) -> list[slice]:
-    step = max(1, LOGIT_ENTRIES // width)
+def _tiles(n: int, width: int, entries: int) -> list[slice]:
+    step = max(1, entries // width)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]

@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from sae_runtime.autoencoder import Dictionary
 from sae_runtime.backbone import Backbone
@@ -39,7 +40,8 @@ from sae_runtime.causal.contrast import FeatureContrast, active_columns, aggrega
 from sae_runtime.causal.score import ScoredRow, score_rows
 from sae_runtime.causal.suggestion import STRENGTH_FACTORS, SetScores, at_strength, set_scores, suggest_edit
 from sae_runtime.formats import list_builtin_dictionaries, load_dictionary
-from sae_runtime.interventions import Edit
+from sae_runtime.interventions import Edit, RowEdits, plan_edits
+from sae_runtime.packed import PackedTokens
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "builtin" / "data" / "heldout.jsonl.xz"
 WINDOW = 64
@@ -373,8 +375,8 @@ def speed(
 ) -> tuple[int, float, float]:
     """Number of variants of an ablation study, seconds one by one (a whole forward each), and seconds of the study.
 
-    One by one is what there would be without a shared prefix: every variant scored by itself from the embedding on.
-    The unedited forwards of a row are counted once on both sides.
+    One by one is what there would be without a shared prefix: every variant by itself from the embedding on, its loss,
+    and its KL from the unedited predictions, which are computed once a row.
     """
     features = strongest_features(total_activation(backbone, dictionaries, rows), n_features)
     began = time.perf_counter()
@@ -383,25 +385,26 @@ def speed(
         study.run(batch)
     together = time.perf_counter() - began
     began = time.perf_counter()
-    score_rows(backbone, [ScoredRow(row) for row in rows], dictionaries)
+    unedited = [_log_probabilities(backbone, row, [], dictionaries) for row in rows]
     for variant in study.variants:
-        feature = features[variant.feature]
-        edit = Edit(feature.dictionary, feature.feature, "ablate_zero")
-        _whole_forward(backbone, rows[variant.row], edit, dictionaries)
+        feature, row = features[variant.feature], rows[variant.row]
+        edits = [Edit(feature.dictionary, feature.feature, "ablate_zero")]
+        edited = _log_probabilities(backbone, row, edits, dictionaries)
+        F.nll_loss(edited[:-1], torch.tensor(row[1:]))
+        F.kl_div(edited, unedited[variant.row], reduction="none", log_target=True).sum(-1)
     return len(study.variants), time.perf_counter() - began, together
 
 
 @torch.no_grad()
-def _whole_forward(backbone: Backbone, row: Row, edit: Edit, dictionaries: Mapping[str, Dictionary]) -> float:
-    """One variant by itself: the whole forward with the edit, its logits, and its loss."""
-    from sae_runtime.interventions import RowEdits, plan_edits
-    from sae_runtime.packed import PackedTokens
-
-    plan = plan_edits([RowEdits([edit], len(row), 0, len(row), row)], dictionaries)
+def _log_probabilities(
+    backbone: Backbone, row: Row, edits: Sequence[Edit], dictionaries: Mapping[str, Dictionary]
+) -> torch.Tensor:
+    """Of the next token after each of the row's, [T, vocab], from one whole forward."""
+    plan = plan_edits([RowEdits(edits, len(row), 0, len(row), row)], dictionaries)
     packed = PackedTokens.from_rows([row])
     logits = backbone.forward(packed, edit=plan.apply, edit_sites=plan.sites, logits="all").logits
     assert logits is not None
-    return float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row[1:])))
+    return logits.log_softmax(-1)
 
 
 def speed_table(study: Study, rounds: int = 3) -> str:

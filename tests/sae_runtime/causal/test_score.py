@@ -21,6 +21,7 @@ def test_scores_of_a_mixed_batch_equal_the_hooked_model(
     rows: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(predictions, "CACHED_ENTRIES", 2 * 257)
     monkeypatch.setattr(predictions, "LOGIT_ENTRIES", 7 * 257)  # tiles that do not end with rows
     edits = {
         0: [Edit("stream", 3, "set", value=2.0), Edit("attention", 5, "ablate_zero", positions=(1, 4))],

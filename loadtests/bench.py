@@ -43,7 +43,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from loadtests.bare import BareExtractor
 from loadtests.generation import measure_generation, sequential_requests
-from loadtests.load import closed_loop
+from loadtests.load import SETTLE_S, closed_loop, timed
 from loadtests.shapes import write_gpt2_shape
 from sae_runtime.formats.published import read_manifest
 from sae_runtime.kernels.benchmark import measure_tiled_topk
@@ -57,7 +57,6 @@ PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 CONCURRENCY = 16
 GENERATION_ROUNDS = 3
 LATENCY_BLOCK = 8
-SETTLE_S = 0.1  # between two arms: idle worker threads of the first stop spinning
 
 
 @dataclass(frozen=True)
@@ -145,14 +144,6 @@ def free_ports(n: int) -> list[int]:
         for s in sockets:
             s.bind(("127.0.0.1", 0))
         return [s.getsockname()[1] for s in sockets]
-
-
-def timed(work: Callable[[], object], settle_s: float = SETTLE_S) -> float:
-    """Seconds that `work` takes, after letting the machine settle."""
-    time.sleep(settle_s)
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def measure(shape: Shape, address: str, rounds: int) -> dict[str, Figure]:

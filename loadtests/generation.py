@@ -33,6 +33,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from loadtests.hooked import HookedGenerator, HookEdit
+from loadtests.load import timed
 from sae_runtime import Backbone, Edit, load_dictionary
 from service.engine.engine import Engine
 from service.engine.settings import EngineSettings
@@ -48,7 +49,6 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 CHECKED_TOKENS = 8
 MIXED_CALLERS = 4
-SETTLE_S = 0.1
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 
 
@@ -99,14 +99,6 @@ async def in_process(engine: Engine, works: Sequence[GenerateWork]) -> int:
         return sum([len(event.ids) async for event in engine.generate(work) if isinstance(event, GeneratedTokens)])
 
     return sum(await asyncio.gather(*(one(work) for work in works)))
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes, after letting the machine settle."""
-    time.sleep(SETTLE_S)
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def measure_generation(

@@ -1,8 +1,8 @@
-"""A closed-loop gRPC load: a fixed number of callers, each sending its next request when the last is answered."""
+"""A closed-loop gRPC load: callers that each send their next request when the last is answered. Timing of arms."""
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -10,6 +10,8 @@ import grpc
 from service.pb.saeserve.v1 import feature_service_pb2 as pb
 from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
 
+SETTLE_S = 0.1
+"""Pause between two arms, in which idle worker threads of the first stop spinning."""
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 
@@ -51,3 +53,11 @@ async def closed_loop(address: str, requests: Sequence[pb.ExtractFeaturesRequest
         started = time.perf_counter()
         await asyncio.gather(*(caller(stub) for _ in range(concurrency)))
         return LoadResult(time.perf_counter() - started, latencies, replies)
+
+
+def timed(work: Callable[[], object], settle_s: float = SETTLE_S) -> float:
+    """Seconds that `work` takes, after letting the machine settle."""
+    time.sleep(settle_s)
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

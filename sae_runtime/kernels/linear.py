@@ -1,16 +1,17 @@
 """Products with weights that are read once for a few rows, as decoding does at every step.
 
 The time of such a product is that of reading the weights, but libraries are made for many rows. Which way is fast
-depends on the number of rows (ms for all blocks and the LM head of GPT-2 small in float32, on 2 cores of a Xeon with
-AVX-512, MKL as in torch 2.13; 24 would be the memory's speed):
+depends on the number of rows: ms for all products of GPT-2 small in float32, 2 cores of a Xeon with AVX-512, MKL as in
+torch 2.13 (`python -m sae_runtime.kernels.linear_benchmark` prints it):
 
-    rows  x @ W.T  x @ V   (W @ x.T).T
-    1     30       26      31
-    2     29       79      47
-    4     54       79      48
-    16    71       96      48
-    32    88       122     66
-    128   252      241     210 and 244 if its result is copied into the usual order
+    rows  x @ W.T  x @ V  (W @ x.T).T
+    1     25       23     26
+    2     29       72     45
+    4     50       73     45
+    16    73       92     51
+    32    89       108    58
+    64    137      156    139
+    128   242      256    239
 
 with W [outputs, inputs] and V = W.T in memory of its own.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 FEW_ROWS = range(3, 65)
 """Numbers of rows for which W @ x.T is the fastest on a CPU."""
 SMALL_BYTES = 8 << 20
-"""Of float32 matrices up to this size there are two copies: reading V for one row is twice as fast in a cache."""
+"""Of float32 matrices up to this size there are two copies: V is read faster for one row."""
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

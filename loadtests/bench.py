@@ -24,7 +24,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -48,6 +47,7 @@ from loadtests.shapes import write_gpt2_shape
 from sae_runtime.formats.published import read_manifest
 from sae_runtime.kernels.benchmark import measure_tiled_topk
 from service.client import Client
+from service.local_ray import free_ports
 from service.pb.saeserve.v1 import common_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as pb
 from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
@@ -136,14 +136,6 @@ def sequential_server(shape: Shape) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=10)
-
-
-def free_ports(n: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
 
 
 def measure(shape: Shape, address: str, rounds: int) -> dict[str, Figure]:

@@ -14,6 +14,7 @@ import io
 import logging
 import math
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -31,6 +32,7 @@ _GONE_AFTER_S = 5.0
 _SERVE_ENDS_S = 5.0
 _CORE = ("gcs_server", "raylet")
 TOKEN = "RAY_AUTH_TOKEN"
+_OUR_PORTS = range(10_000, 30_000)  # then come those of Serve's replicas
 
 
 class StartError(Exception):
@@ -112,10 +114,20 @@ def environment(settings: ServeSettings, directory: Path) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(_bind("", 0)) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
+    """Different ports that nobody listens on now, and that systems do not give away: below the range for outgoing
+    connections and for port 0 (Linux: from 32768), of which Ray takes dozens before ours are bound.
+
+    Raises:
+        StartError: too few of them are free.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(_OUR_PORTS, len(_OUR_PORTS)):
+        with contextlib.suppress(OSError):
+            _bind("", port).close()
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise StartError(f"fewer than {count} ports from {_OUR_PORTS[0]} to {_OUR_PORTS[-1]} are free")
 
 
 @contextlib.contextmanager

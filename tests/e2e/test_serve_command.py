@@ -12,7 +12,8 @@ import pytest
 
 import sae_runtime
 from service.client import Client
-from tests.e2e.running_service import RunningService, free_ports, run_serve, start_service
+from service.local_ray import free_ports
+from tests.e2e.running_service import RunningService, run_serve, start_service
 from tests.e2e.tiny_model import TinyModel
 
 BUILTIN = Path(sae_runtime.__file__).parent / "builtin" / "backbone"

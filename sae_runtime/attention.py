@@ -42,8 +42,10 @@ class _Group:
     length: int
     first_place: int = 0
     stride: int = 0
+    n_keys: int = 0
+    """S: each row looks at the keys from the cache's place first_place + row * stride on; 0: at its own tokens'."""
     mask: Tensor | None = None
-    """[G, 1, T, S], added to the scores over the S keys from the cache's place first_place + row * stride on."""
+    """[G, 1, T, S], added to the scores over keys from the cache; None where every row's one token looks at all S."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,17 @@ class AttentionPlan:
             real = token < lengths[rows, None]
             restore[index[real]] = (n_places + place_of_row[:, None] * length + token)[real]
             gather.append(padded.ravel())
-            mask = None
+            mask, n_keys = None, 0
             if cached is not None:
-                n_keys = int((past[rows] + lengths[rows]).max())
+                ends = past[rows] + lengths[rows]
+                n_keys = int(ends.max())
+            if cached is not None and (length > 1 or ends.min() < n_keys):
                 # Idle slots in the range keep an open mask; nobody reads their result.
                 scores = np.zeros((n_rows, 1, length, n_keys), np.float32)
                 hidden = np.arange(n_keys) > (past[rows, None] + token)[:, :, None]  # [rows, T, S]
                 scores[place_of_row, 0] = np.where(hidden, np.float32("-inf"), np.float32(0))
                 mask = torch.from_numpy(scores).to(device, dtype)
-            groups.append(_Group(n_places, n_rows, length, *(cached or (0, 0)), mask))
+            groups.append(_Group(n_places, n_rows, length, *(cached or (0, 0)), n_keys, mask))
             n_places += n_rows * length
 
         for rows in _fresh_rows(packed):
@@ -132,19 +136,18 @@ class AttentionPlan:
         head_dim = d_model // n_heads
         if cache is not None:
             assert self.places is not None
-            _, keys, values = qkv.view(-1, 3, n_heads, head_dim).unbind(1)
-            cache.write(layer, self.places, keys, values)
+            cache.write(layer, self.places, qkv.view(-1, 3 * n_heads, head_dim)[:, n_heads:])
         padded = qkv if self.gather is None else qkv.index_select(0, self.gather)  # [P, 3 * d_model]
         outputs = []
         for group in self.groups:
             g, t = group.n_rows, group.length
             part = padded[group.start : group.start + g * t].view(g, t, 3, n_heads, head_dim)
             q, k, v = part.permute(2, 0, 3, 1, 4)  # each [G, n_heads, T, head_dim]
-            if group.mask is None:
+            if not group.n_keys:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
             else:
                 assert cache is not None
-                k, v = cache.read(layer, group.first_place, group.stride, g, group.mask.shape[-1])
+                k, v = cache.read(layer, group.first_place, group.stride, g, group.n_keys)
                 # each [G, n_heads, S, head_dim]
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
             outputs.append(out.transpose(1, 2).reshape(g * t, d_model))

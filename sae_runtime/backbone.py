@@ -485,8 +485,13 @@ class _Taps:
     captured: dict[Site, Tensor] = field(default_factory=dict)
     paused: dict[Site, PausedForward] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._layers = frozenset(site.layer for site in (*self.capture, *self.edit_sites, *self.pause))
+
     def pass_through(self, layer: int, location: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`residual` is the stream that a branch is added to later."""
+        if layer not in self._layers:
+            return x
         site = Site(layer, location)
         if site in self.pause:
             self.paused[site] = PausedForward(site, x, residual)
@@ -504,7 +509,7 @@ class _Taps:
 
     def end_at(self, layer: int, location: str) -> bool:
         """Whether nothing after this site is needed."""
-        return self.last is None or self.last <= Site(layer, location)
+        return self.last is None or (self.last.layer <= layer and self.last <= Site(layer, location))
 
 
 def check_dtype(dtype: torch.dtype | str) -> torch.dtype:

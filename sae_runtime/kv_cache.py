@@ -30,7 +30,7 @@ class _Region:
 
 
 class KVCache:
-    """Preallocated keys and values of `max_tokens` tokens: per layer [n_heads, max_tokens, head_dim].
+    """Preallocated keys and values of `max_tokens` tokens: per layer [2 * n_heads, max_tokens, head_dim], keys first.
 
     A slot holds one row, in consecutive places of the arena. The caller decides which row lives in which slot and
     counts its tokens (`PackedTokens.past`); a new row (past 0) may take over a slot at any time. Without `max_tokens`
@@ -64,16 +64,14 @@ class KVCache:
         if max_tokens is None:
             self._regions = {slot: _Region(slot * max_length, max_length) for slot in range(n_slots)}
             self._measure_room()
-        shape = (n_layers, n_heads, self.max_tokens, head_dim)
-        # Ordinary tensors even when made under inference_mode: later forwards may run outside of it.
+        # An ordinary tensor even when made under inference_mode: later forwards may run outside of it.
         with torch.inference_mode(False):
-            self._keys = torch.zeros(shape, dtype=dtype, device=device)
-            self._values = torch.zeros(shape, dtype=dtype, device=device)
+            self._arena = torch.zeros(n_layers, 2 * n_heads, self.max_tokens, head_dim, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
         """Memory that keys and values take, in bytes."""
-        return 2 * self._keys.nbytes
+        return self._arena.nbytes
 
     @property
     def free_tokens(self) -> int:
@@ -134,8 +132,7 @@ class KVCache:
                 if n_tokens > region.size:
                     raise ValueError(f"a row of {n_tokens} tokens does not fit a cache slot of {region.size}")
                 place = slice(region.start, region.start + n_tokens)
-                self._keys[:, :, place] = self._keys[:, :, taken]
-                self._values[:, :, place] = self._values[:, :, taken]
+                self._arena[:, :, place] = self._arena[:, :, taken]
                 self._zero(region.start + n_tokens, region.start + region.used)
                 region.used = n_tokens
 
@@ -171,9 +168,8 @@ class KVCache:
             for region in self._by_place():
                 if region.start > start:
                     old, new = slice(region.start, region.start + region.used), slice(start, start + region.used)
-                    for arena in (self._keys, self._values):
-                        for layer in arena:  # one layer at a time: the copy that keeps overlaps right stays small
-                            layer[:, new] = layer[:, old].clone()
+                    for layer in self._arena:  # one layer at a time: the copy that keeps overlaps right stays small
+                        layer[:, new] = layer[:, old].clone()
                     self._zero(max(old.start, new.stop), old.stop)
                     region.start = start
                 start = region.end
@@ -181,8 +177,7 @@ class KVCache:
     def _zero(self, start: int, end: int) -> None:
         if end > start:
             with torch.no_grad():
-                self._keys[:, :, start:end] = 0
-                self._values[:, :, start:end] = 0
+                self._arena[:, :, start:end] = 0
 
     # A forward's view
 
@@ -213,19 +208,16 @@ class KVCache:
             region.used = max(region.used, end)
         return np.array([region.start for region in regions]), np.array([region.room for region in regions])
 
-    def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Stores keys and values [N, n_heads, head_dim] of N tokens at the arena's places int64 [N]."""
+    def write(self, layer: int, places: Tensor, keys_values: Tensor) -> None:
+        """Stores keys and values [N, 2 * n_heads, head_dim] of N tokens at the arena's places int64 [N]."""
         with torch.no_grad():
-            self._keys[layer].index_copy_(1, places, keys.transpose(0, 1))
-            self._values[layer].index_copy_(1, places, values.transpose(0, 1))
+            self._arena[layer].index_copy_(1, places, keys_values.transpose(0, 1))
 
     def read(self, layer: int, start: int, stride: int, n_rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Views of keys and values [n_rows, n_heads, length, head_dim], of rows that start at start + i * stride."""
-        keys, values = self._keys[layer], self._values[layer]
-        n_heads, _, head_dim = keys.shape
+        both = self._arena[layer]
+        n_heads, head_dim = len(both) // 2, both.shape[2]
         size = (n_rows, n_heads, length, head_dim)
-        step = (stride * head_dim, keys.stride(0), head_dim, 1)
-        return (
-            keys.as_strided(size, step, keys.storage_offset() + start * head_dim),
-            values.as_strided(size, step, values.storage_offset() + start * head_dim),
-        )
+        step = (stride * head_dim, both.stride(0), head_dim, 1)
+        first = both.storage_offset() + start * head_dim
+        return both.as_strided(size, step, first), both.as_strided(size, step, first + n_heads * both.stride(0))

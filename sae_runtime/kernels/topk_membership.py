@@ -1,26 +1,28 @@
-"""Whether given latents are among the k largest of their row, without the whole encoder where that can be told sooner.
+"""Whether given latents are among the k largest of their row, with as little of the encoder as tells it.
 
 An edit needs the value of one latent of a TopK dictionary: its pre-activation if it is among the row's k largest, else
 0. Most latents are not, and k larger ones are found in a small part of the encoder. Only where a latent may be kept
-must all others be looked at: in bfloat16 first, if there is such a copy of the encoder (see screened_topk), and then in
-float32 at those that are too near to tell. Decoding reads every weight for a few tokens, so that a dictionary read in
-full would cost as much as the blocks that it is as large as.
+must all others be looked at: in bfloat16, if there is such a copy of the encoder (see screened_topk), and then in
+float32 those that are too near to tell, where they decide. Decoding reads every weight for a few tokens, so that a
+dictionary read in full would cost as much as the blocks that it is as large as.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_runtime.kernels.linear import few_rows_linear
 from sae_runtime.kernels.screened_topk import UNIT_ROUNDOFF, Screen, screening_error
 
-SMALL_BYTES = 8 << 20
-"""An encoder of up to this size stays in a cache, and is read whole at once."""
+SMALL_LATENTS = 4096
+"""An encoder of up to so many latents is looked at whole."""
 FIRST_TILE = 1024
 """Latents that are looked at first, for k up to 64; each tile is as large as all before it, up to the largest."""
 LARGEST_TILE = 8192
+_AT_ONCE = 8192  # exact products
 
 
 def kept_in_topk(
@@ -39,76 +41,105 @@ def kept_in_topk(
     values is larger, the answer may differ from that of another order of additions.
 
     Args:
-        x: [n, d]; weight: [n_latents, d]; bias: [n_latents].
-        rows, latents: int64 [P].
+        x: [n, d]; weight: [n_latents, d]; bias: [n_latents]; on the CPU.
+        rows: int64 [P], ascending; latents: int64 [P].
         values: [P] pre-activation of each pair, positive.
         screen: of weight and bias, which must be float32 then.
 
     Returns:
         bool [P].
     """
-    kept = torch.ones(len(rows), dtype=torch.bool, device=x.device)
-    larger = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
-    open_pairs = torch.arange(len(rows), device=x.device)
-    start, tile = 0, len(weight) if weight.nbytes <= SMALL_BYTES else max(FIRST_TILE, 16 * k)
+    own_latents = latents.numpy()
+    own_rows, inverse = _distinct(rows.numpy())
+    if len(own_rows) < len(x):
+        x = x[torch.from_numpy(own_rows)]
+    if screen is None:
+        read_x, read_weight, read_bias = x, weight, bias
+        low = high = _comparable(values)
+    else:
+        read_x, read_weight, read_bias = x.bfloat16(), screen.weight, screen.bias
+        error = screening_error(x, read_x, screen)
+        if len(error) < len(values):
+            error = error[torch.from_numpy(inverse)]
+        # Screened values and these bounds are rounded once more when they are stored: UNIT_ROUNDOFF each.
+        low = _comparable(((values - error) * (1 - 3 * UNIT_ROUNDOFF)).clamp_min(0).bfloat16(), bits=True)
+        high = _comparable(((values + error) * (1 + 3 * UNIT_ROUNDOFF)).bfloat16(), bits=True)
+
+    open_pairs = np.arange(len(rows))
+    n_larger = np.zeros(len(rows), np.int64)
+    near: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []  # pairs and latents that this comparison cannot place
+    start, tile = 0, len(weight) if len(weight) <= SMALL_LATENTS else max(FIRST_TILE, 16 * k)
     while start < len(weight) and len(open_pairs):
-        own_rows, own_latents, own_values = rows[open_pairs], latents[open_pairs], values[open_pairs]
-        if start and screen is not None:
-            kept[open_pairs] = _count_screened(x, weight, bias, own_rows, own_latents, own_values, screen) < k
-            return kept
         end = min(start + tile, len(weight))
-        asked, inverse = own_rows.unique(return_inverse=True)
-        pre = few_rows_linear(x[asked], weight[start:end], bias[start:end])
-        if len(asked) < len(own_rows):
-            pre = pre[inverse]  # [open pairs, tile]
-        larger[open_pairs] += _count(pre, start, own_latents, own_values)
-        decided = larger[open_pairs] >= k
-        kept[open_pairs[decided]] = False
-        open_pairs = open_pairs[~decided]
+        asked, position = _distinct(inverse[open_pairs])
+        some = read_x if len(asked) == len(read_x) else read_x[torch.from_numpy(asked)]
+        pre = few_rows_linear(some, read_weight[start:end], read_bias[start:end])
+        found = _comparable(pre, bits=screen is not None)
+        if len(position) > len(asked):
+            found = found[position]  # [open pairs, tile]
+        flat = np.flatnonzero(found >= low[open_pairs, None])
+        pair, latent = np.divmod(flat, end - start)
+        pair, latent = open_pairs[pair], latent + start
+        own = own_latents[pair]
+        larger = found.reshape(-1)[flat] > high[pair]
+        if screen is None:
+            larger |= latent < own  # the others are equal
+        elsewhere = latent != own  # a latent is not larger than itself, however it was rounded here
+        n_larger += np.bincount(pair[larger & elsewhere], minlength=len(rows))
+        if screen is not None:
+            is_near = ~larger & elsewhere
+            near.append((pair[is_near], latent[is_near]))
+        open_pairs = open_pairs[n_larger[open_pairs] < k]
         start, tile = end, min(end, LARGEST_TILE)
-    return kept
+
+    if near:
+        pair, latent = (np.concatenate(parts) for parts in zip(*near, strict=True))
+        decisive = n_larger + np.bincount(pair, minlength=len(rows)) >= k
+        decisive &= n_larger < k
+        pair, latent = pair[decisive[pair]], latent[decisive[pair]]
+        n_larger += _count_exactly(x, weight, bias, inverse, own_latents, pair, latent)
+    return torch.from_numpy(n_larger < k)
 
 
-def _count(pre: Tensor, start: int, latents: Tensor, values: Tensor) -> Tensor:
-    """How many of the latents start, start + 1, … are larger than each pair's: pre [P, tile] -> int64 [P]."""
-    end = start + pre.shape[1]
-    # Of equals, a lower latent counts as larger. A latent is not larger than itself, however it was rounded here.
-    inside = ((latents >= start) & (latents < end)).nonzero().squeeze(1)
-    column = latents[inside] - start
-    pre[inside, column] = -torch.inf
-    if pre.dtype == torch.bfloat16:  # which NumPy does not have
-        pre, values = pre.float(), values.float()
-    found, value = pre.numpy(), values.numpy()[:, None]  # NumPy is several times faster here than torch
-    count = np.count_nonzero(found > value, axis=1)
-    for pair in np.flatnonzero(np.count_nonzero(found >= value, axis=1) > count):
-        count[pair] += np.count_nonzero(found[pair, : max(int(latents[pair]) - start, 0)] == value[pair])
-    return torch.from_numpy(count)
+def _distinct(ascending: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The different numbers, and which of them each entry is."""
+    is_new = np.ones(len(ascending), np.bool_)
+    np.not_equal(ascending[1:], ascending[:-1], out=is_new[1:])
+    return ascending[is_new], is_new.cumsum() - 1
 
 
-def _count_screened(
-    x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, latents: Tensor, values: Tensor, screen: Screen
-) -> Tensor:
-    """How many latents are larger than each pair's, int64 [P]."""
-    own_rows, inverse = rows.unique(return_inverse=True)
-    exact = x[own_rows]
-    rounded = exact.bfloat16()
-    screened = few_rows_linear(rounded, screen.weight, screen.bias).contiguous()  # [rows, n_latents]
-    error = screening_error(exact, rounded, screen)[inverse]
-    # Screened values and these bounds are rounded once more when they are stored, each by half of 2 * UNIT_ROUNDOFF.
-    surely = ((values + error) * (1 + 3 * UNIT_ROUNDOFF)).bfloat16()
-    maybe = ((values - error) * (1 - 3 * UNIT_ROUNDOFF)).clamp_min(0).bfloat16()
-    # The bits of positive floats are ordered like them, and above those of negative ones; NumPy compares them quickly.
-    bits = screened.view(torch.int16).numpy()[inverse.numpy()]  # [P, n_latents]
-    high, low = surely.view(torch.int16).numpy(), maybe.view(torch.int16).numpy()
-    above = bits > high[:, None]
-    near = np.flatnonzero((bits >= low[:, None]) & ~above)
-    pair, latent = (torch.from_numpy(part) for part in np.divmod(near, bits.shape[1]))
-    count = torch.from_numpy(np.count_nonzero(above, axis=1))
-    # Those that bfloat16 cannot tell from the pair's own: a few tens for each.
-    for start in range(0, len(pair), LARGEST_TILE):
-        p, other = pair[start : start + LARGEST_TILE], latent[start : start + LARGEST_TILE]
-        value = (exact[inverse[p]] * weight[other]).sum(dim=1) + bias[other]
-        own, own_value = latents[p], values[p]
-        is_larger = (other != own) & ((value > own_value) | ((value == own_value) & (other < own)))
-        count.index_add_(0, p, is_larger.long())
+def _comparable(values: Tensor, *, bits: bool = False) -> NDArray[np.floating | np.int16]:
+    """Numbers that NumPy, several times faster here than torch, orders as the values; rows contiguous.
+
+    bits: of bfloat16, the bits. Those of positive numbers are ordered like them, and above those of negative ones.
+    """
+    if bits:
+        values = values.view(torch.int16)
+    elif values.dtype == torch.bfloat16:  # which NumPy does not have
+        values = values.float()
+    return np.ascontiguousarray(values.numpy())
+
+
+def _count_exactly(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: NDArray[np.int64],
+    latents: NDArray[np.int64],
+    pair: NDArray[np.int64],
+    others: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """How many of the other latents, each beside a pair, are larger than the pair's own: [number of pairs]."""
+    count = np.zeros(len(latents), np.int64)
+    for start in range(0, len(pair), _AT_ONCE):
+        p, other = pair[start : start + _AT_ONCE], others[start : start + _AT_ONCE]
+        own = latents[p]
+        row = x[torch.from_numpy(rows[p])]
+        # By the same additions, so that equal encoder rows have equal values.
+        value, own_value = (
+            ((weight[torch.from_numpy(each)] * row).sum(dim=1) + bias[torch.from_numpy(each)]).numpy()
+            for each in (other, own)
+        )
+        larger = (value > own_value) | ((value == own_value) & (other < own))
+        count += np.bincount(p[larger], minlength=len(count))
     return count

@@ -61,7 +61,8 @@ from service.engine.work import (
 )
 
 SMALL_BACKBONE_BYTES = 64 << 20
-"""Generation steps of backbones with fewer bytes of weights run on one thread (see EngineSettings.decode_threads)."""
+"""Generation steps of backbones with fewer bytes of weights run on few threads (see EngineSettings.decode_threads)."""
+SMALL_BACKBONE_THREADS = 2
 GIL_SWITCH_S = 0.0005
 """Longest time a busy event loop keeps the model thread waiting (see `Engine.start`)."""
 
@@ -400,7 +401,7 @@ class Engine:
                 self._lanes = Lanes(n_lanes)
             threads = torch.get_num_threads()
             decode_threads = self.settings.decode_threads or (
-                1 if self.backbone.decode_bytes < SMALL_BACKBONE_BYTES else threads
+                min(threads, SMALL_BACKBONE_THREADS) if self.backbone.decode_bytes < SMALL_BACKBONE_BYTES else threads
             )
             with torch.inference_mode():
                 while True:

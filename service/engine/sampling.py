@@ -66,7 +66,7 @@ def sample(
     # A NaN or a positive infinity shows in the normalizer, a negative one only in the minimum.
     finite = normalizer.isfinite() & logits.amin(dim=1).isfinite()
     scores = _penalize(logits, samplers)
-    ids = scores.argmax(dim=1)
+    ids = _place_of_largest(scores)
     rows = [row for row, sampler in enumerate(samplers) if sampler.options.temperature > 0]
     if rows:
         every = len(rows) == len(samplers)
@@ -75,6 +75,12 @@ def sample(
     logprobs = logits.gather(1, ids[:, None]).squeeze(1) - normalizer
     tops = _likeliest(logits, normalizer, top_logprobs) if top_logprobs and any(top_logprobs) else [[]] * len(samplers)
     return list(map(SampledToken, ids.tolist(), logprobs.tolist(), finite.tolist(), tops))
+
+
+def _place_of_largest(scores: Tensor) -> Tensor:
+    if scores.device.type != "cpu":
+        return scores.argmax(dim=1)
+    return torch.from_numpy(scores.numpy().argmax(axis=1))  # 20 to 40 times as fast as torch's
 
 
 def _penalize(logits: Tensor, samplers: Sequence[RowSampler]) -> Tensor:

@@ -76,8 +76,8 @@ class EngineSettings(BaseModel):
     decode_threads: int = Field(
         0,
         ge=0,
-        description="CPU threads of a generation step's operations. 0 is one thread for a backbone of under 64 MiB, "
-        "whose operations are shorter than the wait for a core that others use, and torch_threads for a larger one.",
+        description="CPU threads of a generation step's operations. 0 is at most two for a backbone of under 64 MiB, "
+        "whose operations are too short to be split further, and torch_threads for a larger one.",
     )
     torch_threads: int = Field(
         0, ge=0, description="CPU threads of the model thread's operations; 0 is torch's choice."

@@ -26,6 +26,17 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert Linear(weight, bias)(x).tolist() == [[9.0] * 6] * 5
 
 
+@pytest.mark.parametrize("n", [1, 2, 16])
+def test_bfloat16_rounds_each_result_once(n: int) -> None:
+    """Which the bounds of screened_topk rest on: sums are in float32."""
+    generator = torch.Generator().manual_seed(n)
+    x, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((n, 600), (700, 600), (700,)))
+    exact = x.double() @ weight.double().T + bias.double()
+    found = few_rows_linear(x, weight, bias).double()
+    terms = x.double().abs() @ weight.double().T.abs() + bias.double().abs()
+    assert bool(((found - exact).abs() <= 2**-8 * exact.abs() + 2**-20 * terms).all())
+
+
 def test_gradients_reach_the_input() -> None:
     x = torch.randn(5, 8, requires_grad=True)
     linear = Linear(torch.randn(8, 6), torch.zeros(6))

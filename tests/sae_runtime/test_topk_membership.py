@@ -10,11 +10,10 @@ from sae_runtime.kernels.topk_membership import kept_in_topk
 from tests.service.engine.models import random_dictionary
 
 
-@pytest.mark.parametrize("how", ["whole", "tiles", "screened"])
+@pytest.mark.parametrize("how", ["whole", "tiles", "screened", "screened whole"])
 @pytest.mark.parametrize(("n_latents", "k"), [(50, 7), (5000, 32), (3000, 2999), (1500, 1)])
 def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k: int, how: str) -> None:
-    if how != "whole":
-        monkeypatch.setattr(topk_membership, "SMALL_BYTES", 0)
+    monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 10_000 if "whole" in how else 0)
     generator = torch.Generator().manual_seed(n_latents)
     # Whole numbers: sums are exact in any order, and many values are equal.
     x, weight, bias = (
@@ -23,13 +22,15 @@ def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k:
     dense = x @ weight.T + bias
     order = dense.argsort(dim=1, descending=True, stable=True)  # of equals the lower latent first
     rank = order.argsort(dim=1)
-    rows = torch.randint(0, 6, (200,), generator=generator)
+    rows = torch.randint(0, 6, (200,), generator=generator).sort().values
     latents = torch.randint(0, n_latents, (200,), generator=generator)
-    latents[:40] = order[rows[:40], torch.randint(0, k, (40,), generator=generator)]  # kept ones, some at the edge
-    latents[40:50] = order[rows[40:50], min(k, n_latents - 1)]
+    some = torch.randperm(200, generator=generator)
+    edge, beyond = some[:40], some[40:50]
+    latents[edge] = order[rows[edge], torch.randint(0, k, (40,), generator=generator)]  # kept ones, some at the edge
+    latents[beyond] = order[rows[beyond], min(k, n_latents - 1)]
     positive = dense[rows, latents] > 0
     rows, latents = rows[positive], latents[positive]
-    screen = Screen.of(weight, bias) if how == "screened" else None
+    screen = Screen.of(weight, bias) if "screened" in how else None
     found = kept_in_topk(x, weight, bias, k, rows, latents, dense[rows, latents], screen)
     assert found.tolist() == (rank[rows, latents] < k).tolist()
     assert found.any()
@@ -38,7 +39,7 @@ def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k:
 
 def test_screening_decides_as_float32_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values so near to each other that bfloat16 cannot tell many of them apart."""
-    monkeypatch.setattr(topk_membership, "SMALL_BYTES", 0)
+    monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 0)
     generator = torch.Generator().manual_seed(8)
     x, weight = torch.randn(20, 48, generator=generator), torch.randn(6000, 48, generator=generator)
     bias = 0.1 * torch.randn(6000, generator=generator)
@@ -58,7 +59,7 @@ def test_looks_at_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
         return few_rows_linear(x, weight, bias)
 
     monkeypatch.setattr(topk_membership, "few_rows_linear", counted)
-    monkeypatch.setattr(topk_membership, "SMALL_BYTES", 0)
+    monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 0)
     weight = torch.eye(20_000, 2) + 1
     x, bias = torch.ones(3, 2), torch.zeros(20_000)
     pairs = torch.tensor([0, 2]), torch.tensor([19_000, 0])  # one of the smallest values, one of the two largest

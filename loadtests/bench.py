@@ -10,7 +10,7 @@ For the builtin model and for a random model of GPT-2 small's shape (32,768 late
     extract_vs_sequential  the same tokens/s, against a plain gRPC server that runs the same PyTorch code on one request
                            at a time (sequential_server.py), under the same load of 16 callers
     latency_over_forward_ms  median over requests of the latency of a lone caller who sends one after the other,
-                           less the time of the PyTorch code
+                           less the time of the PyTorch code; some in every round
 
 Generation against Hugging Face's `generate` is measured as generation.py says.
 
@@ -55,7 +55,7 @@ from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
 BUILTIN = Path(__file__).resolve().parent.parent / "sae_runtime" / "builtin"
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 CONCURRENCY = 16
-GENERATION_ROUNDS = 3
+GENERATION_ROUNDS = {"builtin": 7, "gpt2_shape": 3}
 LATENCY_BLOCK = 8
 
 
@@ -67,7 +67,7 @@ class Shape:
     backbone: Path
     dictionary: Path
     requests_per_round: int
-    latency_requests: int
+    latencies_per_round: int
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ def measure(shape: Shape, address: str, rounds: int) -> dict[str, Figure]:
         bare.extract(rows[:CONCURRENCY])
 
         speeds: dict[str, list[float]] = {"service": [], "bare": [], "sequential": []}
+        latency_over_forward_ms: list[float] = []
         for i in range(rounds):
             chosen = slice(i * shape.requests_per_round, (i + 1) * shape.requests_per_round)
             own_rows, own_requests = rows[chosen], requests[chosen]
@@ -170,7 +171,8 @@ def measure(shape: Shape, address: str, rounds: int) -> dict[str, Figure]:
             n_tokens = sum(map(len, own_rows))
             for name in sorted(arms, key=lambda name: (list(arms).index(name) + i) % 3):  # no arm is always first
                 speeds[name].append(n_tokens / timed(arms[name]))
-        latency_over_forward_ms = measure_latency(bare, address, requests, rows, shape.latency_requests)
+            alone = slice(chosen.start, chosen.start + shape.latencies_per_round)
+            latency_over_forward_ms += measure_latency(bare, address, requests[alone], rows[alone])
 
     def ratio(over: str) -> Figure:
         return Figure.median_of([a / b for a, b in zip(speeds["service"], speeds[over], strict=True)])
@@ -190,17 +192,16 @@ def measure_latency(
     address: str,
     requests: Sequence[pb.ExtractFeaturesRequest],
     rows: Sequence[Sequence[int]],
-    count: int,
 ) -> list[float]:
-    """For `count` requests, the latency of a lone caller without pauses less the forward pass of the same text, in ms.
+    """For each request, the latency of a lone caller without pauses less the forward pass of the same text, in ms.
 
     In blocks, so that both meet the same machine and idle threads of one do not spin while the other runs.
     """
     over_ms: list[float] = []
     with grpc.insecure_channel(address) as channel:
         stub = FeatureServiceStub(channel)
-        for start in range(0, count, LATENCY_BLOCK):
-            block = range(start, min(start + LATENCY_BLOCK, count))
+        for start in range(0, len(requests), LATENCY_BLOCK):
+            block = range(start, min(start + LATENCY_BLOCK, len(requests)))
             time.sleep(SETTLE_S)
             bare.extract([rows[start]])
             forward = [timed(lambda i=i: bare.extract([rows[i]]), 0) for i in block]
@@ -249,14 +250,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         for name in arguments.shapes:
             if name == "builtin":
-                shape = Shape(name, BUILTIN / "backbone", BUILTIN / "dictionaries" / "resid-late", 192, 80)
+                shape = Shape(name, BUILTIN / "backbone", BUILTIN / "dictionaries" / "resid-late", 192, 40)
             else:
                 folders = write_gpt2_shape(Path(directory), BUILTIN / "backbone")
-                shape = Shape(name, *folders, requests_per_round=32, latency_requests=12)
+                shape = Shape(name, *folders, requests_per_round=32, latencies_per_round=4)
             with running_service(shape, arguments.out.with_name(f"bench-{name}.log")) as address:
                 figures = measure(shape, address, arguments.rounds)
                 generation = measure_generation(
-                    address, shape.backbone, shape.dictionary, GENERATION_ROUNDS, sequential_requests(name)
+                    address, shape.backbone, shape.dictionary, GENERATION_ROUNDS[name], sequential_requests(name)
                 )
             figures |= {key: Figure.median_of(values) for key, values in generation.items()}
             for key, figure in figures.items():

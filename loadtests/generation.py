@@ -9,7 +9,7 @@ prompt is taken away, another one is added to. Tokens are those that were sample
                                   with a forward hook that does the same edits, one request at a time (hooked.py)
     generate_1_vs_hf              tokens/s of one edited stream over gRPC, against `generate` without hooks or edits
     edit_cost                     time of 16 edited streams over gRPC over that of the same without edits, less 1
-    generate_*_tokens_per_s       what they are made of; `engine`: 16 edited streams without gRPC, in this process
+    generate_*_tokens_per_s       what they are made of
     mixed_*                       16 edited streams and extraction of 4 callers at once: what each keeps of the speed
                                   that it has alone
 
@@ -34,10 +34,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from loadtests.hooked import HookedGenerator, HookEdit
 from loadtests.load import timed
-from sae_runtime import Backbone, Edit, load_dictionary
-from service.engine.engine import Engine
-from service.engine.settings import EngineSettings
-from service.engine.work import GeneratedTokens, GenerateWork, SamplingOptions
+from sae_runtime import Backbone
+from sae_runtime.formats.published import read_manifest
 from service.pb.saeserve.v1 import common_pb2, edits_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as feature_pb
 from service.pb.saeserve.v1 import intervention_service_pb2 as pb
@@ -62,7 +60,6 @@ class Request:
         strength = 2 * float(z.max())
         self.prompt = tuple(prompt)
         self.hook_edits = [HookEdit(often, 0.0, 0.0), HookEdit(other, 1.0, strength)]
-        self.edits = (Edit(dictionary, often, "ablate_zero"), Edit(dictionary, other, "add", strength))
         self.messages = [
             edits_pb2.Edit(dictionary=dictionary, feature=often, ablate=edits_pb2.ABLATION_ZERO),
             edits_pb2.Edit(dictionary=dictionary, feature=other, add=edits_pb2.Amount(value=strength)),
@@ -75,9 +72,6 @@ class Request:
             edits=self.messages if edited else [],
             ignore_end_of_text=True,
         )
-
-    def work(self, n: int) -> GenerateWork:
-        return GenerateWork(self.prompt, n, SamplingOptions(temperature=0), edits=self.edits, ignore_end_of_text=True)
 
 
 async def stream(stub: Any, request: pb.GenerateRequest) -> list[int]:
@@ -92,15 +86,6 @@ async def over_grpc(address: str, requests: Sequence[pb.GenerateRequest]) -> lis
         return await asyncio.gather(*(stream(stub, request) for request in requests))
 
 
-async def in_process(engine: Engine, works: Sequence[GenerateWork]) -> int:
-    """How many tokens all give, at once."""
-
-    async def one(work: GenerateWork) -> int:
-        return sum([len(event.ids) async for event in engine.generate(work) if isinstance(event, GeneratedTokens)])
-
-    return sum(await asyncio.gather(*(one(work) for work in works)))
-
-
 def measure_generation(
     address: str, backbone_folder: Path, dictionary_folder: Path, rounds: int, sequential: int
 ) -> dict[str, list[float]]:
@@ -109,16 +94,11 @@ def measure_generation(
     `address` is a service of these folders; `sequential` is how many requests Hugging Face's arm runs in a round.
     """
     hooked = HookedGenerator(backbone_folder, dictionary_folder)
-    backbone, dictionary = (
-        Backbone.load(backbone_folder),
-        load_dictionary(dictionary_folder).to(dtype=torch.float32).with_screen(),
-    )
+    backbone, dictionary = Backbone.load(backbone_folder), read_manifest(dictionary_folder).name
     texts = [json.loads(line)["text"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     rows = [ids for ids in (backbone.encode_text(text).ids for text in texts) if len(ids) >= PROMPT_TOKENS]
     # Prompts of different lengths, as requests are.
-    requests = [
-        Request(row[: PROMPT_TOKENS - i % 8], dictionary.name, hooked, i) for i, row in enumerate(rows[:STREAMS])
-    ]
+    requests = [Request(row[: PROMPT_TOKENS - i % 8], dictionary, hooked, i) for i, row in enumerate(rows[:STREAMS])]
     check_same_tokens(hooked, address, requests[:3])
     edited = [request.message(NEW_TOKENS) for request in requests]
     plain = [request.message(NEW_TOKENS, edited=False) for request in requests]
@@ -127,29 +107,20 @@ def measure_generation(
         for request in requests[:count]:
             hooked.generate(request.prompt, NEW_TOKENS, request.hook_edits if edits else ())
 
+    arms: dict[str, tuple[int, Callable[[], object]]] = {
+        "16_edited": (STREAMS, lambda: asyncio.run(over_grpc(address, edited))),
+        "16_plain": (STREAMS, lambda: asyncio.run(over_grpc(address, plain))),
+        "1_edited": (1, lambda: asyncio.run(over_grpc(address, edited[:1]))),
+        "hf_sequential": (sequential, lambda: sequentially(edits=True, count=sequential)),
+        "hf_plain": (1, lambda: sequentially(edits=False, count=1)),
+    }
+    arms["16_edited"][1]()  # the others are warm: the check has run them
     seconds: dict[str, list[float]] = {}
-    with asyncio.Runner() as runner:
-        engine = Engine(backbone, {dictionary.name: dictionary}, EngineSettings())
-        runner.run(engine.start())
-        arms: dict[str, tuple[int, Callable[[], object]]] = {
-            "16_edited": (STREAMS, lambda: runner.run(over_grpc(address, edited))),
-            "16_plain": (STREAMS, lambda: runner.run(over_grpc(address, plain))),
-            "1_edited": (1, lambda: runner.run(over_grpc(address, edited[:1]))),
-            "hf_sequential": (sequential, lambda: sequentially(edits=True, count=sequential)),
-            "hf_plain": (1, lambda: sequentially(edits=False, count=1)),
-            "engine_16_edited": (
-                STREAMS,
-                lambda: runner.run(in_process(engine, [r.work(NEW_TOKENS) for r in requests])),
-            ),
-        }
-        for _, arm in arms.values():
-            arm()
-        names = list(arms)
-        for i in range(rounds):
-            for name in names[i % len(names) :] + names[: i % len(names)]:  # no arm is always first
-                count, arm = arms[name]
-                seconds.setdefault(name, []).append(timed(arm) / (count * NEW_TOKENS))
-        runner.run(engine.stop())
+    names = list(arms)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # no arm is always first
+            count, arm = arms[name]
+            seconds.setdefault(name, []).append(timed(arm) / (count * NEW_TOKENS))
 
     def ratios(numerator: str, denominator: str) -> list[float]:
         return [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]
@@ -161,7 +132,7 @@ def measure_generation(
     }
     for name, values in seconds.items():
         figures[f"generate_{name}_tokens_per_s"] = [1 / value for value in values]
-    figures |= mixed_load(address, edited, [row[:64] for row in rows], dictionary.name)
+    figures |= mixed_load(address, edited, [row[:64] for row in rows], dictionary)
     return figures
 
 
@@ -241,7 +212,7 @@ def main() -> None:
                 folders = (BUILTIN / "backbone", BUILTIN / "dictionaries" / "resid-late")
             else:
                 folders = write_gpt2_shape(Path(directory), BUILTIN / "backbone")
-            shape = Shape(name, *folders, requests_per_round=0, latency_requests=0)
+            shape = Shape(name, *folders, requests_per_round=0, latencies_per_round=0)
             with running_service(shape, arguments.out.with_name(f"generation-{name}.log")) as address:
                 figures = measure_generation(address, *folders, arguments.rounds, sequential_requests(name))
             for key, values in figures.items():

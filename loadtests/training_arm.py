@@ -69,19 +69,20 @@ def saeserve(spec: dict[str, Any], sample: Tensor) -> Arm:
 def dictionary_learning(spec: dict[str, Any], sample: Tensor) -> Arm:
     from dictionary_learning import trainers
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer  # not exported
+    from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate  # not exported
 
-    names = {
-        "topk": "TopKTrainer",
-        "batch_topk": "BatchTopKTrainer",
-        "relu": "StandardTrainer",
-        "relu_decoder_norm": "StandardTrainerAprilUpdate",
-        "jumprelu": "JumpReluTrainer",
-        "gated": "GatedSAETrainer",
+    classes = {
+        "topk": trainers.TopKTrainer,
+        "batch_topk": trainers.BatchTopKTrainer,
+        "matryoshka": MatryoshkaBatchTopKTrainer,
+        "relu": trainers.StandardTrainer,
+        "relu_decoder_norm": StandardTrainerAprilUpdate,
+        "jumprelu": trainers.JumpReluTrainer,
+        "gated": trainers.GatedSAETrainer,
     }
     chooses = spec["family"] in ("topk", "batch_topk", "matryoshka")
     settings: dict[str, Any] = {"k": spec["k"]} if chooses else {}
-    trainer_class = getattr(trainers, names[spec["family"]]) if spec["family"] in names else MatryoshkaBatchTopKTrainer
-    trainer = trainer_class(
+    trainer = classes[spec["family"]](
         steps=spec["steps"],
         activation_dim=sample.shape[1],
         dict_size=spec["n_latents"],

@@ -9,8 +9,8 @@ speed    TopK at d 768, n 32,768, k 32, in turn, round by round. tokens/s are of
          resident set less that before the trainer existed. In float32 (the peers' default) and in bfloat16 autocast,
          each against the better peer in the same precision.
 quality  every family on activations of the builtin model (resid-mid's site), equal tokens: NMSE, L0 and dead fraction
-         on held-out activations, of the form that is served. Each arm tries its own default learning rate and a higher
-         one and keeps the better. All but TopK are brought to the same L0 as served: the knob (k, or a peer's penalty)
+         on held-out activations, of the form that is served. Each arm tries its own default learning rate and higher
+         ones and keeps the best. All but TopK are brought to the same L0 as served: the knob (k, or a peer's penalty)
          is moved by secants, and the NMSE is read off between the two nearest runs.
 """
 
@@ -45,7 +45,8 @@ PEER_PACKAGES = ("sae-lens==6.54.12", "dictionary-learning==0.1.0")
 CHOOSING = ("topk", "batch_topk", "matryoshka")
 FAMILIES = (*CHOOSING, "relu", "relu_decoder_norm", "jumprelu", "gated")
 SPEED = {"d": 768, "n_latents": 32_768, "k": 32, "batch": 2048, "steps": 7, "warm_up": 2}
-RATE_FACTOR = 2.5  # the higher learning rate that every arm may try
+RATE_FACTORS = (1.0, 2.5)  # of the default learning rate, which every arm tries
+MORE_RATE_FACTORS = {"jumprelu": (10.0,)}  # thresholds move by the learning rate, and have few steps to do it in
 L0_TOLERANCE = 0.1
 SEARCH_RUNS = 4
 
@@ -218,9 +219,9 @@ def with_knob(project: str, family: str, settings: dict[str, Any], knob: float) 
 
 
 def best_of(project: str, family: str, sizes: Sizes, activations: Path, peers: Path) -> dict[str, float]:
-    """NMSE, L0 and dead fraction of an arm at L0 = k, with the better of two learning rates."""
+    """NMSE, L0 and dead fraction of an arm at L0 = k, with the best of its learning rates."""
     outcomes = []
-    for rate_factor in (1.0, RATE_FACTOR):
+    for rate_factor in (*RATE_FACTORS, *MORE_RATE_FACTORS.get(family, ())):
         settings, knob = settings_of(project, family, sizes, rate_factor)
         spec: dict[str, Any] = {
             "project": project,

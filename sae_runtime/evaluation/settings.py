@@ -23,7 +23,8 @@ class EvaluationSettings(BaseModel):
     # What is measured on what
     data: tuple[Path, ...] = Field(
         (),
-        description="Held-out text: .txt, .md or .jsonl files, also .xz or .gz; the builtin model's if not given.",
+        description="Held-out text: .txt, .md, .jsonl (each also .xz, .gz or .zst) or .parquet files, or one token "
+        "folder, of which the held-out documents are read; the builtin model's if not given.",
     )
     out: Path | None = Field(
         None,

@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from sae_runtime.backbone import Backbone
 from sae_runtime.training.text import Document
-from sae_runtime.training.token_rows import encode_texts, mixed_documents, shuffled_held_out
+from sae_runtime.training.token_folder.manifest import is_token_folder
+from sae_runtime.training.token_folder.reader import TokenFolder, shuffled_documents
+from sae_runtime.training.token_rows import encode_texts, encoded, mixed_documents, shuffled_held_out
 
 Integers = npt.NDArray[np.int64]
 
@@ -25,7 +27,6 @@ TASK_LABELS = ("kind", "lang", "author", "page")
 _CHARACTERS_PER_TOKEN = (
     16  # read so much text for a token, so that the choice is a fair sample; as the training job does
 )
-_TEXTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,16 +104,28 @@ def read_sample(
 ) -> TextSample:
     """At least `n_tokens` tokens in whole rows, or all there is: a seeded mixture of the documents of all files.
 
+    `paths` may be one token folder instead (see `saeserve tokenize`): then the documents are its held-out ones, which
+    have no text and no labels but the folder's name, and rows are as long as it says unless told otherwise.
+
     The rows are those that the training job evaluates on for the same seed (`held_out_rows`).
 
     Raises:
-        ValueError: no row of two tokens, or a context length over the backbone's; or no tokenizer.
+        FileNotFoundError: there is no such file or folder.
+        ValueError: no row of two tokens, or a context length over the backbone's; or no tokenizer; a folder that is no
+            token folder, of another tokenizer, or beside other paths.
     """
-    length = context_length or backbone.context_length
+    folder = _token_folder(paths, backbone)
+    length = context_length or (backbone.context_length if folder is None else folder.manifest.context_length)
     if length > backbone.context_length:
         raise ValueError(f"context_length is {length}, the backbone reads at most {backbone.context_length}")
     encode, end_of_text = encode_texts(backbone)
-    documents = shuffled_held_out(mixed_documents(paths), n_tokens * _CHARACTERS_PER_TOKEN, seed)
+    if folder is None:
+        documents = shuffled_held_out(mixed_documents(paths), n_tokens * _CHARACTERS_PER_TOKEN, seed)
+        tokenized = encoded(documents, encode)
+    else:
+        order = shuffled_documents(folder, seed)
+        documents = [Document("", folder.path.name)] * len(order)
+        tokenized = (folder.text_tokens(folder.document("held_out", i)) for i in order)
     prefix = [end_of_text] if prepend_end_of_text else []
     fresh = length - len(prefix)
     cut: list[list[int]] = []
@@ -120,26 +133,39 @@ def read_sample(
     rest: list[int] = []
     rest_owners: list[int] = []
     size = 0
-    for start in range(0, len(documents), _TEXTS_AT_ONCE):
+    for number, ids in enumerate(tokenized):
         if size >= n_tokens:
             break
-        texts = documents[start : start + _TEXTS_AT_ONCE]
-        for number, ids in enumerate(encode([d.text for d in texts]), start):
-            rest = rest + ids + ([end_of_text] if rows == "packed" else [])
-            rest_owners += [number] * (len(rest) - len(rest_owners))
-            while size < n_tokens and len(rest) >= (fresh if rows == "packed" else 1):
-                row, row_owners = prefix + rest[:fresh], [-1] * len(prefix) + rest_owners[:fresh]
-                rest, rest_owners = rest[fresh:], rest_owners[fresh:]
-                if len(row) > 1:  # a single token has no context and predicts nothing
-                    cut.append(row)
-                    owners.append(row_owners)
-                    size += len(row)
+        rest = rest + ids + ([end_of_text] if rows == "packed" and ids else [])
+        rest_owners += [number] * (len(rest) - len(rest_owners))
+        while size < n_tokens and len(rest) >= (fresh if rows == "packed" else 1):
+            row, row_owners = prefix + rest[:fresh], [-1] * len(prefix) + rest_owners[:fresh]
+            rest, rest_owners = rest[fresh:], rest_owners[fresh:]
+            if len(row) > 1:  # a single token has no context and predicts nothing
+                cut.append(row)
+                owners.append(row_owners)
+                size += len(row)
     if not cut and len(rest) > 1:
         cut, owners = [rest], [rest_owners]  # less text than one row: it alone
     if not cut:
         raise ValueError(f"no held-out text of two tokens or more in {', '.join(map(str, paths)) or 'no files'}")
     document = np.array([owner for row in owners for owner in row], np.int64)
     return TextSample(cut, documents, document, _fit_split(documents, document, owners, seed))
+
+
+def _token_folder(paths: Sequence[str | Path], backbone: Backbone) -> TokenFolder | None:
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"no text file or token folder at {path}")
+        if path.is_dir():
+            if not is_token_folder(path):
+                raise ValueError(f"{path} is a folder, expected files or a token folder (see saeserve tokenize)")
+            if len(paths) > 1:
+                raise ValueError(f"data names the token folder {path} and {len(paths) - 1} more; expected it alone")
+            folder = TokenFolder(path)
+            folder.check(backbone)
+            return folder
+    return None
 
 
 def _fit_split(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,12 @@ from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.row_lanes import RowSource
 from sae_runtime.training.text import Document
 from sae_runtime.training.token_folder.manifest import is_token_folder, read_manifest
-from sae_runtime.training.token_folder.reader import DocumentFolderRows, PackedFolderRows, TokenFolder
+from sae_runtime.training.token_folder.reader import (
+    DocumentFolderRows,
+    PackedFolderRows,
+    TokenFolder,
+    shuffled_documents,
+)
 from sae_runtime.training.token_rows import (
     CutterState,
     RowCutter,
@@ -122,8 +126,7 @@ def held_out_rows(config: TrainingConfig, backbone: Backbone, n_tokens: int) -> 
     if path is not None and not config.held_out:
         folder = TokenFolder(path)
         folder.check(backbone)
-        order = list(range(folder.n_documents("held_out")))
-        random.Random(config.seed).shuffle(order)
+        order = shuffled_documents(folder, config.seed)
         tokens = (folder.text_tokens(folder.document("held_out", i)) for i in order)
         rows, n_documents = cutter.cut_tokens(tokens, state), len(order)
     else:

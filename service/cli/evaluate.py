@@ -70,9 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     settings = _read_settings(arguments)
-    missing = [str(path) for path in settings.data if not path.is_file()]
-    if missing:
-        raise CommandError(f"no text file at {', '.join(missing)}")
+    missing = [str(path) for path in settings.data if not path.exists()]
+    if missing:  # before anything is loaded
+        raise CommandError(f"no text file or token folder at {', '.join(missing)}")
     try:
         dictionary, report = _measure(arguments.dictionary, settings)
     except (OSError, ValueError, UnknownDictionary, DictionaryFormatError, FingerprintMismatch) as error:

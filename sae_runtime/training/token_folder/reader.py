@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -69,6 +70,13 @@ class TokenFolder:
 
     def stored_tokens(self, split: Split) -> _JoinedTokens:
         return _JoinedTokens([tokens for tokens, _ in self._shards[split]])
+
+
+def shuffled_documents(folder: TokenFolder, seed: int) -> list[int]:
+    """The held-out documents in a seeded order."""
+    order = list(range(folder.n_documents("held_out")))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 class _JoinedTokens:

@@ -12,6 +12,7 @@ from sae_runtime import Backbone
 from sae_runtime.evaluation.text_sample import TextSample, read_sample
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.data_rows import held_out_rows
+from sae_runtime.training.token_folder.tokenize import TokenizeConfig, tokenize
 
 END = 0  # end-of-text of the tiny backbone
 
@@ -74,6 +75,48 @@ def test_rows_are_those_of_the_training_job(
         complete += found == whole
     assert complete >= len(set(sample.document.tolist())) - (8 if rows == "documents" else 3)
     assert (sample.document == -1).sum() == (len(sample.rows) if prepend else 0)
+
+
+@pytest.mark.parametrize("rows", ["packed", "documents"])
+@pytest.mark.parametrize("context_length", [None, 20])
+def test_a_token_folder_gives_the_training_jobs_held_out_rows(
+    tiny_backbone: Backbone,
+    tiny_backbone_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    rows: Any,
+    context_length: int | None,
+) -> None:
+    folder = tmp_path / "tokens"
+    config = TokenizeConfig(
+        sources=(str(corpus),),
+        out=folder,
+        backbone=str(tiny_backbone_folder),
+        held_out_fraction=0.5,
+        context_length=24,
+    )
+    manifest = tokenize(config)
+    training = TrainingConfig(
+        site="0.resid_pre", data=(folder,), out=Path("unused"), rows=rows, context_length=context_length, seed=5
+    )
+    sample = read_sample(tiny_backbone, [folder], 300, rows=rows, context_length=context_length, seed=5)
+    assert sample.rows == list(held_out_rows(training, tiny_backbone, 300))
+    assert max(map(len, sample.rows)) == (context_length or 24)
+    assert sample.kinds == ["tokens"]
+    whole = read_sample(tiny_backbone, [folder], 100_000, rows=rows, seed=5)
+    assert len(set(whole.document.tolist())) == manifest.documents("held_out")
+    assert whole.fit.any()
+    assert not whole.fit.all()
+
+
+def test_folders_that_cannot_be_read(tiny_backbone: Backbone, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder, expected files or a token folder"):
+        read_sample(tiny_backbone, [tmp_path], 100)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="and 1 more; expected it alone"):
+        read_sample(tiny_backbone, [tmp_path, corpus], 100)
+    with pytest.raises(FileNotFoundError, match=r"no text file or token folder at .*absent"):
+        read_sample(tiny_backbone, [tmp_path / "absent"], 100)
 
 
 def test_labels_kinds_and_splits(tiny_backbone: Backbone, corpus: Path) -> None:

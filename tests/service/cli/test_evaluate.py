@@ -101,7 +101,7 @@ def test_every_setting_has_a_flag(saeserve: Saeserve):
     ("arguments", "code", "message"),
     [
         (["no-such-dictionary", "--data", "{file}"], 1, "no-such-dictionary"),
-        (["x", "--data", "{file}", "{file}.none"], 1, "no text file at {file}.none"),
+        (["x", "--data", "{file}", "{file}.none"], 1, "no text file or token folder at {file}.none"),
         (["x", "--tokens", "many"], 2, "tokens: Input should be a valid integer"),
         (["x", "--baseline-tokens", "5", "--tokens", "4"], 2, "baseline_tokens is 5, more than tokens = 4"),
         (["x", "--config", "{file}"], 2, "found str, expected a mapping of settings"),

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_runtime.kernels.linear import few_rows_linear
+from sae_runtime.kernels.linear import FEW_ROWS, few_rows_linear
 from sae_runtime.kernels.screened_topk import UNIT_ROUNDOFF, Screen, screening_error
 
 SMALL_LATENTS = 4096
@@ -22,6 +22,8 @@ SMALL_LATENTS = 4096
 FIRST_TILE = 1024
 """Latents that are looked at first, for k up to 64; each tile is as large as all before it, up to the largest."""
 LARGEST_TILE = 8192
+SMALL_BYTES = 8 << 20
+"""An encoder of up to this size is read in float32 for few rows: bounds and what they leave open take as long."""
 _AT_ONCE = 8192  # exact products
 
 
@@ -53,6 +55,8 @@ def kept_in_topk(
     own_rows, inverse = _distinct(rows.numpy())
     if len(own_rows) < len(x):
         x = x[torch.from_numpy(own_rows)]
+    if len(x) < FEW_ROWS.stop and weight.nbytes <= SMALL_BYTES:
+        screen = None
     if screen is None:
         read_x, read_weight, read_bias = x, weight, bias
         low = high = _comparable(values)
@@ -77,8 +81,13 @@ def kept_in_topk(
         found = _comparable(pre, bits=screen is not None)
         if len(position) > len(asked):
             found = found[position]  # [open pairs, tile]
-        flat = np.flatnonzero(found >= low[open_pairs, None])
-        pair, latent = np.divmod(flat, end - start)
+        if found.flags.f_contiguous:
+            found = found.T
+            flat = np.flatnonzero(found >= low[open_pairs])
+            latent, pair = np.divmod(flat, len(open_pairs))
+        else:
+            flat = np.flatnonzero(found >= low[open_pairs, None])
+            pair, latent = np.divmod(flat, end - start)
         pair, latent = open_pairs[pair], latent + start
         own = own_latents[pair]
         larger = found.reshape(-1)[flat] > high[pair]
@@ -109,7 +118,7 @@ def _distinct(ascending: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[
 
 
 def _comparable(values: Tensor, *, bits: bool = False) -> NDArray[np.floating | np.int16]:
-    """Numbers that NumPy, several times faster here than torch, orders as the values; rows contiguous.
+    """Numbers that NumPy, several times faster here than torch, orders as the values.
 
     bits: of bfloat16, the bits. Those of positive numbers are ordered like them, and above those of negative ones.
     """
@@ -117,7 +126,7 @@ def _comparable(values: Tensor, *, bits: bool = False) -> NDArray[np.floating | 
         values = values.view(torch.int16)
     elif values.dtype == torch.bfloat16:  # which NumPy does not have
         values = values.float()
-    return np.ascontiguousarray(values.numpy())
+    return values.numpy()
 
 
 def _count_exactly(

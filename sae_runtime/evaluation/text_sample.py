@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from sae_runtime.backbone import Backbone
 from sae_runtime.training.text import Document
-from sae_runtime.training.token_folder.manifest import is_token_folder
+from sae_runtime.training.token_folder.manifest import lone_token_folder
 from sae_runtime.training.token_folder.reader import TokenFolder, shuffled_documents
 from sae_runtime.training.token_rows import encode_texts, encoded, mixed_documents, shuffled_held_out
 
@@ -154,18 +154,12 @@ def read_sample(
 
 
 def _token_folder(paths: Sequence[str | Path], backbone: Backbone) -> TokenFolder | None:
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"no text file or token folder at {path}")
-        if path.is_dir():
-            if not is_token_folder(path):
-                raise ValueError(f"{path} is a folder, expected files or a token folder (see saeserve tokenize)")
-            if len(paths) > 1:
-                raise ValueError(f"data names the token folder {path} and {len(paths) - 1} more; expected it alone")
-            folder = TokenFolder(path)
-            folder.check(backbone)
-            return folder
-    return None
+    path = lone_token_folder([Path(path) for path in paths])
+    if path is None:
+        return None
+    folder = TokenFolder(path)
+    folder.check(backbone)
+    return folder
 
 
 def _fit_split(

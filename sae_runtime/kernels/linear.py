@@ -13,7 +13,8 @@ torch 2.13 (`python -m sae_runtime.kernels.linear_benchmark` prints it):
     64    137      156    139
     128   242      256    239
 
-with W [outputs, inputs] and V = W.T in memory of its own.
+with W [outputs, inputs] and V = W.T in memory of its own. In bfloat16 (the same command with `bfloat16`) one row takes
+34 ms as x @ W.T and 26 as W @ x, two rows 28 and, as W @ x.T, 23.
 """
 
 from __future__ import annotations

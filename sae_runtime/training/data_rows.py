@@ -12,7 +12,7 @@ from sae_runtime.evaluation.dictionary_evaluation import take_tokens
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.row_lanes import RowSource
 from sae_runtime.training.text import Document
-from sae_runtime.training.token_folder.manifest import is_token_folder, read_manifest
+from sae_runtime.training.token_folder.manifest import lone_token_folder, read_manifest
 from sae_runtime.training.token_folder.reader import (
     DocumentFolderRows,
     PackedFolderRows,
@@ -39,26 +39,21 @@ def token_folder_path(config: TrainingConfig) -> Path | None:
         FileNotFoundError: a path of `data` or `held_out` does not exist.
         ValueError: a token folder beside other data, a folder that is none, or another held-out share than it has.
     """
-    for path in (*config.data, *config.held_out):
+    folder = lone_token_folder(config.data)
+    for path in config.held_out:
         if not path.exists():
-            raise FileNotFoundError(f"no text file or token folder at {path}")
-        if path.is_dir() and (path in config.held_out or not is_token_folder(path)):
-            raise ValueError(
-                f"{path} is a folder, expected files"
-                + ("" if path in config.held_out else " or a token folder (see saeserve tokenize)")
-            )
-    folders = [path for path in config.data if path.is_dir()]
-    if not folders:
+            raise FileNotFoundError(f"no text file at {path}")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, expected files")
+    if folder is None:
         return None
-    if len(config.data) > 1:
-        raise ValueError(f"data names the token folder {folders[0]} and {len(config.data) - 1} more; expected it alone")
-    fraction = read_manifest(folders[0]).held_out_fraction
+    fraction = read_manifest(folder).held_out_fraction
     if "held_out_fraction" in config.model_fields_set and config.held_out_fraction != fraction:
         raise ValueError(
-            f"held_out_fraction is {config.held_out_fraction}, but {folders[0]} was tokenized with {fraction}; "
+            f"held_out_fraction is {config.held_out_fraction}, but {folder} was tokenized with {fraction}; "
             "leave the setting out or tokenize again"
         )
-    return folders[0]
+    return folder
 
 
 def data_fingerprint(config: TrainingConfig) -> str:

@@ -80,7 +80,7 @@ def sample(
 def _place_of_largest(scores: Tensor) -> Tensor:
     if scores.device.type != "cpu":
         return scores.argmax(dim=1)
-    return torch.from_numpy(scores.numpy().argmax(axis=1))  # 20 to 40 times as fast as torch's
+    return torch.from_numpy(scores.numpy().argmax(axis=1))  # several times faster here than torch's
 
 
 def _penalize(logits: Tensor, samplers: Sequence[RowSampler]) -> Tensor:

@@ -77,7 +77,7 @@ class EngineSettings(BaseModel):
         0,
         ge=0,
         description="CPU threads of a generation step's operations. 0 is at most two for a backbone of under 64 MiB, "
-        "whose operations are too short to be split further, and torch_threads for a larger one.",
+        "whose operations are short (more were not measured), and torch_threads for a larger one.",
     )
     torch_threads: int = Field(
         0, ge=0, description="CPU threads of the model thread's operations; 0 is torch's choice."

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import pytest
 
 from service import local_ray
-
-EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def test_free_ports_are_different_and_not_ones_that_the_system_gives_away() -> None:
     ports = local_ray.free_ports(50)
 
     assert len(set(ports)) == 50
-    first_given_away = int(EPHEMERAL.read_text().split()[0]) if EPHEMERAL.exists() else 32_768
-    if first_given_away == 32_768:  # Linux's own default; a machine may be set otherwise
-        assert max(ports) < first_given_away
+    assert max(ports) < 32_768  # where Linux begins, unless it is told otherwise
 
 
 def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +88,24 @@ class TokenManifest(BaseModel):
 
 def is_token_folder(path: Path) -> bool:
     return (path / MANIFEST_FILE).is_file()
+
+
+def lone_token_folder(data: Sequence[Path]) -> Path | None:
+    """The token folder that `data` names, None if it names text files.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a folder that is no token folder, or one beside other data.
+    """
+    for path in data:
+        if not path.exists():
+            raise FileNotFoundError(f"no text file or token folder at {path}")
+        if path.is_dir() and not is_token_folder(path):
+            raise ValueError(f"{path} is a folder, expected files or a token folder (see saeserve tokenize)")
+    folders = [path for path in data if path.is_dir()]
+    if folders and len(data) > 1:
+        raise ValueError(f"data names the token folder {folders[0]} and {len(data) - 1} more; expected it alone")
+    return folders[0] if folders else None
 
 
 def read_manifest(folder: Path) -> TokenManifest:

@@ -10,8 +10,9 @@ speed    TopK at d 768, n 32,768, k 32, in turn, round by round. tokens/s are of
          each against the better peer in the same precision.
 quality  every family on activations of the builtin model (resid-mid's site), equal tokens: NMSE, L0 and dead fraction
          on held-out activations, of the form that is served. Each arm tries its own default learning rate and higher
-         ones and keeps the best. All but TopK are brought to the same L0 as served: the knob (k, or a peer's penalty)
-         is moved by secants, and the NMSE is read off between the two nearest runs.
+         ones and keeps the best; ours the best of those with no more dead latents than either peer's, if there is one.
+         All but TopK are brought to the same L0 as served: the knob (k, or a peer's penalty) is moved by secants, and
+         the NMSE is read off between the two nearest runs.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ PEER_PACKAGES = ("sae-lens==6.54.12", "dictionary-learning==0.1.0")
 CHOOSING = ("topk", "batch_topk", "matryoshka")
 FAMILIES = (*CHOOSING, "relu", "relu_decoder_norm", "jumprelu", "gated")
 SPEED = {"d": 768, "n_latents": 32_768, "k": 32, "batch": 2048, "steps": 7, "warm_up": 2}
-RATE_FACTORS = (1.0, 2.5)  # of the default learning rate, which every arm tries
+RATE_FACTORS = (1.0, 1.75, 2.5)  # of the default learning rate, which every arm tries
 MORE_RATE_FACTORS = {"jumprelu": (10.0,)}  # thresholds move by the learning rate, and have few steps to do it in
+DEAD_AFTER_SHARE = 20  # a latent that did not fire for one part in so many of the run is dead, to every trainer
 L0_TOLERANCE = 0.1
 SEARCH_RUNS = 4
 
@@ -218,8 +220,8 @@ def with_knob(project: str, family: str, settings: dict[str, Any], knob: float) 
     return settings | {"sparsity_penalty" if family == "jumprelu" else "l1_penalty": knob}
 
 
-def best_of(project: str, family: str, sizes: Sizes, activations: Path, peers: Path) -> dict[str, float]:
-    """NMSE, L0 and dead fraction of an arm at L0 = k, with the best of its learning rates."""
+def outcomes_of(project: str, family: str, sizes: Sizes, activations: Path, peers: Path) -> list[dict[str, float]]:
+    """NMSE, L0 and dead fraction of an arm at L0 = k, with each of its learning rates."""
     outcomes = []
     for rate_factor in (*RATE_FACTORS, *MORE_RATE_FACTORS.get(family, ())):
         settings, knob = settings_of(project, family, sizes, rate_factor)
@@ -235,7 +237,7 @@ def best_of(project: str, family: str, sizes: Sizes, activations: Path, peers: P
             "warm_up": 2,
             "seed": 0,
             "held_out": sizes.held_out,
-            "dead_after_tokens": sizes.batch * sizes.steps // 4,
+            "dead_after_tokens": sizes.batch * sizes.steps // DEAD_AFTER_SHARE,
         }
         runs = []
         for _ in range(SEARCH_RUNS if knob else 1):
@@ -247,7 +249,14 @@ def best_of(project: str, family: str, sizes: Sizes, activations: Path, peers: P
                 break
             knob = next_knob(runs, sizes.k, falls=not turns_k(project, family))
         outcomes.append(at_l0([figures for _, figures in runs], sizes.k))
-    return min(outcomes, key=lambda figures: (not figures["l0_met"], figures["nmse"]))
+    return outcomes
+
+
+def best(outcomes: Sequence[dict[str, float]], most_dead: float = 1.0) -> dict[str, float]:
+    """The least NMSE at the right L0, of those with at most so large a dead fraction if there are any."""
+    return min(
+        outcomes, key=lambda found: (not found["l0_met"], found["dead_fraction"] > most_dead + 1e-9, found["nmse"])
+    )
 
 
 def next_knob(runs: Sequence[tuple[float, dict[str, float]]], target: float, *, falls: bool) -> float:
@@ -279,22 +288,30 @@ def at_l0(runs: Sequence[dict[str, float]], target: float) -> dict[str, float]:
 def measure_quality(
     peers: Path, folder: Path, data: Sequence[Path], sizes: Sizes, families: Sequence[str]
 ) -> dict[str, float]:
-    """NMSE, L0 and dead fraction by family and project; `train_nmse_vs_best_peer.<family>` is below 1 where ours is."""
+    """NMSE, L0 and dead fraction by family and project.
+
+    `train_nmse_vs_best_peer.<family>` is below 1 where our NMSE is below both peers', and
+    `train_dead_above_least_peer.<family>` is our dead fraction less the smaller of theirs.
+    """
     activations = folder / "quality.npy"
     write_builtin_activations(activations, data, sizes.batch * sizes.steps, sizes.held_out)
     numbers: dict[str, float] = {}
     for family in families:
-        found = {}
-        for project in ("saeserve", *PEERS):
+        equal: list[dict[str, float]] = []  # what the peers have at the right L0
+        for project in (*PEERS, "saeserve"):
             if project == "saelens" and family == "relu_decoder_norm":
                 continue
-            found[project] = best_of(project, family, sizes, activations, peers)
-            print(f"{family} {project}: {_shown(found[project])}", flush=True)
-            for name, value in found[project].items():
+            outcomes = outcomes_of(project, family, sizes, activations, peers)
+            least_dead = min((peer["dead_fraction"] for peer in equal), default=1.0)
+            found = best(outcomes, least_dead if project == "saeserve" else 1.0)
+            print(f"{family} {project}: {_shown(found)}", flush=True)
+            for name, value in found.items():
                 numbers[f"quality_{name}.{family}.{project}"] = value
-        equal = [found[peer]["nmse"] for peer in PEERS if peer in found and found[peer]["l0_met"]]
-        if equal:
-            numbers[f"train_nmse_vs_best_peer.{family}"] = found["saeserve"]["nmse"] / min(equal)
+            if project != "saeserve":
+                equal += [found] if found["l0_met"] else []
+            elif equal:
+                numbers[f"train_nmse_vs_best_peer.{family}"] = found["nmse"] / min(peer["nmse"] for peer in equal)
+                numbers[f"train_dead_above_least_peer.{family}"] = found["dead_fraction"] - least_dead
     return numbers
 
 

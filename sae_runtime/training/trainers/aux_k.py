@@ -6,8 +6,8 @@
 The target already excludes pre_bias (it is x minus a reconstruction that includes it), so ê has none either.
 
 For the families with a penalty the equations have one more twist: their dead latents have negative pre-activations, or
-ones below a threshold, everywhere, and ReLU would send them no gradient at all. There latent_bias counts as 0 in value
-(`without_bias`), while its gradient is that of the equations: what would help is pulled up until it fires by itself.
+ones below a threshold, everywhere, and ReLU would send them no gradient at all. There latent_bias counts as 0 and gets
+no gradient from this loss (`without_bias`): directions learn what is missed, and `PenalisedTrainer` opens the level.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class AuxiliaryLoss:
         encoder, decoder, latent_bias = (p.detach().index_select(0, found) for p in self._full)
         if self._without_bias:
             latent_bias.zero_()
-        for part in (encoder, decoder, latent_bias):
+        for part in (encoder, decoder) if self._without_bias else (encoder, decoder, latent_bias):
             part.requires_grad_()
         total = zero
         for x, residual in zip(batch, residuals, strict=True):

@@ -3,6 +3,9 @@
     loss = mean (x̂ - x)² / Var(initial sample) + λ · penalty per token + further errors + aux_coefficient · AuxK
 
 λ is `sparsity_coefficient`, warmed up, or steered until L0 is k (`SparsityWeight`).
+
+No loss opens a latent that is below its level on every token, so that dead ones are opened by hand: latent_bias rises
+by a fixed number of learning rates at each step until they fire.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from sae_runtime.training.trainers.schedule import SparsityWeight
 from sae_runtime.training.trainers.trainer import BatchFigures, Trainer
 
 _PROBES = 256
+_OPENING = 10
+"""Learning rates that a dead latent's bias rises by at each step; Adam moves that of others by about one at most."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,12 @@ class PenalisedTrainer(Trainer):
         self._sparsity.observe(float(figures[0]) / self.batch_rows)
         self._density = float(figures[1]) / (self.batch_rows * self.n_latents)
         return BatchFigures(loss + self.config.aux_coefficient * aux, nmse, aux, active, fired, weight)
+
+    @torch.no_grad()
+    def _update(self, gradient_norm: float) -> float:
+        learning_rate = super()._update(gradient_norm)
+        self.latent_bias[self.dead()] += _OPENING * learning_rate
+        return learning_rate
 
     def _layout(self, x: Tensor, level: Tensor) -> Layout:
         weights = self.encoder, self.latent_bias, self.pre_bias, self.compute_dtype

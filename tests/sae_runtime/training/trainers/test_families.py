@@ -194,6 +194,29 @@ def test_penalised_families_change_to_the_sparse_layout(monkeypatch: pytest.Monk
     assert layout() == "SparseLayout"
 
 
+@pytest.mark.parametrize("variant", ["relu", "relu_decoder_norm", "jumprelu_l0", "jumprelu_tanh", "gated"])
+def test_latents_that_nothing_activates_are_opened_until_they_fire(variant: str) -> None:
+    made = trainer(4000, **FAMILIES[variant], dead_after_tokens=320)
+    with torch.no_grad():
+        made.latent_bias[:40] -= 4.0  # above any pre-activation
+    fired = torch.zeros(40, dtype=torch.bool)
+    for seed in range(250):
+        bias = made.latent_bias.detach().clone()
+        dead = made.dead()
+        metrics = made.step(activations(64, seed=seed))
+        opened = (made.latent_bias.detach() - bias)[:40]
+        if seed == 4:
+            assert not dead.any()
+            assert (opened <= made.config.learning_rate_for(N_LATENTS) * 1.01).all()
+        elif seed == 5:
+            assert dead[:40].all()
+            assert metrics.dead_fraction >= 40 / N_LATENTS
+            assert (opened > 5 * metrics.learning_rate).all()
+        fired |= made.tokens_since_fired[:40] == 0
+        assert seed > 5 or not fired.any()
+    assert fired.all()
+
+
 def test_settings_of_other_families_are_refused() -> None:
     with pytest.raises(ValueError, match="multi_topk_coefficient belongs to the family topk, found relu"):
         config(family="relu", multi_topk_coefficient=0.1)

@@ -56,8 +56,8 @@ def expected_gradients(trainer: Trainer, batch: Tensor, dead: Tensor) -> dict[st
     if isinstance(trainer, PenalisedTrainer):
         loss = loss + trainer.initial_sparsity_weight() * penalty
     if dead.any():
-        # With a penalty, dead latents count without their bias, which still gets the gradient.
-        aux = pre - w["latent_bias"].detach() if isinstance(trainer, PenalisedTrainer) else pre
+        # With a penalty, dead latents count without their bias.
+        aux = pre - w["latent_bias"] if isinstance(trainer, PenalisedTrainer) else pre
         chosen = top(torch.where(dead, aux, -torch.inf), min(s.aux_k, int(dead.sum())))
         residual = (x - z @ w["decoder"] - w["pre_bias"]).detach()
         modelled = (aux.relu() * chosen) @ w["decoder"]

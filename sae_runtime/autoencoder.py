@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from sae_runtime.features import InputStatistics, SparseFeatures
+from sae_runtime.finite import all_finite
 from sae_runtime.kernels.latent_activation import LatentActivation
 from sae_runtime.kernels.screened_topk import Screen, can_screen, screened_topk, screening_is_fast
 from sae_runtime.kernels.sparse_decode import sparse_decode
 from sae_runtime.kernels.tiled_active import tiled_active
 from sae_runtime.kernels.tiled_groupmax import tiled_groupmax
 from sae_runtime.kernels.tiled_topk import tiled_topk
-from sae_runtime.kernels.topk_membership import kept_in_topk
 from sae_runtime.normalization import NORMALIZATIONS, Normalization, normalize_rows, restore_rows
 from sae_runtime.statistics import LatentStatistics
 
@@ -170,7 +170,7 @@ class Dictionary:
         ValueError: wrong width, or values that are not finite or overflow the dictionary's dtype.
         """
         raw = x
-        x, statistics = self._prepare(x)
+        x, statistics = self.prepare(x)
         if self.activation == "topk":
             assert self.k is not None
             relu = self.postact == "relu"
@@ -182,8 +182,8 @@ class Dictionary:
             assert self.k is not None
             values, indices = tiled_groupmax(x, self.encoder, self.latent_bias, self.k)
         else:
-            values, indices = tiled_active(x, self.encoder, self._latent_activation)
-        self._check_overflow(values)
+            values, indices = tiled_active(x, self.encoder, self.latent_activation)
+        self.check_overflow(values)
         # A copy, because the caller may change its activations in place before it decodes.
         skip_input = None if self.skip is None else raw.to(device=self.device, dtype=self.dtype, copy=True)
         return SparseFeatures(indices, values, self.n_latents, statistics, skip_input)
@@ -193,9 +193,9 @@ class Dictionary:
         """All latents of each row, x [n, d_in] -> [n, n_latents]. Errors as `encode`."""
         if self.activation in CHOOSING:
             return self.encode(x).to_dense()
-        x, _ = self._prepare(x)
-        z = self._latent_activation.before_relu(x, self.encoder).relu_()
-        self._check_overflow(z)
+        x, _ = self.prepare(x)
+        z = self.latent_activation.before_relu(x, self.encoder).relu_()
+        self.check_overflow(z)
         return z
 
     @torch.no_grad()
@@ -209,51 +209,12 @@ class Dictionary:
             low, high = (int(bound) for bound in features.aminmax())
             if low < 0 or high >= self.n_latents:
                 raise ValueError(f"feature {low if low < 0 else high} is outside 0..{self.n_latents - 1}")
-        ascending, column = torch.unique(features, return_inverse=True)
-        return self.encode_ascending(x, ascending)[0][:, column]
-
-    @torch.no_grad()
-    def encode_ascending(
-        self, x: Tensor, features: Tensor, wanted: Tensor | None = None
-    ) -> tuple[Tensor, InputStatistics | None]:
-        """`encode_features` for valid latents in ascending order without repeats; with the input statistics.
-
-        For callers that prepare `features` once, as edits do at every decoded token. `wanted`, bool [n, m], says which
-        values they look at; others may be 0. topk and groupmax then encode in full only the rows in which a wanted
-        latent has a positive pre-activation: elsewhere it is 0 whichever latents are kept. On the CPU, where reading
-        the encoder takes the time, topk looks only at as much of it as shows that the latent is not kept.
-        """
         if self.activation in CHOOSING:
-            if wanted is not None and self.postact == "relu":
-                return self._encode_wanted(x, features, wanted)
-            encoded = self.encode(x)
-            return encoded.select_ascending(features), encoded.input_statistics
-        x, statistics = self._prepare(x)
-        z = self._latent_activation[features].before_relu(x, self.encoder[features]).relu_()
-        self._check_overflow(z)
-        return z, statistics
-
-    def _encode_wanted(self, x: Tensor, features: Tensor, wanted: Tensor) -> tuple[Tensor, InputStatistics | None]:
-        prepared, statistics = self._prepare(x)
-        pre = torch.addmm(self.latent_bias[features], prepared, self.encoder[features].T)
-        may_be_active = ~(pre <= 0)  # NaN included: encoding in full finds the overflow
-        z = torch.zeros_like(pre)
-        if self.activation == "topk" and self.dtype != torch.float16 and self.device.type == "cpu":
-            assert self.k is not None
-            rows, columns = (may_be_active & wanted).nonzero(as_tuple=True)
-            found = pre[rows, columns]
-            kept = kept_in_topk(
-                prepared, self.encoder, self.latent_bias, self.k, rows, features[columns], found, self.screen
-            )
-            z[rows, columns] = torch.where(kept, found, 0.0)
-            self._check_overflow(z)
-            return z, statistics
-        rows = (may_be_active & wanted).any(dim=1).nonzero().squeeze(1)
-        if len(rows) == len(x):
-            return self.encode(x).select_ascending(features), statistics
-        if len(rows):
-            z[rows] = self.encode(x[rows]).select_ascending(features)
-        return z, statistics
+            return self.encode(x).select(features)
+        x, _ = self.prepare(x)
+        z = self.latent_activation[features].before_relu(x, self.encoder[features]).relu_()
+        self.check_overflow(z)
+        return z
 
     def decode(self, features: SparseFeatures) -> Tensor:
         """Reconstruction [n, d_in] in the units of the encoder's input, in the dictionary's dtype.
@@ -282,30 +243,30 @@ class Dictionary:
         return x
 
     @property
-    def _latent_activation(self) -> LatentActivation:
+    def latent_activation(self) -> LatentActivation:
         return LatentActivation(self.latent_bias, self.threshold, self.magnitude_scale, self.magnitude_bias)
 
-    def _prepare(self, x: Tensor) -> tuple[Tensor, InputStatistics | None]:
+    def prepare(self, x: Tensor) -> tuple[Tensor, InputStatistics | None]:
         """Check, normalise (in float32 or better) and centre the input; returns it in the dictionary's dtype."""
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ValueError(f"activations have shape {list(x.shape)}, expected [n, {self.d_in}]")
         if not x.is_floating_point():
             raise ValueError(f"activations have dtype {x.dtype}, expected a floating dtype")
         x = x.to(device=self.device, dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
-        finite = torch.linalg.vector_norm(x, dim=1).isfinite()
-        if not bool(finite.all()):
-            rows = (~finite).nonzero().squeeze(1)
-            # A finite row whose squares overflow would give infinite or undefined latents.
+        x, statistics = normalize_rows(x, self.normalization)
+        # A finite row whose squares overflow would give infinite or undefined latents.
+        size = torch.linalg.vector_norm(x, dim=1) if statistics is None else statistics.std
+        if not all_finite(size):
+            rows = (~size.flatten().isfinite()).nonzero().squeeze(1)
             count = f"{len(rows)} of {len(x)} rows"
             raise ValueError(f"activations are not finite, or too large, in {count}; the first is row {int(rows[0])}")
-        x, statistics = normalize_rows(x, self.normalization)
         x = (x - self.pre_bias).to(self.dtype)
         if self.dtype == torch.float16:  # the one dtype whose range is narrower than the input's
-            self._check_overflow(x)
+            self.check_overflow(x)
         return x, statistics
 
-    def _check_overflow(self, values: Tensor) -> None:
-        if not bool(values.isfinite().all()):
+    def check_overflow(self, values: Tensor) -> None:
+        if not all_finite(values):
             raise ValueError(
                 f"the activations overflow {self.dtype} while being encoded; load the dictionary with a wider dtype"
             )

@@ -18,6 +18,7 @@ from sae_runtime.autoencoder import Dictionary
 from sae_runtime.backbone import Backbone
 from sae_runtime.causal.predictions import Predictions, compare, next_tokens, predict
 from sae_runtime.causal.prefix import Change, SharedPrefix
+from sae_runtime.latent_reader import LatentReader
 from sae_runtime.packed import PackedTokens
 from sae_runtime.sites import Site
 
@@ -125,7 +126,7 @@ class AblationStudy:
             wanted = torch.tensor([features[i].feature for i in places], device=dictionary.device)
             ascending, column = torch.unique(wanted, return_inverse=True)
             x = self._prefix.paused[self._site[name]].activation
-            z, statistics = dictionary.encode_ascending(x, ascending)
+            z, statistics = LatentReader(dictionary, ascending).read(x)
             self._scale[name] = None if statistics is None else statistics.std
             for i, at in zip(places, column.tolist(), strict=True):
                 self._latents[i] = z[:, at]

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_runtime.autoencoder import Dictionary
+from sae_runtime.finite import all_finite
 from sae_runtime.interventions.layout import DictionaryLayout, Indices, SiteLayout
+from sae_runtime.latent_reader import LatentReader
 
 
 class EditOutOfRange(ValueError):
@@ -45,6 +47,14 @@ class _DictionaryEdits:
         """Decoder rows of the latents, [F, width], in the dtype of the arithmetic."""
         return self.dictionary.decoder[self.features].to(self.arithmetic.dtype)
 
+    @cached_property
+    def reader(self) -> LatentReader:
+        return LatentReader(self.dictionary, self.features, self.wanted)
+
+    @cached_property
+    def is_clamped(self) -> bool:
+        return bool(self.arithmetic[2:].isfinite().any())
+
     @property
     def changes(self) -> bool:
         return self.pairs.numel() > 0 or self.replaced.numel() > 0
@@ -58,7 +68,7 @@ class _DictionaryEdits:
             z, statistics = encoded.select_ascending(self.features), encoded.input_statistics
             reconstruction = self.dictionary.decode(encoded[self.replaced])
         else:
-            z, statistics = self.dictionary.encode_ascending(x, self.features, self.wanted)
+            z, statistics = self.reader.read(x)
         z = z.to(self.arithmetic.dtype)
         return _Reading(x, z, None if statistics is None else statistics.std, reconstruction)
 
@@ -73,7 +83,10 @@ class _DictionaryEdits:
         z = reading.z
         old = z.view(-1)[self.pairs]
         scale, shift, minimum, maximum = self.arithmetic
-        change = torch.clamp(scale * old + shift, minimum, maximum) - old
+        new = torch.addcmul(shift, scale, old)
+        if self.is_clamped:
+            new = torch.clamp(new, minimum, maximum)
+        change = new - old
         if self.gates is not None:
             change = change * truth[self.gates]
         changes = torch.zeros_like(z).view(-1).index_copy_(0, self.pairs, change).view(z.shape)
@@ -135,7 +148,8 @@ class SiteEdits:
 
     def apply(self, x: Tensor, truths: list[Tensor]) -> Tensor:
         """The edited x [N, width]; adds the truth of the thresholds that are read here to those of earlier sites."""
-        h = x[self._tokens]  # [N_s, width]
+        every = len(self._tokens) == len(x)
+        h = x if every else x[self._tokens]  # [N_s, width]
         before = h.detach()
         readings = [each.read(before) for each in self._dictionaries]
         for each, reading in zip(self._dictionaries, readings, strict=True):
@@ -157,7 +171,7 @@ class SiteEdits:
         # Where nothing is added the token stays bitwise the same: a sum would lose the sign of -0.
         edited = torch.where(added == 0, h, (h.to(dtype) + added).to(x.dtype))
         self._check(before, added, edited.detach())
-        return x.index_copy(0, self._tokens, edited)
+        return edited if every else x.index_copy(0, self._tokens, edited)
 
     def _combine(self, truths: Sequence[Tensor]) -> Tensor:
         """All truth values: the constant, the thresholds read so far, and the combinations of this site."""
@@ -169,7 +183,7 @@ class SiteEdits:
 
     def _check(self, before: Tensor, added: Tensor, edited: Tensor) -> None:
         if self._limits is None:
-            if not bool(edited.isfinite().all()):
+            if not all_finite(edited):
                 self._refuse(edited.isfinite().all(dim=1), f"edits at {self._site} leave the range of {edited.dtype}")
             return
         size = torch.linalg.vector_norm(before.to(added.dtype), dim=1, keepdim=True)

@@ -87,13 +87,13 @@ def _example(rows: int, n_latents: int, d_in: int, k: int) -> tuple[Dictionary, 
 
 def _dense_topk(dictionary: Dictionary, x: Tensor) -> tuple[Tensor, Tensor]:
     assert dictionary.k is not None
-    prepared, _ = dictionary._prepare(x)
+    prepared, _ = dictionary.prepare(x)
     values, indices = torch.addmm(dictionary.latent_bias, prepared, dictionary.encoder.T).topk(dictionary.k, dim=-1)
     return values.relu(), indices
 
 
 def _product(dictionary: Dictionary, x: Tensor) -> Tensor:
-    prepared, _ = dictionary._prepare(x)
+    prepared, _ = dictionary.prepare(x)
     return torch.addmm(dictionary.latent_bias, prepared, dictionary.encoder.T)
 
 

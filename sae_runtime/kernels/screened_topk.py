@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_runtime.kernels.tiled_topk import tiled_topk, topk_of_rows
@@ -108,7 +109,7 @@ def _candidates(x: Tensor, screen: Screen, k: int) -> tuple[Tensor, Tensor, Tens
     n, n_latents = len(x), len(screen.weight)
     rounded = x.bfloat16()
     bits = F.linear(rounded, screen.weight, screen.bias).view(torch.int16)  # [n, n_latents]
-    error = screening_error(x, rounded, screen)
+    error = torch.from_numpy(screening_error(x, rounded, screen))
 
     # The k-th largest of the groups' maxima is at most the k-th largest value. The bits of positive floats are ordered
     # like them, and above those of negative ones.
@@ -132,13 +133,13 @@ def _candidates(x: Tensor, screen: Screen, k: int) -> tuple[Tensor, Tensor, Tens
     return torch.from_numpy(rows), torch.from_numpy(splits[np.append(rows, n)]), torch.from_numpy(columns)
 
 
-def screening_error(x: Tensor, rounded: Tensor, screen: Screen) -> Tensor:
+def screening_error(x: Tensor, rounded: Tensor, screen: Screen) -> NDArray[np.float32]:
     """Bound of how far a row's screened values are from the exact ones, [n], but for the rounding of what is stored.
 
     x [n, d_in] and the same in bfloat16.
     """
-    norm, residual = (torch.linalg.vector_norm(rows, dim=1) for rows in (rounded.float(), x - rounded))
-    error: Tensor = residual * screen.largest_norm + norm * screen.largest_residual
+    norm, residual = (torch.linalg.vector_norm(rows, dim=1).numpy() for rows in (rounded.float(), x - rounded))
+    error: NDArray[np.float32] = residual * screen.largest_norm + norm * screen.largest_residual
     error += UNIT_ROUNDOFF * screen.largest_bias
     error += _SUM_ROUNDOFF * (x.shape[1] + 2) * (norm * screen.largest_norm + screen.largest_bias)
     return error

@@ -9,12 +9,15 @@ dictionary read in full would cost as much as the blocks that it is as large as.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_runtime.kernels.linear import FEW_ROWS, few_rows_linear
+from sae_runtime.kernels.linear import few_rows_linear
 from sae_runtime.kernels.screened_topk import UNIT_ROUNDOFF, Screen, screening_error
 
 SMALL_LATENTS = 4096
@@ -22,9 +25,13 @@ SMALL_LATENTS = 4096
 FIRST_TILE = 1024
 """Latents that are looked at first, for k up to 64; each tile is as large as all before it, up to the largest."""
 LARGEST_TILE = 8192
-SMALL_BYTES = 8 << 20
-"""An encoder of up to this size is read in float32 for few rows: bounds and what they leave open take as long."""
 _AT_ONCE = 8192  # exact products
+_MOST_HELD = 1 << 24  # pre-activations
+_LANES = 128  # latents that are counted side by side, in bytes: 8 of them at each addition of 64-bit numbers
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 def kept_in_topk(
@@ -32,11 +39,11 @@ def kept_in_topk(
     weight: Tensor,
     bias: Tensor,
     k: int,
-    rows: Tensor,
-    latents: Tensor,
-    values: Tensor,
+    rows: Ints,
+    latents: Ints,
+    values: Floats,
     screen: Screen | None = None,
-) -> Tensor:
+) -> Bools:
     """For P pairs of a row and a latent: whether the latent is among the k largest of `x @ weight.T + bias` there.
 
     Of equal values the one of the lower latent is the larger, as in `tiled_topk`. Where rounding decides which of two
@@ -44,80 +51,156 @@ def kept_in_topk(
 
     Args:
         x: [n, d]; weight: [n_latents, d]; bias: [n_latents]; on the CPU.
-        rows: int64 [P], ascending; latents: int64 [P].
+        rows: [P], ascending; latents: [P].
         values: [P] pre-activation of each pair, positive.
         screen: of weight and bias, which must be float32 then.
 
     Returns:
-        bool [P].
+        [P].
     """
-    own_latents = latents.numpy()
-    own_rows, inverse = _distinct(rows.numpy())
+    own_rows, row_of_pair = _distinct(rows)
     if len(own_rows) < len(x):
         x = x[torch.from_numpy(own_rows)]
-    if len(x) < FEW_ROWS.stop and weight.nbytes <= SMALL_BYTES:
-        screen = None
-    if screen is None:
-        read_x, read_weight, read_bias = x, weight, bias
-        low = high = _comparable(values)
-    else:
-        read_x, read_weight, read_bias = x.bfloat16(), screen.weight, screen.bias
-        error = screening_error(x, read_x, screen)
-        if len(error) < len(values):
-            error = error[torch.from_numpy(inverse)]
-        # Screened values and these bounds are rounded once more when they are stored: UNIT_ROUNDOFF each.
-        low = _comparable(((values - error) * (1 - 3 * UNIT_ROUNDOFF)).clamp_min(0).bfloat16(), bits=True)
-        high = _comparable(((values + error) * (1 + 3 * UNIT_ROUNDOFF)).bfloat16(), bits=True)
+    n_at_once = max(1, _MOST_HELD // len(weight))
+    if len(x) <= n_at_once:
+        return _Ranks(x, weight, bias, row_of_pair, latents, values, screen).among(k)
+    kept = np.zeros(len(rows), np.bool_)
+    for start in range(0, len(x), n_at_once):
+        pairs = slice(*np.searchsorted(row_of_pair, (start, start + n_at_once)))
+        part = x[start : start + n_at_once]
+        ranks = _Ranks(part, weight, bias, row_of_pair[pairs] - start, latents[pairs], values[pairs], screen)
+        kept[pairs] = ranks.among(k)
+    return kept
 
-    open_pairs = np.arange(len(rows))
-    n_larger = np.zeros(len(rows), np.int64)
-    near: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []  # pairs and latents that this comparison cannot place
-    start, tile = 0, len(weight) if len(weight) <= SMALL_LATENTS else max(FIRST_TILE, 16 * k)
-    while start < len(weight) and len(open_pairs):
-        end = min(start + tile, len(weight))
-        asked, position = _distinct(inverse[open_pairs])
-        some = read_x if len(asked) == len(read_x) else read_x[torch.from_numpy(asked)]
-        pre = few_rows_linear(some, read_weight[start:end], read_bias[start:end])
-        found = _comparable(pre, bits=screen is not None)
-        if len(position) > len(asked):
-            found = found[position]  # [open pairs, tile]
-        if found.flags.f_contiguous:
-            found = found.T
-            flat = np.flatnonzero(found >= low[open_pairs])
-            latent, pair = np.divmod(flat, len(open_pairs))
-        else:
-            flat = np.flatnonzero(found >= low[open_pairs, None])
-            pair, latent = np.divmod(flat, end - start)
-        pair, latent = open_pairs[pair], latent + start
-        own = own_latents[pair]
-        larger = found.reshape(-1)[flat] > high[pair]
+
+class _Tile(NamedTuple):
+    """Comparable pre-activations of a run of latents."""
+
+    start: int  # the first latent
+    rows: Ints  # ascending
+    values: NDArray[Any]  # [rows, latents]
+
+
+class _Ranks:
+    """How many latents are larger than those of the pairs."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, rows: Ints, latents: Ints, values: Floats, screen: Screen | None
+    ) -> None:
+        """Every row of x belongs to one pair at least; otherwise as for `kept_in_topk`."""
+        self._x, self._weight, self._bias = x, weight, bias
+        self._rows, self._latents = rows, latents
+        self._screen = screen
+        self._low: NDArray[Any]  # what is not smaller may be larger than the pair's own value
+        self._high: NDArray[Any]  # what exceeds this is larger
         if screen is None:
-            larger |= latent < own  # the others are equal
-        elsewhere = latent != own  # a latent is not larger than itself, however it was rounded here
-        n_larger += np.bincount(pair[larger & elsewhere], minlength=len(rows))
-        if screen is not None:
-            is_near = ~larger & elsewhere
-            near.append((pair[is_near], latent[is_near]))
-        open_pairs = open_pairs[n_larger[open_pairs] < k]
-        start, tile = end, min(end, LARGEST_TILE)
+            self._read = x, weight, bias
+            self._low = self._high = values
+            return
+        self._read = x.bfloat16(), screen.weight, screen.bias
+        error = screening_error(x, self._read[0], screen)
+        if len(error) < len(values):
+            error = error[rows]
+        # Screened values and these bounds are rounded once more when they are stored: UNIT_ROUNDOFF each.
+        bounds = np.stack(
+            [
+                np.maximum((values - error) * (1 - 3 * UNIT_ROUNDOFF), 0),
+                (values + error) * (1 + 3 * UNIT_ROUNDOFF),
+            ]
+        )
+        self._low, self._high = _comparable(torch.from_numpy(bounds).bfloat16(), bits=True)
 
-    if near:
-        pair, latent = (np.concatenate(parts) for parts in zip(*near, strict=True))
-        decisive = n_larger + np.bincount(pair, minlength=len(rows)) >= k
-        decisive &= n_larger < k
-        pair, latent = pair[decisive[pair]], latent[decisive[pair]]
-        n_larger += _count_exactly(x, weight, bias, inverse, own_latents, pair, latent)
-    return torch.from_numpy(n_larger < k)
+    def among(self, k: int) -> Bools:
+        """Whether fewer than k are larger, for each pair."""
+        x, weight, bias = self._read
+        n_above = np.zeros(len(self._rows), np.int64)  # that are surely larger, but for itself by rounding
+        tiles: list[_Tile] = []
+        open_pairs = np.arange(len(self._rows))
+        start, size = 0, len(weight) if len(weight) <= SMALL_LATENTS else max(FIRST_TILE, 16 * k)
+        while True:
+            end = min(start + size, len(weight))
+            asked, position = _distinct(self._rows[open_pairs])
+            some = x if len(asked) == len(x) else x[torch.from_numpy(asked)]
+            pre = few_rows_linear(some, weight[start:end], bias[start:end])
+            found = _comparable(pre, bits=self._screen is not None)
+            tiles.append(_Tile(start, asked, found))
+            if end == len(weight):
+                break
+            n_above[open_pairs] += _count(_of_pairs(found, position) > self._high[open_pairs, None])
+            open_pairs = open_pairs[n_above[open_pairs] <= k]
+            if not len(open_pairs):
+                break
+            start, size = end, min(end, LARGEST_TILE)
+        kept = np.zeros(len(self._rows), np.bool_)
+        kept[open_pairs] = True
+        may_be_larger = sum(self._count_in(tile, open_pairs, np.greater_equal, self._low) for tile in tiles)
+        doubtful = open_pairs[may_be_larger >= k]  # the latent itself is counted as well
+        if len(doubtful):
+            n_above[doubtful] += self._count_in(tiles[-1], doubtful, np.greater, self._high)
+            for pair in doubtful:
+                kept[pair] = n_above[pair] <= k and self._n_larger(pair, tiles) < k
+        return kept
+
+    def _count_in(self, tile: _Tile, pairs: Ints, compare: np.ufunc, bounds: NDArray[Any]) -> Ints:
+        """How many values of a tile are so to the bound of each of these pairs."""
+        places = np.searchsorted(tile.rows, self._rows[pairs])
+        return _count(compare(_of_pairs(tile.values, places), bounds[pairs, None]))
+
+    def _n_larger(self, pair: np.intp, tiles: Sequence[_Tile]) -> int:
+        """Exactly, for one pair."""
+        row, own = self._rows[pair], self._latents[pair]
+        larger, near = 0, []
+        for tile in tiles:
+            candidates = tile.values[np.searchsorted(tile.rows, row)]
+            latents = np.flatnonzero(candidates >= self._low[pair])
+            is_larger = candidates[latents] > self._high[pair]
+            latents += tile.start
+            is_other = latents != own  # a latent is not larger than itself, however it was rounded here
+            larger += int(np.count_nonzero(is_larger & is_other))
+            near.append(latents[~is_larger & is_other])
+        others = np.concatenate(near)
+        for start in range(0, len(others), _AT_ONCE):
+            larger += self._count_exactly(row, own, others[start : start + _AT_ONCE])
+        return larger
+
+    def _count_exactly(self, row: np.int64, own: np.int64, others: Ints) -> int:
+        """How many of the other latents are larger than the own one."""
+        latents = torch.from_numpy(np.append(others, own))
+        # By the same additions, so that equal encoder rows have equal values.
+        values = ((self._weight[latents] * self._x[row]).sum(dim=1) + self._bias[latents]).numpy()
+        larger = (values[:-1] > values[-1]) | ((values[:-1] == values[-1]) & (others < own))
+        return int(np.count_nonzero(larger))
 
 
-def _distinct(ascending: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _count(marks: Bools) -> Ints:
+    """How many of each row [n, m] are true; the rows may lie in memory column by column."""
+    if marks.flags.c_contiguous:
+        return np.array([np.count_nonzero(row) for row in marks], np.int64)
+    n, m = marks.shape
+    counts: Ints
+    if not marks.flags.f_contiguous or m % _LANES or m // _LANES > np.iinfo(np.uint8).max:
+        counts = marks.sum(axis=1, dtype=np.int64)
+    else:
+        # Sums of bytes, none of which overflows.
+        lanes: NDArray[np.uint64] = marks.T.reshape(m // _LANES, _LANES * n).view(np.uint64).sum(axis=0)
+        counts = lanes.view(np.uint8).reshape(_LANES, n).sum(axis=0, dtype=np.int64)
+    return counts
+
+
+def _of_pairs(values: NDArray[Any], places: Ints) -> NDArray[Any]:
+    """Rows of the values, some more than once."""
+    in_place = len(places) == len(values) and bool((places == np.arange(len(values))).all())
+    return values if in_place else values[places]
+
+
+def _distinct(ascending: Ints) -> tuple[Ints, Ints]:
     """The different numbers, and which of them each entry is."""
     is_new = np.ones(len(ascending), np.bool_)
     np.not_equal(ascending[1:], ascending[:-1], out=is_new[1:])
     return ascending[is_new], is_new.cumsum() - 1
 
 
-def _comparable(values: Tensor, *, bits: bool = False) -> NDArray[np.floating | np.int16]:
+def _comparable(values: Tensor, *, bits: bool = False) -> NDArray[Any]:
     """Numbers that NumPy, several times faster here than torch, orders as the values.
 
     bits: of bfloat16, the bits. Those of positive numbers are ordered like them, and above those of negative ones.
@@ -127,28 +210,3 @@ def _comparable(values: Tensor, *, bits: bool = False) -> NDArray[np.floating | 
     elif values.dtype == torch.bfloat16:  # which NumPy does not have
         values = values.float()
     return values.numpy()
-
-
-def _count_exactly(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rows: NDArray[np.int64],
-    latents: NDArray[np.int64],
-    pair: NDArray[np.int64],
-    others: NDArray[np.int64],
-) -> NDArray[np.int64]:
-    """How many of the other latents, each beside a pair, are larger than the pair's own: [number of pairs]."""
-    count = np.zeros(len(latents), np.int64)
-    for start in range(0, len(pair), _AT_ONCE):
-        p, other = pair[start : start + _AT_ONCE], others[start : start + _AT_ONCE]
-        own = latents[p]
-        row = x[torch.from_numpy(rows[p])]
-        # By the same additions, so that equal encoder rows have equal values.
-        value, own_value = (
-            ((weight[torch.from_numpy(each)] * row).sum(dim=1) + bias[torch.from_numpy(each)]).numpy()
-            for each in (other, own)
-        )
-        larger = (value > own_value) | ((value == own_value) & (other < own))
-        count += np.bincount(p[larger], minlength=len(count))
-    return count

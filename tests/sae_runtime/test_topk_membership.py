@@ -1,5 +1,6 @@
 """Against a dense product and torch.topk."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from sae_runtime.kernels import topk_membership
 from sae_runtime.kernels.linear import few_rows_linear
 from sae_runtime.kernels.screened_topk import Screen
 from sae_runtime.kernels.topk_membership import kept_in_topk
+from sae_runtime.latent_reader import LatentReader
 from tests.service.engine.models import random_dictionary
 
 
@@ -31,10 +33,29 @@ def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k:
     positive = dense[rows, latents] > 0
     rows, latents = rows[positive], latents[positive]
     screen = Screen.of(weight, bias) if "screened" in how else None
-    found = kept_in_topk(x, weight, bias, k, rows, latents, dense[rows, latents], screen)
+    values = dense[rows, latents].numpy()
+    found = kept_in_topk(x, weight, bias, k, rows.numpy(), latents.numpy(), values, screen)
     assert found.tolist() == (rank[rows, latents] < k).tolist()
     assert found.any()
     assert k >= n_latents // 2 or not found.all()
+
+
+@pytest.mark.parametrize("screened", [True, False])
+def test_any_pairs_of_a_few_rows(screened: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        x, weight = torch.randn(3, 5, generator=generator), torch.randn(20, 5, generator=generator)
+        dense = x @ weight.T
+        rank = dense.argsort(dim=1, descending=True).argsort(dim=1)
+        rows = torch.randint(0, 3, (4,), generator=generator).sort().values
+        latents = torch.randint(0, 20, (4,), generator=generator)
+        rows, latents = rows[positive := dense[rows, latents] > 0], latents[positive]
+        if not len(rows):
+            continue
+        screen = Screen.of(weight, torch.zeros(20)) if screened else None
+        values = dense[rows, latents].numpy()
+        found = kept_in_topk(x, weight, torch.zeros(20), 4, rows.numpy(), latents.numpy(), values, screen)
+        assert found.tolist() == (rank[rows, latents] < 4).tolist()
 
 
 def test_screening_decides_as_float32_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +68,9 @@ def test_screening_decides_as_float32_does(monkeypatch: pytest.MonkeyPatch) -> N
     order = dense.argsort(dim=1, descending=True)
     rows = torch.arange(20).repeat_interleave(12)
     latents = order[:, 26:38].reshape(-1)  # ranks around the 32nd
-    found = kept_in_topk(x, weight, bias, 32, rows, latents, dense[rows, latents], Screen.of(weight, bias))
-    assert found.view(20, 12).tolist() == [[True] * 6 + [False] * 6] * 20
+    values = dense[rows, latents].numpy()
+    found = kept_in_topk(x, weight, bias, 32, rows.numpy(), latents.numpy(), values, Screen.of(weight, bias))
+    assert found.reshape(20, 12).tolist() == [[True] * 6 + [False] * 6] * 20
 
 
 def test_looks_at_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,10 +82,11 @@ def test_looks_at_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(topk_membership, "few_rows_linear", counted)
     monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 0)
-    weight = torch.eye(20_000, 2) + 1
+    weight = torch.ones(20_000, 2)
+    weight[:10, 0] += torch.arange(10, 0, -1)
     x, bias = torch.ones(3, 2), torch.zeros(20_000)
-    pairs = torch.tensor([0, 2]), torch.tensor([19_000, 0])  # one of the smallest values, one of the two largest
-    assert kept_in_topk(x, weight, bias, 4, *pairs, torch.tensor([2.0, 3.0])).tolist() == [False, True]
+    pairs = np.array([0, 2]), np.array([19_000, 0])  # one of the smallest values, and the largest
+    assert kept_in_topk(x, weight, bias, 4, *pairs, np.array([2, 12], np.float32)).tolist() == [False, True]
     assert seen[0] == (2, 1024)
     assert {rows for rows, _ in seen[1:]} == {1}
     assert sum(n for _, n in seen) == 20_000
@@ -75,7 +98,17 @@ def test_edits_read_the_same_values_as_encoding_in_full() -> None:
     dense = dictionary.encode_dense(x)
     features = torch.cat([dense.sum(0).topk(60).indices, torch.arange(2000, 2100)]).unique()
     wanted = torch.rand(40, len(features), generator=torch.Generator().manual_seed(2)) < 0.3
-    found, statistics = dictionary.encode_ascending(x, features, wanted)
+    found, statistics = LatentReader(dictionary, features, wanted).read(x)
     torch.testing.assert_close(found * wanted, dense[:, features] * wanted)
     assert (found * wanted).count_nonzero() > 20
     assert statistics is not None
+
+
+@pytest.mark.parametrize("n", [1, 3, 16])
+@pytest.mark.parametrize("m", [1024, 1000])
+@pytest.mark.parametrize("by_column", [True, False])
+def test_counts_what_is_true_in_each_row(n: int, m: int, by_column: bool) -> None:
+    marks = np.random.default_rng(0).random((n, m)) < np.linspace(0, 1, n)[:, None]
+    marks[-1] = True
+    marks = np.asfortranarray(marks) if by_column else marks
+    assert topk_membership._count(marks).tolist() == marks.sum(axis=1).tolist()

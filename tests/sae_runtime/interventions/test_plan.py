@@ -21,7 +21,9 @@ from sae_runtime.interventions import (
     Reference,
     RowEdits,
     plan_edits,
+    site_edits,
 )
+from sae_runtime.latent_reader import LatentReader
 from tests.sae_runtime.interventions.plain import plain_dictionaries
 
 DICTIONARIES = {name: d.to(dtype=torch.float32) for name, d in plain_dictionaries(16).items()}
@@ -197,13 +199,13 @@ def test_a_site_that_a_condition_reads_must_come_first() -> None:
 def test_an_edit_that_only_adds_does_not_ask_which_latents_are_active(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a TopK dictionary that takes the whole encoder, and the answer would change nothing."""
     asked: list[list[list[bool]]] = []
-    encode = Dictionary.encode_ascending
 
-    def watched(self: Dictionary, x: Tensor, features: Tensor, wanted: Tensor) -> Any:
-        asked.append(wanted.tolist())
-        return encode(self, x, features, wanted)
+    class Watched(LatentReader):
+        def __init__(self, dictionary: Dictionary, features: Tensor, wanted: Tensor) -> None:
+            asked.append(wanted.tolist())
+            super().__init__(dictionary, features, wanted)
 
-    monkeypatch.setattr(Dictionary, "encode_ascending", watched)
+    monkeypatch.setattr(site_edits, "LatentReader", Watched)
     edits = (
         Edit("topk", 1, "add", 1.0),
         Edit("topk", 2, "scale", 0.0),
@@ -214,7 +216,7 @@ def test_an_edit_that_only_adds_does_not_ask_which_latents_are_active(monkeypatc
     edited = plan.apply(SITE, x)
     assert asked == [[[False, True, False, True]] * 2]
     z = TOPK.encode_dense(x)
-    _, statistics = TOPK._prepare(x)
+    _, statistics = TOPK.prepare(x)
     std = 1.0 if statistics is None else statistics.std
     change = torch.zeros_like(z)
     change[:, 1], change[:, 2], change[:, 3] = 1.0, -z[:, 2], (z[:, 4] > 0.5).float()

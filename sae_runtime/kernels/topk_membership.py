@@ -137,8 +137,9 @@ class _Ranks:
         doubtful = open_pairs[may_be_larger >= k]  # the latent itself is counted as well
         if len(doubtful):
             n_above[doubtful] += self._count_in(tiles[-1], doubtful, np.greater, self._high)
-            for pair in doubtful:
-                kept[pair] = n_above[pair] <= k and self._n_larger(pair, tiles) < k
+            kept[doubtful] = False
+            doubtful = doubtful[n_above[doubtful] <= k]
+            kept[doubtful] = self._n_larger(doubtful, tiles, k) < k
         return kept
 
     def _count_in(self, tile: _Tile, pairs: Ints, compare: np.ufunc, bounds: NDArray[Any]) -> Ints:
@@ -146,30 +147,40 @@ class _Ranks:
         places = np.searchsorted(tile.rows, self._rows[pairs])
         return _count(compare(_of_pairs(tile.values, places), bounds[pairs, None]))
 
-    def _n_larger(self, pair: np.intp, tiles: Sequence[_Tile]) -> int:
-        """Exactly, for one pair."""
-        row, own = self._rows[pair], self._latents[pair]
-        larger, near = 0, []
+    def _n_larger(self, pairs: Ints, tiles: Sequence[_Tile], k: int) -> Ints:
+        """How many latents are larger than each pair's; exact where it is less than k, or may be."""
+        n_larger = np.zeros(len(pairs), np.int64)
+        near: list[tuple[Ints, Ints]] = []  # pairs, by their place, and latents that this comparison cannot order
         for tile in tiles:
-            candidates = tile.values[np.searchsorted(tile.rows, row)]
-            latents = np.flatnonzero(candidates >= self._low[pair])
-            is_larger = candidates[latents] > self._high[pair]
-            latents += tile.start
-            is_other = latents != own  # a latent is not larger than itself, however it was rounded here
-            larger += int(np.count_nonzero(is_larger & is_other))
-            near.append(latents[~is_larger & is_other])
-        others = np.concatenate(near)
-        for start in range(0, len(others), _AT_ONCE):
-            larger += self._count_exactly(row, own, others[start : start + _AT_ONCE])
-        return larger
+            values = _of_pairs(tile.values, np.searchsorted(tile.rows, self._rows[pairs]))
+            place, latent = np.nonzero(values >= self._low[pairs, None])
+            is_larger = values[place, latent] > self._high[pairs[place]]
+            latent += tile.start
+            is_other = latent != self._latents[pairs[place]]  # however the latent itself was rounded here
+            n_larger += np.bincount(place[is_larger & is_other], minlength=len(pairs))
+            is_near = ~is_larger & is_other
+            near.append((place[is_near], latent[is_near]))
+        place, others = (np.concatenate(parts) for parts in zip(*near, strict=True))
+        decisive = (n_larger < k)[place]
+        place, others = place[decisive], others[decisive]
+        for start in range(0, len(place), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            n_larger += np.bincount(
+                place[some][self._is_larger(pairs[place[some]], others[some])], minlength=len(pairs)
+            )
+        return n_larger
 
-    def _count_exactly(self, row: np.int64, own: np.int64, others: Ints) -> int:
-        """How many of the other latents are larger than the own one."""
-        latents = torch.from_numpy(np.append(others, own))
+    def _is_larger(self, pairs: Ints, others: Ints) -> Bools:
+        """Whether the other latent beside each pair is larger than the pair's own, exactly."""
+        own = self._latents[pairs]
+        x = self._x[torch.from_numpy(self._rows[pairs])]
         # By the same additions, so that equal encoder rows have equal values.
-        values = ((self._weight[latents] * self._x[row]).sum(dim=1) + self._bias[latents]).numpy()
-        larger = (values[:-1] > values[-1]) | ((values[:-1] == values[-1]) & (others < own))
-        return int(np.count_nonzero(larger))
+        value, own_value = (
+            ((self._weight[latents] * x).sum(dim=1) + self._bias[latents]).numpy()
+            for latents in map(torch.from_numpy, (others, own))
+        )
+        larger: Bools = (value > own_value) | ((value == own_value) & (others < own))
+        return larger
 
 
 def _count(marks: Bools) -> Ints:

@@ -12,10 +12,13 @@ from sae_runtime.latent_reader import LatentReader
 from tests.service.engine.models import random_dictionary
 
 
-@pytest.mark.parametrize("how", ["whole", "tiles", "screened", "screened whole"])
+@pytest.mark.parametrize("how", ["whole", "tiles", "screened", "screened whole", "screened in parts"])
 @pytest.mark.parametrize(("n_latents", "k"), [(50, 7), (5000, 32), (3000, 2999), (1500, 1)])
 def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k: int, how: str) -> None:
     monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 10_000 if "whole" in how else 0)
+    if "parts" in how:
+        monkeypatch.setattr(topk_membership, "_MOST_HELD", 4 * n_latents)  # 4 of the 6 rows
+        monkeypatch.setattr(topk_membership, "_AT_ONCE", 3)
     generator = torch.Generator().manual_seed(n_latents)
     # Whole numbers: sums are exact in any order, and many values are equal.
     x, weight, bias = (

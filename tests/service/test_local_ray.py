@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
 from service import local_ray
+from service.settings import ServeSettings
 
 
 def test_free_ports_are_different_and_not_ones_that_the_system_gives_away() -> None:
@@ -27,3 +29,17 @@ def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(local_ray, "_OUR_PORTS", range(free, free + 1))
     assert local_ray.free_ports(1) == [free]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_waiting_threads_leave_the_cores_soon_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, str], expected: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert local_ray.environment(ServeSettings(), tmp_path).get("GOMP_SPINCOUNT") == expected

@@ -10,7 +10,7 @@ speed    TopK at d 768, n 32,768, k 32, in turn, round by round. tokens/s are of
          each against the better peer in the same precision.
 quality  every family on activations of the builtin model (resid-mid's site), equal tokens: NMSE, L0 and dead fraction
          on held-out activations, of the form that is served. Each arm tries its own default learning rate and higher
-         ones and keeps the best; ours the best of those with no more dead latents than either peer's, if there is one.
+         ones and keeps the best; ours the best of those with no more dead latents than any of the peers' at that L0.
          All but TopK are brought to the same L0 as served: the knob (k, or a peer's penalty) is moved by secants, and
          the NMSE is read off between the two nearest runs.
 """
@@ -291,13 +291,13 @@ def measure_quality(
     """NMSE, L0 and dead fraction by family and project.
 
     `train_nmse_vs_best_peer.<family>` is below 1 where our NMSE is below both peers', and
-    `train_dead_above_least_peer.<family>` is our dead fraction less the smaller of theirs.
+    `train_dead_above_least_peer.<family>` is our dead fraction less the least of all their runs'.
     """
     activations = folder / "quality.npy"
     write_builtin_activations(activations, data, sizes.batch * sizes.steps, sizes.held_out)
     numbers: dict[str, float] = {}
     for family in families:
-        equal: list[dict[str, float]] = []  # what the peers have at the right L0
+        equal: list[dict[str, float]] = []  # all that the peers have at the right L0
         for project in (*PEERS, "saeserve"):
             if project == "saelens" and family == "relu_decoder_norm":
                 continue
@@ -308,7 +308,7 @@ def measure_quality(
             for name, value in found.items():
                 numbers[f"quality_{name}.{family}.{project}"] = value
             if project != "saeserve":
-                equal += [found] if found["l0_met"] else []
+                equal += [outcome for outcome in outcomes if outcome["l0_met"]]
             elif equal:
                 numbers[f"train_nmse_vs_best_peer.{family}"] = found["nmse"] / min(peer["nmse"] for peer in equal)
                 numbers[f"train_dead_above_least_peer.{family}"] = found["dead_fraction"] - least_dead

@@ -89,8 +89,9 @@ def environment(settings: ServeSettings, directory: Path) -> dict[str, str]:
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(settings.max_message_bytes),
     }
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads of a replica's matrix library that wait for the next product spin 300,000 times, long enough to keep
-        # the cores from whatever passes tokens on: its event loop, HAProxy, clients.
+        # Threads of a replica's matrix library that wait for the next product spin 300,000 times if not told otherwise,
+        # long enough to keep few cores from what passes tokens on: its event loop, HAProxy, clients. Never measured
+        # on more than two cores.
         variables["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "2000")
     if not uses_haproxy(settings):
         return variables | {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from sae_runtime.normalization import LAYER_NORM_EPS
+from sae_runtime.normalization import normalize_rows
 from sae_runtime.training.communicator import SINGLE, Communicator
 from sae_runtime.training.config import PENALISED, TrainingConfig
 from sae_runtime.training.initialisation import MEDIAN_SAMPLES, geometric_median
@@ -58,11 +58,8 @@ class BatchFigures:
 
 
 def normalize_input(x: Tensor) -> Tensor:
-    """Each row minus its mean, divided by its unbiased standard deviation + 1e-5: what Dictionary.encode does."""
-    x = x - x.mean(dim=-1, keepdim=True)
-    std = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1)  # faster than x.std
-    normalized: Tensor = x / (std + LAYER_NORM_EPS)
-    return normalized
+    """Rows of x [n, d] with mean 0 and standard deviation 1: what Dictionary.encode does."""
+    return normalize_rows(x, "layer_norm")[0]
 
 
 class Trainer(ABC):

@@ -14,7 +14,9 @@ work, but every call waits for all threads, which is slow where cores are shared
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,8 @@ from torch import Tensor
 
 from sae_runtime.kv_cache import KVCache
 from sae_runtime.packed import PackedTokens
+
+Indices = npt.NDArray[np.int64]
 
 # A row joins a group whose longest row has T tokens when it has at least this share of T ...
 _LIKE_LENGTH = 0.75
@@ -67,59 +71,27 @@ class AttentionPlan:
         `dtype` is that of queries, keys and values. ValueError: the rows do not fit the cache (see KVCache.admit).
         """
         device = packed.ids.device
-        # Index arithmetic over a few rows: numpy does it several times faster than torch.
-        lengths, past = np.array(packed.lengths), np.array(packed.past)
-        starts = lengths.cumsum() - lengths
-        groups: list[_Group] = []
-        gather: list[npt.NDArray[np.int64]] = []
-        restore = np.empty(len(packed), np.int64)
-        n_places = 0
-        cached_at = None if cache is None else cache.admit(packed)
-
-        def add_group(rows: list[int], place_of_row: npt.NDArray[np.int64], cached: tuple[int, int] | None) -> None:
-            """Adds a group whose padded rows `place_of_row` hold the packed `rows`; other padded rows are idle."""
-            nonlocal n_places
-            length, n_rows = int(lengths[rows].max()), int(place_of_row[-1]) + 1
-            token = np.arange(length)  # [T]
-            # A padded place repeats its own row's last token: what is wrong in one row stays in that row.
-            index = starts[rows, None] + np.minimum(token, lengths[rows, None] - 1)  # [rows, T]
-            padded = np.zeros((n_rows, length), np.int64)
-            padded[place_of_row] = index
-            real = token < lengths[rows, None]
-            restore[index[real]] = (n_places + place_of_row[:, None] * length + token)[real]
-            gather.append(padded.ravel())
-            mask, n_keys = None, 0
-            if cached is not None:
-                ends = past[rows] + lengths[rows]
-                n_keys = int(ends.max())
-            if cached is not None and (length > 1 or ends.min() < n_keys):
-                # Idle slots in the range keep an open mask; nobody reads their result.
-                scores = np.zeros((n_rows, 1, length, n_keys), np.float32)
-                hidden = np.arange(n_keys) > (past[rows, None] + token)[:, :, None]  # [rows, T, S]
-                scores[place_of_row, 0] = np.where(hidden, np.float32("-inf"), np.float32(0))
-                mask = torch.from_numpy(scores).to(device, dtype)
-            groups.append(_Group(n_places, n_rows, length, *(cached or (0, 0)), n_keys, mask))
-            n_places += n_rows * length
-
+        layout = _PaddedLayout(packed, dtype)
         for rows in _fresh_rows(packed):
-            add_group(rows, np.arange(len(rows)), None)
+            layout.add_fresh(rows)
         places = None
-        if cached_at is not None:
-            first_places, room = cached_at
+        if cache is not None:
+            first_places, room = cache.admit(packed)
             for rows, stride in _cached_rows(packed, first_places, room):
-                start = int(first_places[rows[0]])
-                add_group(rows, (first_places[rows] - start) // max(stride, 1), (start, stride))
-            shift = np.repeat(first_places + past - starts, lengths)
-            places = torch.from_numpy(np.arange(len(packed)) + shift).to(device)
-
-        order = np.concatenate(gather)
-        same = np.array_equal(order, np.arange(len(packed)))
-        return cls(
-            groups=tuple(groups),
-            gather=None if same else torch.from_numpy(order).to(device),
-            restore=None if same else torch.from_numpy(restore).to(device),
-            places=places,
-        )
+                if packed.lengths[rows[0]] == 1:
+                    layout.add_decoding(rows, first_places, stride)
+                else:
+                    layout.add_continued(rows[0], first_places[rows[0]])
+            if packed.one_token_each:
+                own_places = [first + past for first, past in zip(first_places, packed.past, strict=True)]
+                places = torch.tensor(own_places, device=device)
+            else:
+                shift = np.repeat(np.array(first_places) + packed.past - layout.starts, packed.lengths)
+                places = torch.from_numpy(np.arange(len(packed)) + shift).to(device)
+        groups = tuple(layout.groups)
+        if layout.is_packing:
+            return cls(groups, None, None, places)
+        return cls(groups, torch.tensor(layout.gather, device=device), layout.restore().to(device), places)
 
     def attend(self, qkv: Tensor, n_heads: int, scale: float, layer: int, cache: KVCache | None) -> Tensor:
         """Causal attention of every row over itself and its cached past.
@@ -155,6 +127,92 @@ class AttentionPlan:
         return joined if self.restore is None else joined.index_select(0, self.restore)
 
 
+class _PaddedLayout:
+    """The groups of a forward, and which token is at each place of them.
+
+    For rows that decode it counts in lists: arrays of so few numbers take several times longer, once a token.
+    """
+
+    def __init__(self, packed: PackedTokens, dtype: torch.dtype) -> None:
+        self._packed, self._dtype = packed, dtype
+        self.groups: list[_Group] = []
+        self.gather: list[int] = []  # the packed token at each place
+        self._tokens: list[Sequence[int] | Indices] = []  # of each group
+        self._places: list[Sequence[int] | Indices] = []  # of these tokens
+
+    @cached_property
+    def starts(self) -> Indices:
+        """[B] each row's first token in the packing."""
+        lengths = np.array(self._packed.lengths)
+        starts: Indices = lengths.cumsum() - lengths
+        return starts
+
+    @property
+    def is_packing(self) -> bool:
+        """Whether every token's place is its own in the packing."""
+        return self.gather == list(range(len(self._packed)))
+
+    def restore(self) -> Tensor:
+        """int64 [N]: the place of each packed token."""
+        restore = np.empty(len(self._packed), np.int64)
+        for group, tokens, places in zip(self.groups, self._tokens, self._places, strict=True):
+            restore[tokens] = group.start + np.asarray(places)
+        return torch.from_numpy(restore)
+
+    def add_fresh(self, rows: list[int]) -> None:
+        """Rows without a past, the longest first."""
+        lengths = np.array([self._packed.lengths[row] for row in rows])[:, None]
+        token = np.arange(lengths[0, 0])  # [T]
+        # A padded place repeats its own row's last token: what is wrong in one row stays in that row.
+        tokens = self.starts[rows, None] + np.minimum(token, lengths - 1)  # [G, T]
+        real = token < lengths
+        self._add(_Group(self._end, len(rows), len(token)), tokens.ravel().tolist(), tokens[real], np.flatnonzero(real))
+
+    def add_continued(self, row: int, first_place: int) -> None:
+        """A row with a past that brings several tokens; `first_place` is where it begins in the cache."""
+        past, token = self._packed.past[row], np.arange(self._packed.lengths[row])
+        n_keys = past + len(token)
+        mask = self._mask(np.arange(n_keys) > (past + token)[:, None])[None, None]
+        tokens = int(self.starts[row]) + token
+        group = _Group(self._end, 1, len(token), first_place, 0, n_keys, mask)
+        self._add(group, tokens.tolist(), tokens, token)
+
+    def add_decoding(self, rows: list[int], first_places: Sequence[int], stride: int) -> None:
+        """Rows that bring one token each; `first_places` of all rows. Those of idle rows are between theirs."""
+        first = first_places[rows[0]]
+        padded = [(first_places[row] - first) // stride for row in rows] if stride else [0]
+        past = [self._packed.past[row] for row in rows]
+        n_rows, n_keys, mask = padded[-1] + 1, max(past) + 1, None
+        if min(past) + 1 < n_keys:
+            last = np.full((n_rows, 1), n_keys)  # idle rows keep an open mask; nobody reads their result
+            last[padded, 0] = past
+            mask = self._mask(np.arange(n_keys) > last)[:, None, None]
+        tokens = rows if self._packed.one_token_each else self.starts[rows].tolist()
+        gather = [0] * n_rows
+        for place, token in zip(padded, tokens, strict=True):
+            gather[place] = token
+        group = _Group(self._end, n_rows, 1, first, stride, n_keys, mask)
+        self._add(group, gather, tokens, padded)
+
+    @property
+    def _end(self) -> int:
+        """Places so far."""
+        return len(self.gather)
+
+    def _add(
+        self, group: _Group, gather: list[int], tokens: Sequence[int] | Indices, places: Sequence[int] | Indices
+    ) -> None:
+        """`gather`: the token of each of its places; `places`, among them, of its `tokens`."""
+        self.groups.append(group)
+        self.gather += gather
+        self._tokens.append(tokens)
+        self._places.append(places)
+
+    def _mask(self, hidden: npt.NDArray[np.bool_]) -> Tensor:
+        scores = np.where(hidden, np.float32("-inf"), np.float32(0))
+        return torch.from_numpy(scores).to(self._packed.ids.device, self._dtype)
+
+
 def _fresh_rows(packed: PackedTokens) -> list[list[int]]:
     """Rows without a past in groups of like length, by falling length."""
     groups: list[list[int]] = []
@@ -168,9 +226,7 @@ def _fresh_rows(packed: PackedTokens) -> list[list[int]]:
     return groups
 
 
-def _cached_rows(
-    packed: PackedTokens, first_places: npt.NDArray[np.int64], room: npt.NDArray[np.int64]
-) -> list[tuple[list[int], int]]:
+def _cached_rows(packed: PackedTokens, first_places: Sequence[int], room: Sequence[int]) -> list[tuple[list[int], int]]:
     """Rows with a past in groups, by rising place in the cache, with the distance of neighbours in a group.
 
     A group's rows start at multiples of that distance, and the longest is not longer than any one's room: the keys that
@@ -184,13 +240,12 @@ def _cached_rows(
             decoding.append(row)
         elif n:
             groups.append(([row], 0))
-    places = first_places.tolist()
     rows: list[int] = []
     stride = longest = shortest_room = 0
-    for row in sorted(decoding, key=places.__getitem__):
-        n_keys, own_room = past[row] + 1, int(room[row])
+    for row in sorted(decoding, key=first_places.__getitem__):
+        n_keys, own_room = past[row] + 1, room[row]
         if rows:
-            distance = places[row] - places[rows[-1]]
+            distance = first_places[row] - first_places[rows[-1]]
             even = not stride or (distance % stride == 0 and distance <= (1 + _IDLE_ROWS) * stride)
             if even and max(longest, n_keys) <= min(shortest_room, own_room):
                 rows.append(row)

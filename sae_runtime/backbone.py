@@ -375,7 +375,8 @@ class Backbone:
             x = self._block(layer, x, plan, cache, taps, entered)
         scores = None
         if logits != "none":
-            x = x if logits == "all" else x[packed.row_ends]
+            if logits == "last" and not packed.one_token_each:
+                x = x[packed.row_ends]
             scores = self.unembed(x).float()
         return ForwardResult(taps.captured, scores, taps.paused)
 

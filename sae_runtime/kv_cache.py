@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -181,11 +179,11 @@ class KVCache:
 
     # A forward's view
 
-    def admit(self, packed: PackedTokens) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def admit(self, packed: PackedTokens) -> tuple[list[int], list[int]]:
         """Checks that a batch fits and makes its slots ready; called once a forward, before any `write`.
 
         Returns:
-            [B] the arena's place of each row's first token, and [B] how many places from there on are not another
+            The arena's place of each of the B rows' first token, and how many places from there on are not another
             slot's.
 
         Raises:
@@ -206,7 +204,7 @@ class KVCache:
                 self._zero(region.start + end, region.start + region.used)
                 region.used = end
             region.used = max(region.used, end)
-        return np.array([region.start for region in regions]), np.array([region.room for region in regions])
+        return [region.start for region in regions], [region.room for region in regions]
 
     def write(self, layer: int, places: Tensor, keys_values: Tensor) -> None:
         """Stores keys and values [N, 2 * n_heads, head_dim] of N tokens at the arena's places int64 [N]."""

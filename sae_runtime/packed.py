@@ -59,6 +59,11 @@ class PackedTokens:
             slots=None if slots is None else tuple(slots),
         )
 
+    @property
+    def one_token_each(self) -> bool:
+        """Whether every row brings a single token, as when all decode."""
+        return len(self.ids) == len(self.lengths)
+
     @cached_property
     def row_of_token(self) -> Tensor:
         """int64 [N], on the device of `ids`: the row that each token belongs to."""
@@ -68,6 +73,8 @@ class PackedTokens:
     @cached_property
     def positions(self) -> Tensor:
         """int64 [N], on the device of `ids`: position of each token in its row, cached tokens counted."""
+        if self.one_token_each:
+            return torch.tensor(self.past, device=self.ids.device)
         lengths = torch.tensor(self.lengths)
         # Row b's tokens start at cumsum(lengths)[b] - lengths[b] in the packing and at past[b] in the row.
         shift = torch.tensor(self.past) - (lengths.cumsum(0) - lengths)

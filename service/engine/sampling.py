@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_runtime.finite import all_finite
 from service.engine.work import SamplingOptions
 
 FIRST_NUCLEUS_TOKENS = 256
@@ -62,22 +63,21 @@ def sample(
     batches then change a token only where that number falls within them, or, with cuts, where the tokens at the cut are
     as near to each other. At temperature 0 they do only where the two largest logits are.
     """
-    normalizer = logits.logsumexp(dim=1)
-    # A NaN or a positive infinity shows in the normalizer, a negative one only in the minimum.
-    finite = normalizer.isfinite() & logits.amin(dim=1).isfinite()
+    log_probabilities = logits.log_softmax(dim=1)
+    finite = [True] * len(samplers) if all_finite(logits) else logits.isfinite().all(dim=1).tolist()
     scores = _penalize(logits, samplers)
-    ids = _place_of_largest(scores)
+    ids = _places_of_largest(scores)
     rows = [row for row, sampler in enumerate(samplers) if sampler.options.temperature > 0]
     if rows:
         every = len(rows) == len(samplers)
         drawn = _draw(scores if every else scores[rows], [samplers[row] for row in rows])
         ids = drawn if every else ids.index_copy(0, torch.tensor(rows, device=ids.device), drawn)
-    logprobs = logits.gather(1, ids[:, None]).squeeze(1) - normalizer
-    tops = _likeliest(logits, normalizer, top_logprobs) if top_logprobs and any(top_logprobs) else [[]] * len(samplers)
-    return list(map(SampledToken, ids.tolist(), logprobs.tolist(), finite.tolist(), tops))
+    logprobs = log_probabilities.gather(1, ids[:, None]).squeeze(1)
+    tops = _likeliest(log_probabilities, top_logprobs) if top_logprobs and any(top_logprobs) else [[]] * len(samplers)
+    return list(map(SampledToken, ids.tolist(), logprobs.tolist(), finite, tops))
 
 
-def _place_of_largest(scores: Tensor) -> Tensor:
+def _places_of_largest(scores: Tensor) -> Tensor:
     if scores.device.type != "cpu":
         return scores.argmax(dim=1)
     return torch.from_numpy(scores.numpy().argmax(axis=1))  # several times faster here than torch's
@@ -97,11 +97,10 @@ def _penalize(logits: Tensor, samplers: Sequence[RowSampler]) -> Tensor:
     return scores
 
 
-def _likeliest(logits: Tensor, normalizer: Tensor, counts: Sequence[int]) -> list[list[tuple[int, float]]]:
+def _likeliest(log_probabilities: Tensor, counts: Sequence[int]) -> list[list[tuple[int, float]]]:
     rows = [row for row, count in enumerate(counts) if count]
-    k = min(max(counts), logits.shape[1])
-    values, ids = logits[rows].topk(k, dim=1)
-    values = values - normalizer[rows, None]
+    k = min(max(counts), log_probabilities.shape[1])
+    values, ids = log_probabilities[rows].topk(k, dim=1)
     tops: list[list[tuple[int, float]]] = [[] for _ in counts]
     for row, row_ids, row_values in zip(rows, ids.tolist(), values.tolist(), strict=True):
         tops[row] = list(zip(row_ids, row_values, strict=True))[: counts[row]]

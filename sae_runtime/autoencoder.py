@@ -17,6 +17,7 @@ latents (SAELens' rescale_acts_by_decoder_norm) is multiplied into the encoder a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from sae_runtime.features import InputStatistics, SparseFeatures
 from sae_runtime.finite import all_finite
 from sae_runtime.kernels.latent_activation import LatentActivation
+from sae_runtime.kernels.linear import Linear
 from sae_runtime.kernels.screened_topk import Screen, can_screen, screened_topk, screening_is_fast
 from sae_runtime.kernels.sparse_decode import sparse_decode
 from sae_runtime.kernels.tiled_active import tiled_active
@@ -245,6 +247,11 @@ class Dictionary:
     @property
     def latent_activation(self) -> LatentActivation:
         return LatentActivation(self.latent_bias, self.threshold, self.magnitude_scale, self.magnitude_bias)
+
+    @cached_property
+    def linear_encoder(self) -> Linear:
+        """Pre-activations [n, n_latents] of prepared rows [n, d_in]."""
+        return Linear(self.encoder.t(), self.latent_bias)
 
     def prepare(self, x: Tensor) -> tuple[Tensor, InputStatistics | None]:
         """Check, normalise (in float32 or better) and centre the input; returns it in the dictionary's dtype."""

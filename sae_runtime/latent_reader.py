@@ -31,7 +31,9 @@ class LatentReader:
         self._activation = dictionary.latent_activation[features]
         self._wanted = wanted if dictionary.postact == "relu" else None
         self._on_host = (
-            dictionary.activation == "topk" and dictionary.dtype != torch.float16 and dictionary.device.type == "cpu"
+            dictionary.activation == "topk"
+            and dictionary.dtype in (torch.float32, torch.float64)
+            and dictionary.device.type == "cpu"
         )
         if self._wanted is not None and self._on_host:
             self._host_wanted, self._host_features = self._wanted.numpy(), features.numpy()
@@ -69,21 +71,18 @@ class LatentReader:
         dictionary = self._dictionary
         assert dictionary.k is not None
         dictionary.check_overflow(pre)
-        values = pre.numpy() if pre.dtype != torch.bfloat16 else pre.float().numpy()
+        values = pre.numpy()
         rows, columns = ((values > 0) & self._host_wanted).nonzero()
         kept = np.zeros_like(values)
         if len(rows):
             found = values[rows, columns]
-            latents = self._host_features[columns]
             is_kept = kept_in_topk(
-                prepared,
-                dictionary.encoder,
-                dictionary.latent_bias,
+                prepared[torch.from_numpy(rows)],
+                dictionary.linear_encoder,
                 dictionary.k,
-                rows,
-                latents,
+                self._host_features[columns],
                 found,
                 dictionary.screen,
             )
             kept[rows, columns] = found * is_kept
-        return torch.from_numpy(kept).to(pre.dtype)
+        return torch.from_numpy(kept)

@@ -10,6 +10,7 @@ from torch import Tensor
 from sae_runtime.autoencoder import Dictionary
 from sae_runtime.interventions.compiled import CompiledEdits
 from sae_runtime.interventions.data import Edit
+from sae_runtime.interventions.host_edits import HostEdits
 from sae_runtime.interventions.layout import Entry, Layout
 from sae_runtime.interventions.site_edits import EditOutOfRange, SiteEdits
 from sae_runtime.sites import Site
@@ -35,7 +36,7 @@ class EditPlan:
     of the same rows, one after the other; not two at once.
     """
 
-    def __init__(self, by_site: Mapping[Site, SiteEdits]) -> None:
+    def __init__(self, by_site: Mapping[Site, SiteEdits | HostEdits]) -> None:
         self._by_site = by_site
         self.sites: tuple[Site, ...] = tuple(sorted(by_site))
         """Where `apply` must be called, in this order: edited sites, and those that a later edit's condition reads."""
@@ -120,4 +121,6 @@ def _build(rows: Sequence[RowEdits], dictionaries: Mapping[str, Dictionary]) -> 
                     layout.add(Entry(part, number, start, row.past, offsets, edits.max_relative_change))
         start += row.length
     sites = layout.finish()
-    return EditPlan({site.site: SiteEdits(site) for site in sites}) if sites else _NOTHING
+    if not sites:
+        return _NOTHING
+    return EditPlan({site.site: HostEdits(site) if HostEdits.can_edit(site) else SiteEdits(site) for site in sites})

@@ -244,7 +244,7 @@ class _DictionaryUpload:
         self._layout = layout
         self._shape = (len(layout.tokens), len(layout.features))
         wanted = np.zeros(self._shape[0] * self._shape[1], np.int64)
-        wanted[layout.pairs[_depends_on_latent(layout.arithmetic)]] = 1
+        wanted[layout.pairs[depends_on_latent(layout.arithmetic)]] = 1
         wanted[layout.terms] = 1
         self._all = len(layout.tokens) == n_site
         ints = (layout.tokens, layout.features, wanted, layout.pairs, layout.terms, layout.replaced)
@@ -274,7 +274,7 @@ class _DictionaryUpload:
         )
 
 
-def _depends_on_latent(arithmetic: NDArray[np.float64]) -> NDArray[np.bool_]:
+def depends_on_latent(arithmetic: NDArray[np.floating]) -> NDArray[np.bool_]:
     """Whether what an edit adds depends on the latent, of arithmetic [4, P]: not if it only adds a number."""
     scale, _, minimum, maximum = arithmetic
     depends: NDArray[np.bool_] = (scale != 1) | np.isfinite(minimum) | np.isfinite(maximum)

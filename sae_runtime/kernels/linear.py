@@ -51,7 +51,7 @@ class Linear:
         self.weight = inputs_first.t().contiguous()
         self.bias = bias
         is_small = inputs_first.dtype == torch.float32 and inputs_first.nbytes <= SMALL_BYTES
-        self._inputs_first = inputs_first if is_small and inputs_first.device.type == "cpu" else None
+        self._inputs_first = inputs_first.contiguous() if is_small and inputs_first.device.type == "cpu" else None
 
     @property
     def nbytes(self) -> int:

@@ -31,7 +31,7 @@ MAX_CANDIDATES_PER_K = 16
 TILE_ELEMENTS = 1 << 24  # bfloat16 pre-activations held at once
 GROUPS_PER_LATENT = 8
 UNIT_ROUNDOFF = 2.0**-8  # of bfloat16
-_SUM_ROUNDOFF = 2.0**-23  # of float32 sums, for every term
+SUM_ROUNDOFF = 2.0**-23  # of float32 sums, for every term
 
 # torch says this of every CSR tensor; the one operation used here is checked against dense products in the tests.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -141,7 +141,7 @@ def screening_error(x: Tensor, rounded: Tensor, screen: Screen) -> NDArray[np.fl
     norm, residual = (torch.linalg.vector_norm(rows, dim=1).numpy() for rows in (rounded.float(), x - rounded))
     error: NDArray[np.float32] = residual * screen.largest_norm + norm * screen.largest_residual
     error += UNIT_ROUNDOFF * screen.largest_bias
-    error += _SUM_ROUNDOFF * (x.shape[1] + 2) * (norm * screen.largest_norm + screen.largest_bias)
+    error += SUM_ROUNDOFF * (x.shape[1] + 2) * (norm * screen.largest_norm + screen.largest_bias)
     return error
 
 

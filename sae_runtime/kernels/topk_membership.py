@@ -9,215 +9,238 @@ dictionary read in full would cost as much as the blocks that it is as large as.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_runtime.kernels.linear import few_rows_linear
-from sae_runtime.kernels.screened_topk import UNIT_ROUNDOFF, Screen, screening_error
+from sae_runtime.kernels.compiled import compiled
+from sae_runtime.kernels.linear import Linear, few_rows_linear
+from sae_runtime.kernels.screened_topk import SUM_ROUNDOFF, UNIT_ROUNDOFF, Screen
 
 SMALL_LATENTS = 4096
-"""An encoder of up to so many latents is looked at whole."""
+"""An encoder of up to so many latents is looked at whole, and in float32: screening it would save nothing."""
 FIRST_TILE = 1024
 """Latents that are looked at first, for k up to 64; each tile is as large as all before it, up to the largest."""
 LARGEST_TILE = 8192
-_AT_ONCE = 8192  # exact products
 _MOST_HELD = 1 << 24  # pre-activations
-_LANES = 128  # latents that are counted side by side, in bytes: 8 of them at each addition of 64-bit numbers
+_ROUNDOFF = 2.0**-16  # of a value, between two orders of its additions
 
-Floats = NDArray[np.floating]
+Floats = NDArray[Any]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
 def kept_in_topk(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    k: int,
-    rows: Ints,
-    latents: Ints,
-    values: Floats,
-    screen: Screen | None = None,
+    x: Tensor, encoder: Linear, k: int, latents: Ints, values: Floats, screen: Screen | None = None
 ) -> Bools:
-    """For P pairs of a row and a latent: whether the latent is among the k largest of `x @ weight.T + bias` there.
+    """Whether latent latents[i] is among the k largest of `encoder(x)` in row i.
 
     Of equal values the one of the lower latent is the larger, as in `tiled_topk`. Where rounding decides which of two
     values is larger, the answer may differ from that of another order of additions.
 
     Args:
-        x: [n, d]; weight: [n_latents, d]; bias: [n_latents]; on the CPU.
-        rows: [P], ascending; latents: [P].
-        values: [P] pre-activation of each pair, positive.
-        screen: of weight and bias, which must be float32 then.
+        x: [n, d], contiguous, float32 (or float64 without a screen), on the CPU.
+        encoder: of n_latents outputs.
+        latents: [n].
+        values: [n] their pre-activations, positive, in the dtype of x.
+        screen: of the encoder's weight and bias.
 
     Returns:
-        [P].
+        [n].
     """
-    own_rows, row_of_pair = _distinct(rows)
-    if len(own_rows) < len(x):
-        x = x[torch.from_numpy(own_rows)]
-    n_at_once = max(1, _MOST_HELD // len(weight))
-    if len(x) <= n_at_once:
-        return _Ranks(x, weight, bias, row_of_pair, latents, values, screen).among(k)
-    kept = np.zeros(len(rows), np.bool_)
+    kept = np.empty(len(x), np.bool_)
+    n_latents = len(encoder.weight)
+    n_at_once = max(1, _MOST_HELD // n_latents)
     for start in range(0, len(x), n_at_once):
-        pairs = slice(*np.searchsorted(row_of_pair, (start, start + n_at_once)))
-        part = x[start : start + n_at_once]
-        ranks = _Ranks(part, weight, bias, row_of_pair[pairs] - start, latents[pairs], values[pairs], screen)
-        kept[pairs] = ranks.among(k)
+        some = slice(start, start + n_at_once)
+        if n_latents <= SMALL_LATENTS:
+            _look_at_all(encoder(x[some]).numpy(), k, latents[some], kept[some])
+        else:
+            kept[some] = _look_at_tiles(x[some], encoder, k, latents[some], values[some], screen)
     return kept
 
 
-class _Tile(NamedTuple):
-    """Comparable pre-activations of a run of latents."""
-
-    start: int  # the first latent
-    rows: Ints  # ascending
-    values: NDArray[Any]  # [rows, latents]
-
-
-class _Ranks:
-    """How many latents are larger than those of the pairs."""
-
-    def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor, rows: Ints, latents: Ints, values: Floats, screen: Screen | None
-    ) -> None:
-        """Every row of x belongs to one pair at least; otherwise as for `kept_in_topk`."""
-        self._x, self._weight, self._bias = x, weight, bias
-        self._rows, self._latents = rows, latents
-        self._screen = screen
-        self._low: NDArray[Any]  # what is not smaller may be larger than the pair's own value
-        self._high: NDArray[Any]  # what exceeds this is larger
-        if screen is None:
-            self._read = x, weight, bias
-            self._low = self._high = values
-            return
-        self._read = x.bfloat16(), screen.weight, screen.bias
-        error = screening_error(x, self._read[0], screen)
-        if len(error) < len(values):
-            error = error[rows]
-        # Screened values and these bounds are rounded once more when they are stored: UNIT_ROUNDOFF each.
-        bounds = np.stack(
-            [
-                np.maximum((values - error) * (1 - 3 * UNIT_ROUNDOFF), 0),
-                (values + error) * (1 + 3 * UNIT_ROUNDOFF),
-            ]
-        )
-        self._low, self._high = _comparable(torch.from_numpy(bounds).bfloat16(), bits=True)
-
-    def among(self, k: int) -> Bools:
-        """Whether fewer than k are larger, for each pair."""
-        x, weight, bias = self._read
-        n_above = np.zeros(len(self._rows), np.int64)  # that are surely larger, but for itself by rounding
-        tiles: list[_Tile] = []
-        open_pairs = np.arange(len(self._rows))
-        start, size = 0, len(weight) if len(weight) <= SMALL_LATENTS else max(FIRST_TILE, 16 * k)
-        while True:
-            end = min(start + size, len(weight))
-            asked, position = _distinct(self._rows[open_pairs])
-            some = x if len(asked) == len(x) else x[torch.from_numpy(asked)]
-            pre = few_rows_linear(some, weight[start:end], bias[start:end])
-            found = _comparable(pre, bits=self._screen is not None)
-            tiles.append(_Tile(start, asked, found))
-            if end == len(weight):
-                break
-            n_above[open_pairs] += _count(_of_pairs(found, position) > self._high[open_pairs, None])
-            open_pairs = open_pairs[n_above[open_pairs] <= k]
-            if not len(open_pairs):
-                break
-            start, size = end, min(end, LARGEST_TILE)
-        kept = np.zeros(len(self._rows), np.bool_)
-        kept[open_pairs] = True
-        may_be_larger = sum(self._count_in(tile, open_pairs, np.greater_equal, self._low) for tile in tiles)
-        doubtful = open_pairs[may_be_larger >= k]  # the latent itself is counted as well
-        if len(doubtful):
-            n_above[doubtful] += self._count_in(tiles[-1], doubtful, np.greater, self._high)
-            kept[doubtful] = False
-            doubtful = doubtful[n_above[doubtful] <= k]
-            kept[doubtful] = self._n_larger(doubtful, tiles, k) < k
-        return kept
-
-    def _count_in(self, tile: _Tile, pairs: Ints, compare: np.ufunc, bounds: NDArray[Any]) -> Ints:
-        """How many values of a tile are so to the bound of each of these pairs."""
-        places = np.searchsorted(tile.rows, self._rows[pairs])
-        return _count(compare(_of_pairs(tile.values, places), bounds[pairs, None]))
-
-    def _n_larger(self, pairs: Ints, tiles: Sequence[_Tile], k: int) -> Ints:
-        """How many latents are larger than each pair's; exact where it is less than k, or may be."""
-        n_larger = np.zeros(len(pairs), np.int64)
-        near: list[tuple[Ints, Ints]] = []  # pairs, by their place, and latents that this comparison cannot order
-        for tile in tiles:
-            values = _of_pairs(tile.values, np.searchsorted(tile.rows, self._rows[pairs]))
-            place, latent = np.nonzero(values >= self._low[pairs, None])
-            is_larger = values[place, latent] > self._high[pairs[place]]
-            latent += tile.start
-            is_other = latent != self._latents[pairs[place]]  # however the latent itself was rounded here
-            n_larger += np.bincount(place[is_larger & is_other], minlength=len(pairs))
-            is_near = ~is_larger & is_other
-            near.append((place[is_near], latent[is_near]))
-        place, others = (np.concatenate(parts) for parts in zip(*near, strict=True))
-        decisive = (n_larger < k)[place]
-        place, others = place[decisive], others[decisive]
-        for start in range(0, len(place), _AT_ONCE):
-            some = slice(start, start + _AT_ONCE)
-            n_larger += np.bincount(
-                place[some][self._is_larger(pairs[place[some]], others[some])], minlength=len(pairs)
-            )
-        return n_larger
-
-    def _is_larger(self, pairs: Ints, others: Ints) -> Bools:
-        """Whether the other latent beside each pair is larger than the pair's own, exactly."""
-        own = self._latents[pairs]
-        x = self._x[torch.from_numpy(self._rows[pairs])]
-        # By the same additions, so that equal encoder rows have equal values.
-        value, own_value = (
-            ((self._weight[latents] * x).sum(dim=1) + self._bias[latents]).numpy()
-            for latents in map(torch.from_numpy, (others, own))
-        )
-        larger: Bools = (value > own_value) | ((value == own_value) & (others < own))
-        return larger
-
-
-def _count(marks: Bools) -> Ints:
-    """How many of each row [n, m] are true; the rows may lie in memory column by column."""
-    if marks.flags.c_contiguous:
-        return np.array([np.count_nonzero(row) for row in marks], np.int64)
-    n, m = marks.shape
-    counts: Ints
-    if not marks.flags.f_contiguous or m % _LANES or m // _LANES > np.iinfo(np.uint8).max:
-        counts = marks.sum(axis=1, dtype=np.int64)
+def _look_at_all(pre: Floats, k: int, latents: Ints, kept: Bools) -> None:
+    """Writes which are kept, of all pre-activations [n, n_latents]."""
+    if pre.flags.c_contiguous:
+        _compare_rows(pre, k, latents, kept)
     else:
-        # Sums of bytes, none of which overflows.
-        lanes: NDArray[np.uint64] = marks.T.reshape(m // _LANES, _LANES * n).view(np.uint64).sum(axis=0)
-        counts = lanes.view(np.uint8).reshape(_LANES, n).sum(axis=0, dtype=np.int64)
-    return counts
+        _compare_columns(pre.T, k, latents, kept)
 
 
-def _of_pairs(values: NDArray[Any], places: Ints) -> NDArray[Any]:
-    """Rows of the values, some more than once."""
-    in_place = len(places) == len(values) and bool((places == np.arange(len(values))).all())
-    return values if in_place else values[places]
+def _look_at_tiles(x: Tensor, encoder: Linear, k: int, latents: Ints, values: Floats, screen: Screen | None) -> Bools:
+    weight, bias = encoder.weight, encoder.bias
+    read = (x, weight, bias) if screen is None else (x.bfloat16(), screen.weight, screen.bias)
+    host_x = x.numpy()
+    # What exceeds `high` is larger, and what is below `low` is not. Screened values were rounded once more when they
+    # were stored, and so are the bounds.
+    low, high = np.empty_like(values), np.empty_like(values)
+    if screen is None:
+        _bounds(host_x, values, 0.0, 0.0, _ROUNDOFF, low, high)
+    else:
+        # |x - bf16(x)| is at most UNIT_ROUNDOFF / 2 of |x|; for the rest see screened_topk.
+        sums = SUM_ROUNDOFF * (x.shape[1] + 2)
+        relative = (UNIT_ROUNDOFF / 2 + sums) * screen.largest_norm + screen.largest_residual
+        absolute = (UNIT_ROUNDOFF + sums) * screen.largest_bias
+        _bounds(host_x, values, (1 + UNIT_ROUNDOFF) * relative, absolute, 3 * UNIT_ROUNDOFF, low, high)
+        low, high = _bfloat16_bits(low), _bfloat16_bits(high)
+
+    n_above, n_near = np.zeros(len(values), np.int64), np.zeros(len(values), np.int64)
+    rows = np.arange(len(values))  # about which nothing is known yet
+    tiles: list[tuple[int, Ints, Floats]] = []  # the first latent, the rows and their pre-activations
+    start, size = 0, max(FIRST_TILE, 16 * k)
+    while start < len(weight) and len(rows):
+        end = min(start + size, len(weight))
+        some = read[0] if len(rows) == len(values) else read[0][torch.from_numpy(rows)]
+        pre = few_rows_linear(some, read[1][start:end], read[2][start:end])
+        found = pre.numpy() if screen is None else pre.view(torch.int16).numpy()
+        if found.flags.c_contiguous:
+            _count_rows(found, start, rows, low, high, latents, n_above, n_near)
+        else:
+            _count_columns(found.T, start, rows, low, high, latents, n_above, n_near)
+        tiles.append((start, rows, found))
+        if end < len(weight):
+            rows = rows[n_above[rows] < k]
+        start, size = end, min(end, LARGEST_TILE)
+    doubtful = rows[(n_above[rows] < k) & (n_above[rows] + n_near[rows] >= k)]
+    if len(doubtful):
+        for start, rows, found in tiles:
+            places = np.searchsorted(rows, doubtful)
+            _count_exactly(
+                found, start, places, doubtful, low, high, host_x, weight.numpy(), bias.numpy(), latents, n_above
+            )
+    kept: Bools = n_above < k
+    return kept
 
 
-def _distinct(ascending: Ints) -> tuple[Ints, Ints]:
-    """The different numbers, and which of them each entry is."""
-    is_new = np.ones(len(ascending), np.bool_)
-    np.not_equal(ascending[1:], ascending[:-1], out=is_new[1:])
-    return ascending[is_new], is_new.cumsum() - 1
+def _bfloat16_bits(positive: NDArray[np.float32]) -> NDArray[np.int16]:
+    """The bits of positive numbers rounded down to bfloat16. Such bits are ordered like the numbers, and above those of
+    negative ones."""
+    return (positive.view(np.uint32) >> np.uint32(16)).astype(np.int16)
 
 
-def _comparable(values: Tensor, *, bits: bool = False) -> NDArray[Any]:
-    """Numbers that NumPy, several times faster here than torch, orders as the values.
+@compiled
+def _bounds(
+    x: Floats, values: Floats, relative: float, absolute: float, roundoff: float, low: Floats, high: Floats
+) -> None:
+    """Values less and plus `relative` of their row's length and `absolute`, and widened by `roundoff` of themselves."""
+    for i in range(len(values)):
+        squares = x[i, 0] * x[i, 0]
+        for j in range(1, x.shape[1]):
+            squares += x[i, j] * x[i, j]
+        error = np.sqrt(squares) * relative + absolute
+        low[i] = max((values[i] - error) * (1 - roundoff), 0.0)
+        high[i] = (values[i] + error) * (1 + roundoff)
 
-    bits: of bfloat16, the bits. Those of positive numbers are ordered like them, and above those of negative ones.
+
+@compiled
+def _compare_rows(pre: Floats, k: int, latents: Ints, kept: Bools) -> None:
+    for i in range(len(latents)):
+        own = latents[i]
+        n_larger = 0
+        for j in range(pre.shape[1]):
+            n_larger += pre[i, j] > pre[i, own]
+        if n_larger < k:
+            for j in range(own):
+                n_larger += pre[i, j] == pre[i, own]
+        kept[i] = n_larger < k
+
+
+@compiled
+def _compare_columns(pre: Floats, k: int, latents: Ints, kept: Bools) -> None:
+    """The same for pre [latents, rows]."""
+    n = len(latents)
+    own = np.empty(n, pre.dtype)
+    n_larger = np.zeros(n, np.int32)
+    for i in range(n):
+        own[i] = pre[latents[i], i]
+    for j in range(len(pre)):
+        for i in range(n):
+            n_larger[i] += pre[j, i] > own[i]
+    for i in range(n):
+        if n_larger[i] < k:
+            for j in range(latents[i]):
+                n_larger[i] += pre[j, i] == own[i]
+        kept[i] = n_larger[i] < k
+
+
+@compiled
+def _count_rows(
+    pre: Floats, start: int, rows: Ints, low: Floats, high: Floats, latents: Ints, n_above: Ints, n_near: Ints
+) -> None:
+    """Adds how many of a tile [rows, latents] are above `high`, and of the others from `low` on, but for the own."""
+    for i in range(len(rows)):
+        row = rows[i]
+        above = np.int32(0)
+        from_low = np.int32(0)
+        for j in range(pre.shape[1]):
+            above += pre[i, j] > high[row]
+            from_low += pre[i, j] >= low[row]
+        own = latents[row] - start
+        if 0 <= own < pre.shape[1]:
+            above -= pre[i, own] > high[row]
+            from_low -= pre[i, own] >= low[row]
+        n_above[row] += above
+        n_near[row] += from_low - above
+
+
+@compiled
+def _count_columns(
+    pre: Floats, start: int, rows: Ints, low: Floats, high: Floats, latents: Ints, n_above: Ints, n_near: Ints
+) -> None:
+    """The same for a tile [latents, rows]."""
+    n = len(rows)
+    bounds = np.empty((2, n), low.dtype)
+    counts = np.zeros((2, n), np.int32)
+    for i in range(n):
+        bounds[0, i], bounds[1, i] = low[rows[i]], high[rows[i]]
+    for j in range(len(pre)):
+        for i in range(n):
+            counts[0, i] += pre[j, i] >= bounds[0, i]
+            counts[1, i] += pre[j, i] > bounds[1, i]
+    for i in range(n):
+        own = latents[rows[i]] - start
+        if 0 <= own < len(pre):
+            counts[0, i] -= pre[own, i] >= bounds[0, i]
+            counts[1, i] -= pre[own, i] > bounds[1, i]
+        n_above[rows[i]] += counts[1, i]
+        n_near[rows[i]] += counts[0, i] - counts[1, i]
+
+
+@compiled
+def _count_exactly(
+    pre: Floats,
+    start: int,
+    places: Ints,
+    rows: Ints,
+    low: Floats,
+    high: Floats,
+    x: Floats,
+    weight: Floats,
+    bias: Floats,
+    latents: Ints,
+    n_above: Ints,
+) -> None:
+    """Adds how many of a tile are from `low` to `high` and larger; the rows are at `places` in it.
+
+    The own value is added up like the others, so that equal encoder rows have equal values.
     """
-    if bits:
-        values = values.view(torch.int16)
-    elif values.dtype == torch.bfloat16:  # which NumPy does not have
-        values = values.float()
-    return values.numpy()
+    for i in range(len(rows)):
+        row = rows[i]
+        own = latents[row]
+        value = np.float64(0)
+        for d in range(x.shape[1]):
+            value += np.float64(x[row, d]) * weight[own, d]
+        value += bias[own]
+        for j in range(pre.shape[1]):
+            found = pre[places[i], j]
+            if found >= low[row] and found <= high[row] and start + j != own:
+                other = np.float64(0)
+                for d in range(x.shape[1]):
+                    other += np.float64(x[row, d]) * weight[start + j, d]
+                other += bias[start + j]
+                if other > value or (other == value and start + j < own):
+                    n_above[row] += 1

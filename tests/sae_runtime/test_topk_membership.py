@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae_runtime.kernels import topk_membership
-from sae_runtime.kernels.linear import few_rows_linear
+from sae_runtime.kernels.linear import Linear, few_rows_linear
 from sae_runtime.kernels.screened_topk import Screen
 from sae_runtime.kernels.topk_membership import kept_in_topk
 from sae_runtime.latent_reader import LatentReader
@@ -18,7 +18,6 @@ def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k:
     monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 10_000 if "whole" in how else 0)
     if "parts" in how:
         monkeypatch.setattr(topk_membership, "_MOST_HELD", 4 * n_latents)  # 4 of the 6 rows
-        monkeypatch.setattr(topk_membership, "_AT_ONCE", 3)
     generator = torch.Generator().manual_seed(n_latents)
     # Whole numbers: sums are exact in any order, and many values are equal.
     x, weight, bias = (
@@ -37,7 +36,7 @@ def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k:
     rows, latents = rows[positive], latents[positive]
     screen = Screen.of(weight, bias) if "screened" in how else None
     values = dense[rows, latents].numpy()
-    found = kept_in_topk(x, weight, bias, k, rows.numpy(), latents.numpy(), values, screen)
+    found = kept_in_topk(x[rows], Linear(weight.T, bias), k, latents.numpy(), values, screen)
     assert found.tolist() == (rank[rows, latents] < k).tolist()
     assert found.any()
     assert k >= n_latents // 2 or not found.all()
@@ -57,7 +56,7 @@ def test_any_pairs_of_a_few_rows(screened: bool) -> None:
             continue
         screen = Screen.of(weight, torch.zeros(20)) if screened else None
         values = dense[rows, latents].numpy()
-        found = kept_in_topk(x, weight, torch.zeros(20), 4, rows.numpy(), latents.numpy(), values, screen)
+        found = kept_in_topk(x[rows], Linear(weight.T, torch.zeros(20)), 4, latents.numpy(), values, screen)
         assert found.tolist() == (rank[rows, latents] < 4).tolist()
 
 
@@ -72,7 +71,7 @@ def test_screening_decides_as_float32_does(monkeypatch: pytest.MonkeyPatch) -> N
     rows = torch.arange(20).repeat_interleave(12)
     latents = order[:, 26:38].reshape(-1)  # ranks around the 32nd
     values = dense[rows, latents].numpy()
-    found = kept_in_topk(x, weight, bias, 32, rows.numpy(), latents.numpy(), values, Screen.of(weight, bias))
+    found = kept_in_topk(x[rows], Linear(weight.T, bias), 32, latents.numpy(), values, Screen.of(weight, bias))
     assert found.reshape(20, 12).tolist() == [[True] * 6 + [False] * 6] * 20
 
 
@@ -87,9 +86,10 @@ def test_looks_at_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 0)
     weight = torch.ones(20_000, 2)
     weight[:10, 0] += torch.arange(10, 0, -1)
-    x, bias = torch.ones(3, 2), torch.zeros(20_000)
-    pairs = np.array([0, 2]), np.array([19_000, 0])  # one of the smallest values, and the largest
-    assert kept_in_topk(x, weight, bias, 4, *pairs, np.array([2, 12], np.float32)).tolist() == [False, True]
+    x, bias = torch.ones(2, 2), torch.zeros(20_000)
+    latents = np.array([19_000, 0])  # one of the smallest values, and the largest
+    found = kept_in_topk(x, Linear(weight.T, bias), 4, latents, np.array([2, 12], np.float32))
+    assert found.tolist() == [False, True]
     assert seen[0] == (2, 1024)
     assert {rows for rows, _ in seen[1:]} == {1}
     assert sum(n for _, n in seen) == 20_000
@@ -105,13 +105,3 @@ def test_edits_read_the_same_values_as_encoding_in_full() -> None:
     torch.testing.assert_close(found * wanted, dense[:, features] * wanted)
     assert (found * wanted).count_nonzero() > 20
     assert statistics is not None
-
-
-@pytest.mark.parametrize("n", [1, 3, 16])
-@pytest.mark.parametrize("m", [1024, 1000])
-@pytest.mark.parametrize("by_column", [True, False])
-def test_counts_what_is_true_in_each_row(n: int, m: int, by_column: bool) -> None:
-    marks = np.random.default_rng(0).random((n, m)) < np.linspace(0, 1, n)[:, None]
-    marks[-1] = True
-    marks = np.asfortranarray(marks) if by_column else marks
-    assert topk_membership._count(marks).tolist() == marks.sum(axis=1).tolist()

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Sums may be added up in another order. With "nsz" besides, LLVM takes every number for finite. Numba does not notice that
-# kept code was made with other flags: who changes them deletes *.nbi.
+# Sums may be added up in another order. With "nsz" besides, LLVM takes every number for finite. Numba does not see that
+# kept code was made with other flags; who changes them deletes *.nbi.
 _FREEDOM = {"reassoc", "contract"}
 
 

@@ -47,6 +47,8 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 CHECKED_TOKENS = 8
 MIXED_CALLERS = 4
+EDIT_COST_REPEATS = 3
+"""How often a round runs the two arms whose small difference is told; neighbours on the machine move each by more."""
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 
 
@@ -116,11 +118,18 @@ def measure_generation(
     }
     arms["16_edited"][1]()  # the others are warm: the check has run them
     seconds: dict[str, list[float]] = {}
-    names = list(arms)
+    turns = [
+        *(("16_edited", "16_plain") for _ in range(EDIT_COST_REPEATS)),
+        ("1_edited", "hf_plain"),
+        ("hf_sequential",),
+    ]
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:  # no arm is always first
-            count, arm = arms[name]
-            seconds.setdefault(name, []).append(timed(arm) / (count * NEW_TOKENS))
+        spent: dict[str, list[float]] = {}
+        for turn in turns[i % len(turns) :] + turns[: i % len(turns)]:  # no arm is always first
+            for name in turn if i % 2 else reversed(turn):
+                spent.setdefault(name, []).append(timed(arms[name][1]))
+        for name, times in spent.items():
+            seconds.setdefault(name, []).append(statistics.mean(times) / (arms[name][0] * NEW_TOKENS))
 
     def ratios(numerator: str, denominator: str) -> list[float]:
         return [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]

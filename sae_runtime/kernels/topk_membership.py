@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_runtime.kernels.compiled import compiled
-from sae_runtime.kernels.linear import Linear, few_rows_linear
+from sae_runtime.kernels.linear import FEW_ROWS, Linear, few_rows_linear
 from sae_runtime.kernels.screened_topk import SUM_ROUNDOFF, UNIT_ROUNDOFF, Screen
 
 SMALL_LATENTS = 4096
-"""An encoder of up to so many latents is looked at whole, and in float32: screening it would save nothing."""
+"""An encoder of up to so many latents is looked at whole, and for few rows in float32: screening would save nothing."""
 FIRST_TILE = 1024
 """Latents that are looked at first, for k up to 64; each tile is as large as all before it, up to the largest."""
 LARGEST_TILE = 8192
@@ -54,9 +54,10 @@ def kept_in_topk(
     kept = np.empty(len(x), np.bool_)
     n_latents = len(encoder.weight)
     n_at_once = max(1, _MOST_HELD // n_latents)
+    whole = n_latents <= SMALL_LATENTS and (screen is None or len(x) < FEW_ROWS.stop)
     for start in range(0, len(x), n_at_once):
         some = slice(start, start + n_at_once)
-        if n_latents <= SMALL_LATENTS:
+        if whole:
             _look_at_all(encoder(x[some]).numpy(), k, latents[some], kept[some])
         else:
             kept[some] = _look_at_tiles(x[some], encoder, k, latents[some], values[some], screen)

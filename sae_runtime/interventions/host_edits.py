@@ -68,13 +68,14 @@ class HostEdits:
 
     def apply(self, x: Tensor, truths: list[Tensor]) -> Tensor:
         """As SiteEdits."""
-        if x.requires_grad or x.dtype != torch.float32:
-            return self._by_torch.apply(x, truths)
         dictionary = self._dictionary
+        fits = x.shape[1:] == (dictionary.d_in,) and len(x) > self._tokens[-1]  # compiled loops check no bounds
+        if x.requires_grad or x.dtype != torch.float32 or x.device != dictionary.device or not fits:
+            return self._by_torch.apply(x, truths)
         h = x.contiguous().numpy()
         n, d = len(self._tokens), h.shape[1]
         active = np.empty(len(self._read), np.int64)
-        prepared = np.empty((1 + len(active), d), np.float32)
+        prepared = np.empty((len(active), d), np.float32)
         scale, old = np.empty(n, np.float32), np.zeros(len(self._row), np.float32)
         n_active = _read(
             h,

@@ -109,7 +109,7 @@ def _candidates(x: Tensor, screen: Screen, k: int) -> tuple[Tensor, Tensor, Tens
     n, n_latents = len(x), len(screen.weight)
     rounded = x.bfloat16()
     bits = F.linear(rounded, screen.weight, screen.bias).view(torch.int16)  # [n, n_latents]
-    error = torch.from_numpy(screening_error(x, rounded, screen))
+    error = torch.from_numpy(_screening_error(x, rounded, screen))
 
     # The k-th largest of the groups' maxima is at most the k-th largest value. The bits of positive floats are ordered
     # like them, and above those of negative ones.
@@ -133,7 +133,7 @@ def _candidates(x: Tensor, screen: Screen, k: int) -> tuple[Tensor, Tensor, Tens
     return torch.from_numpy(rows), torch.from_numpy(splits[np.append(rows, n)]), torch.from_numpy(columns)
 
 
-def screening_error(x: Tensor, rounded: Tensor, screen: Screen) -> NDArray[np.float32]:
+def _screening_error(x: Tensor, rounded: Tensor, screen: Screen) -> NDArray[np.float32]:
     """Bound of how far a row's screened values are from the exact ones, [n], but for the rounding of what is stored.
 
     x [n, d_in] and the same in bfloat16.

@@ -82,9 +82,9 @@ def _look_at_tiles(x: Tensor, encoder: Linear, k: int, latents: Ints, values: Fl
     if screen is None:
         _bounds(host_x, values, 0.0, 0.0, _ROUNDOFF, low, high)
     else:
-        # |x - bf16(x)| is at most UNIT_ROUNDOFF / 2 of |x|; for the rest see screened_topk.
+        # |x - bf16(x)| is at most UNIT_ROUNDOFF of |x|; for the rest see screened_topk.
         sums = SUM_ROUNDOFF * (x.shape[1] + 2)
-        relative = (UNIT_ROUNDOFF / 2 + sums) * screen.largest_norm + screen.largest_residual
+        relative = (UNIT_ROUNDOFF + sums) * screen.largest_norm + screen.largest_residual
         absolute = (UNIT_ROUNDOFF + sums) * screen.largest_bias
         _bounds(host_x, values, (1 + UNIT_ROUNDOFF) * relative, absolute, 3 * UNIT_ROUNDOFF, low, high)
         low, high = _bfloat16_bits(low), _bfloat16_bits(high)

@@ -131,6 +131,14 @@ def test_leaves_the_rest_to_site_edits() -> None:
         assert not isinstance(plan._by_site[SITE], HostEdits)
 
 
+def test_refuses_activations_that_the_plan_is_not_for() -> None:
+    host, _ = plans([(Edit("topk", 1, "ablate_zero"),)], 3, topk())
+    with pytest.raises(ValueError, match=r"shape \[3, 31\], expected \[n, 32\]"):
+        host.apply(SITE, torch.randn(3, 31))
+    with pytest.raises(IndexError):
+        host.apply(SITE, torch.randn(2, 32))
+
+
 def test_gradients_pass_as_through_an_added_constant() -> None:
     host, _ = plans([(Edit("topk", 1, "set", 2.0),)], 2, topk())
     x = torch.randn(2, 32, requires_grad=True)

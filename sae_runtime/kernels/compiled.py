@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,4 +41,4 @@ def compiled(function: Function) -> Function:
     def call(*arguments: Any) -> Any:
         return machine_code()(*arguments)
 
-    return call  # type: ignore[return-value]
+    return cast(Function, call)

@@ -2,8 +2,8 @@
 
 An edit needs the value of one latent of a TopK dictionary: its pre-activation if it is among the row's k largest, else
 0. Most latents are not, and k larger ones are found in a small part of the encoder. Only where a latent may be kept
-must all others be looked at: in bfloat16, if there is such a copy of the encoder (see screened_topk), and then in
-float32 those that are too near to tell, where they decide. Decoding reads every weight for a few tokens, so that a
+must all others be looked at: in bfloat16, if there is such a copy of the encoder (see screened_topk), and then those
+that are too near to tell by sums in float64, where they decide. Decoding reads every weight for a few tokens, so that a
 dictionary read in full would cost as much as the blocks that it is as large as.
 """
 

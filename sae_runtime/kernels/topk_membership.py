@@ -23,8 +23,16 @@ from sae_runtime.kernels.screened_topk import SUM_ROUNDOFF, UNIT_ROUNDOFF, Scree
 SMALL_LATENTS = 4096
 """An encoder of up to so many latents is looked at whole, and for few rows in float32: screening would save nothing."""
 FIRST_TILE = 1024
-"""Latents that are looked at first, for k up to 64; each tile is as large as all before it, up to the largest."""
-LARGEST_TILE = 8192
+"""Latents that are looked at first, for k up to 64."""
+TILE_GROWTH = 8
+"""Each tile ends at so many times the latent where the one before it ended."""
+MOST_ROWS = 128
+"""Rows of a tile. W @ x.T in bfloat16 takes half the time of x @ W.T for so many, and no more for each of them than for
+more rows."""
+ROWS_STEP = 16
+"""Screened tiles have a multiple of so many rows: products take no longer, and oneDNN makes code for each new shape."""
+MOST_NEAR = 1024
+"""Latents of a row, on average, up to which exact products are made of each by itself."""
 _MOST_HELD = 1 << 24  # pre-activations
 _ROUNDOFF = 2.0**-16  # of a value, between two orders of its additions
 
@@ -53,8 +61,10 @@ def kept_in_topk(
     """
     kept = np.empty(len(x), np.bool_)
     n_latents = len(encoder.weight)
-    n_at_once = max(1, _MOST_HELD // n_latents)
     whole = n_latents <= SMALL_LATENTS and (screen is None or len(x) < FEW_ROWS.stop)
+    n_at_once = max(1, _MOST_HELD // n_latents)
+    if not whole:
+        n_at_once = min(n_at_once, MOST_ROWS)
     for start in range(0, len(x), n_at_once):
         some = slice(start, start + n_at_once)
         if whole:
@@ -73,68 +83,103 @@ def _look_at_all(pre: Floats, k: int, latents: Ints, kept: Bools) -> None:
 
 
 def _look_at_tiles(x: Tensor, encoder: Linear, k: int, latents: Ints, values: Floats, screen: Screen | None) -> Bools:
-    weight, bias = encoder.weight, encoder.bias
-    read = (x, weight, bias) if screen is None else (x.bfloat16(), screen.weight, screen.bias)
-    host_x = x.numpy()
-    # What exceeds `high` is larger, and what is below `low` is not. Screened values were rounded once more when they
-    # were stored, and so are the bounds.
-    low, high = np.empty_like(values), np.empty_like(values)
+    # What exceeds `high` is larger, and what is below `low` is not.
+    rounded: Tensor
+    low: Floats
+    high: Floats
     if screen is None:
-        _bounds(host_x, values, 0.0, 0.0, _ROUNDOFF, low, high)
+        rounded, low, high = x, values * (1 - _ROUNDOFF), values * (1 + _ROUNDOFF)
     else:
-        # |x - bf16(x)| is at most UNIT_ROUNDOFF of |x|; for the rest see screened_topk.
-        sums = SUM_ROUNDOFF * (x.shape[1] + 2)
-        relative = (UNIT_ROUNDOFF + sums) * screen.largest_norm + screen.largest_residual
-        absolute = (UNIT_ROUNDOFF + sums) * screen.largest_bias
-        _bounds(host_x, values, (1 + UNIT_ROUNDOFF) * relative, absolute, 3 * UNIT_ROUNDOFF, low, high)
-        low, high = _bfloat16_bits(low), _bfloat16_bits(high)
-
-    n_above, n_near = np.zeros(len(values), np.int64), np.zeros(len(values), np.int64)
-    rows = np.arange(len(values))  # about which nothing is known yet
-    tiles: list[tuple[int, Ints, Floats]] = []  # the first latent, the rows and their pre-activations
-    start, size = 0, max(FIRST_TILE, 16 * k)
-    while start < len(weight) and len(rows):
-        end = min(start + size, len(weight))
-        some = read[0] if len(rows) == len(values) else read[0][torch.from_numpy(rows)]
-        pre = few_rows_linear(some, read[1][start:end], read[2][start:end])
-        found = pre.numpy() if screen is None else pre.view(torch.int16).numpy()
-        if found.flags.c_contiguous:
-            _count_rows(found, start, rows, low, high, latents, n_above, n_near)
+        rounded, low, high = _round(x, values, screen)
+    n, n_latents = len(x), len(encoder.weight)
+    n_above, n_near = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    near, n_pairs = np.empty((MOST_NEAR * n, 2), np.int64), 0  # rows and latents
+    rows = np.arange(n)  # those that are read
+    start, end = 0, max(FIRST_TILE, 16 * k)
+    while start < n_latents and len(rows):
+        end = min(end, n_latents)
+        if screen is None:
+            found: Floats = _products(rounded, encoder.weight[start:end], encoder.bias[start:end])
         else:
-            _count_columns(found.T, start, rows, low, high, latents, n_above, n_near)
-        tiles.append((start, rows, found))
-        if end < len(weight):
-            rows = rows[n_above[rows] < k]
-        start, size = end, min(end, LARGEST_TILE)
-    doubtful = rows[(n_above[rows] < k) & (n_above[rows] + n_near[rows] >= k)]
-    if len(doubtful):
-        for start, rows, found in tiles:
-            places = np.searchsorted(rows, doubtful)
-            _count_exactly(
-                found, start, places, doubtful, low, high, host_x, weight.numpy(), bias.numpy(), latents, n_above
-            )
-    kept: Bools = n_above < k
+            found = _screened(rounded, screen.weight[start:end], screen.bias[start:end])
+        n_pairs = _count(found, start, k, rows, low, high, latents, n_above, n_near, near, n_pairs)
+        undecided = np.flatnonzero(n_above[rows] < k)
+        if len(undecided) <= len(rows) - (1 if screen is None else ROWS_STEP) or not len(undecided):
+            rows, rounded = rows[undecided], rounded[torch.from_numpy(undecided)]
+        start, end = end, end * TILE_GROWTH
+    weight, bias = encoder.weight.numpy(), encoder.bias.numpy()
+    kept = np.empty(n, np.bool_)
+    if not _decide(k, n_above, n_near, near, n_pairs, x.numpy(), weight, bias, latents, kept):
+        doubtful = np.flatnonzero((n_above < k) & (n_above + n_near >= k))
+        some = np.empty(len(doubtful), np.bool_)
+        _look_at_all(encoder(x[torch.from_numpy(doubtful)]).numpy(), k, latents[doubtful], some)
+        kept[doubtful] = some
     return kept
 
 
-def _bfloat16_bits(positive: NDArray[np.float32]) -> NDArray[np.int16]:
-    """The bits of positive numbers rounded down to bfloat16. Such bits are ordered like the numbers, and above those of
-    negative ones."""
-    return (positive.view(np.uint32) >> np.uint32(16)).astype(np.int16)
+def _products(x: Tensor, weight: Tensor, bias: Tensor) -> Floats:
+    """[n_latents, n]"""
+    found: Floats = few_rows_linear(x, weight, bias).t().contiguous().numpy()
+    return found
+
+
+def _screened(x: Tensor, weight: Tensor, bias: Tensor) -> NDArray[np.int16]:
+    """The bits of bfloat16 pre-activations [n_latents, n], and the last column again up to a multiple of ROWS_STEP."""
+    if missing := -len(x) % ROWS_STEP:
+        x = torch.cat([x, x[-1:].expand(missing, -1)])
+    found: NDArray[np.int16] = torch.addmm(bias[:, None], weight, x.t()).view(torch.int16).numpy()
+    return found
+
+
+def _round(x: Tensor, values: Floats, screen: Screen) -> tuple[Tensor, NDArray[np.int16], NDArray[np.int16]]:
+    """x in bfloat16, and the bits of the bounds of its screened values.
+
+    Bits of positive numbers are ordered like the numbers, and above those of negative ones. Screened values were
+    rounded once more when they were stored, and so are the bounds; for the rest of the error see screened_topk.
+    """
+    sums = SUM_ROUNDOFF * (x.shape[1] + 2)
+    of_rounded = screen.largest_residual + sums * screen.largest_norm
+    absolute = (UNIT_ROUNDOFF + sums) * screen.largest_bias
+    bits = np.empty(x.shape, np.uint16)
+    low, high = np.empty(len(x), np.int16), np.empty(len(x), np.int16)
+    _round_rows(x.numpy(), values, screen.largest_norm, of_rounded, absolute, 3 * UNIT_ROUNDOFF, bits, low, high)
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16), low, high
 
 
 @compiled
-def _bounds(
-    x: Floats, values: Floats, relative: float, absolute: float, roundoff: float, low: Floats, high: Floats
+def _round_rows(
+    x: Floats,
+    values: Floats,
+    of_residual: float,
+    of_rounded: float,
+    absolute: float,
+    roundoff: float,
+    bits: NDArray[np.uint16],
+    low: NDArray[np.int16],
+    high: NDArray[np.int16],
 ) -> None:
-    """Values less and plus `relative` of their row's length and `absolute`, and widened by `roundoff` of themselves."""
-    for i in range(len(values)):
-        squares = x[i, 0] * x[i, 0]
-        for j in range(1, x.shape[1]):
-            squares += x[i, j] * x[i, j]
-        error = np.sqrt(squares) * relative + absolute
-        low[i] = max((values[i] - error) * (1 - roundoff), 0.0)
-        high[i] = (values[i] + error) * (1 + roundoff)
+    """Rounds to the nearest bfloat16, of two as near to the even one.
+
+    The bounds are the values less and plus the error of their row, and widened by `roundoff` of themselves. The error
+    is `of_residual` of the length of what rounding takes away, `of_rounded` of that of the rounded row, and `absolute`.
+    """
+    single = np.empty(x.shape[1], np.uint32)
+    rounded = single.view(np.float32)
+    ends = np.empty(2, np.float32)
+    for i in range(len(x)):
+        own, own_bits, of_own = x[i], bits[i], x[i].view(np.uint32)
+        residual, squares = np.float32(0), np.float32(0)
+        for j in range(len(own)):
+            kept = (of_own[j] + np.uint32(0x7FFF) + ((of_own[j] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            own_bits[j] = kept
+            single[j] = kept << np.uint32(16)
+        for j in range(len(own)):
+            residual += (own[j] - rounded[j]) * (own[j] - rounded[j])
+            squares += rounded[j] * rounded[j]
+        error = np.sqrt(residual) * of_residual + np.sqrt(squares) * of_rounded + absolute
+        ends[0] = max((values[i] - error) * (1 - roundoff), 0.0)
+        ends[1] = (values[i] + error) * (1 + roundoff)
+        low[i], high[i] = ends.view(np.uint32)[0] >> np.uint32(16), ends.view(np.uint32)[1] >> np.uint32(16)
 
 
 @compiled
@@ -169,79 +214,100 @@ def _compare_columns(pre: Floats, k: int, latents: Ints, kept: Bools) -> None:
 
 
 @compiled
-def _count_rows(
-    pre: Floats, start: int, rows: Ints, low: Floats, high: Floats, latents: Ints, n_above: Ints, n_near: Ints
-) -> None:
-    """Adds how many of a tile [rows, latents] are above `high`, and of the others from `low` on, but for the own."""
-    for i in range(len(rows)):
-        row = rows[i]
-        above = np.int32(0)
-        from_low = np.int32(0)
-        for j in range(pre.shape[1]):
-            above += pre[i, j] > high[row]
-            from_low += pre[i, j] >= low[row]
-        own = latents[row] - start
-        if 0 <= own < pre.shape[1]:
-            above -= pre[i, own] > high[row]
-            from_low -= pre[i, own] >= low[row]
-        n_above[row] += above
-        n_near[row] += from_low - above
-
-
-@compiled
-def _count_columns(
-    pre: Floats, start: int, rows: Ints, low: Floats, high: Floats, latents: Ints, n_above: Ints, n_near: Ints
-) -> None:
-    """The same for a tile [latents, rows]."""
-    n = len(rows)
-    bounds = np.empty((2, n), low.dtype)
-    counts = np.zeros((2, n), np.int32)
-    for i in range(n):
-        bounds[0, i], bounds[1, i] = low[rows[i]], high[rows[i]]
-    for j in range(len(pre)):
-        for i in range(n):
-            counts[0, i] += pre[j, i] >= bounds[0, i]
-            counts[1, i] += pre[j, i] > bounds[1, i]
-    for i in range(n):
-        own = latents[rows[i]] - start
-        if 0 <= own < len(pre):
-            counts[0, i] -= pre[own, i] >= bounds[0, i]
-            counts[1, i] -= pre[own, i] > bounds[1, i]
-        n_above[rows[i]] += counts[1, i]
-        n_near[rows[i]] += counts[0, i] - counts[1, i]
-
-
-@compiled
-def _count_exactly(
+def _count(
     pre: Floats,
     start: int,
-    places: Ints,
+    k: int,
     rows: Ints,
     low: Floats,
     high: Floats,
+    latents: Ints,
+    n_above: Ints,
+    n_near: Ints,
+    near: Ints,
+    n_pairs: int,
+) -> int:
+    """Adds how many of a tile [latents, rows] are above `high`, and of the others from `low` on, but for the own.
+
+    Further columns repeat the last row. The others, as rows and latents, are appended to the first `n_pairs` of `near`
+    while it has room; returns the number of pairs with those for which it had none. Rows that have k above are done.
+    """
+    width = pre.shape[1]
+    period = max(1, 64 // width) * width
+    bound, column = np.empty(period, low.dtype), np.empty(period, np.int64)
+    for i in range(period):
+        column[i] = i % width
+        bound[i] = low[rows[min(column[i], len(rows) - 1)]]
+    values = pre.reshape(-1)
+    # Few values count: it is first asked whether any of some 64 does.
+    at_once = period if period <= 64 else width // 2 if width % 2 == 0 else width
+    for first in range(0, len(values), at_once):
+        some, own_bound = values[first : first + at_once], bound[first % period :]
+        any_counts = False
+        for i in range(len(some)):
+            any_counts |= some[i] >= own_bound[i]
+        if not any_counts:
+            continue
+        for i in range(len(some)):
+            if some[i] >= own_bound[i]:
+                place = column[first % period + i]
+                latent = start + (first + i) // width
+                if place >= len(rows):
+                    continue
+                row = rows[place]
+                if n_above[row] >= k or latent == latents[row]:
+                    continue
+                if some[i] > high[row]:
+                    n_above[row] += 1
+                    continue
+                n_near[row] += 1
+                if n_pairs < len(near):
+                    near[n_pairs, 0], near[n_pairs, 1] = row, latent
+                n_pairs += 1
+    return n_pairs
+
+
+@compiled
+def _decide(
+    k: int,
+    n_above: Ints,
+    n_near: Ints,
+    near: Ints,
+    n_pairs: int,
     x: Floats,
     weight: Floats,
     bias: Floats,
     latents: Ints,
-    n_above: Ints,
-) -> None:
-    """Adds how many of a tile are from `low` to `high` and larger; the rows are at `places` in it.
+    kept: Bools,
+) -> bool:
+    """Writes which are kept, with exact values of near ones where these decide; False if not all of them are known.
 
     The own value is added up like the others, so that equal encoder rows have equal values.
     """
-    for i in range(len(rows)):
-        row = rows[i]
-        own = latents[row]
+    n = len(x)
+    is_doubtful = np.empty(n, np.bool_)
+    any_doubtful = False
+    for row in range(n):
+        kept[row] = n_above[row] < k
+        is_doubtful[row] = kept[row] and n_above[row] + n_near[row] >= k
+        any_doubtful |= is_doubtful[row]
+    if not any_doubtful or n_pairs > len(near):
+        return not any_doubtful
+    own_value = np.empty(n, np.float64)
+    for i in range(n + n_pairs):
+        is_own = i < n
+        row = i if is_own else near[i - n, 0]
+        if not is_doubtful[row]:
+            continue
+        latent = latents[row] if is_own else near[i - n, 1]
+        own_x, own_weight = x[row], weight[latent]
         value = np.float64(0)
-        for d in range(x.shape[1]):
-            value += np.float64(x[row, d]) * weight[own, d]
-        value += bias[own]
-        for j in range(pre.shape[1]):
-            found = pre[places[i], j]
-            if found >= low[row] and found <= high[row] and start + j != own:
-                other = np.float64(0)
-                for d in range(x.shape[1]):
-                    other += np.float64(x[row, d]) * weight[start + j, d]
-                other += bias[start + j]
-                if other > value or (other == value and start + j < own):
-                    n_above[row] += 1
+        for d in range(len(own_x)):
+            value += np.float64(own_x[d]) * own_weight[d]
+        value += bias[latent]
+        if is_own:
+            own_value[row] = value
+        elif value > own_value[row] or (value == own_value[row] and latent < latents[row]):
+            n_above[row] += 1
+            kept[row] = n_above[row] < k
+    return True

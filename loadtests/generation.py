@@ -47,8 +47,9 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 CHECKED_TOKENS = 8
 MIXED_CALLERS = 4
-EDIT_COST_REPEATS = 3
-"""How often a round runs the two arms whose small difference is told; neighbours on the machine move each by more."""
+PAIRS = 3
+"""How often a round runs two arms, one right after the other, whose small difference is told: neighbours on the machine
+move each by more, and the median of many pairs by less."""
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 
 
@@ -91,7 +92,7 @@ async def over_grpc(address: str, requests: Sequence[pb.GenerateRequest]) -> lis
 def measure_generation(
     address: str, backbone_folder: Path, dictionary_folder: Path, rounds: int, sequential: int
 ) -> dict[str, list[float]]:
-    """Values of each figure, one a round, by name without the shape's suffix.
+    """Values of each figure, of every round or every pair of arms, by name without the shape's suffix.
 
     `address` is a service of these folders; `sequential` is how many requests Hugging Face's arm runs in a round.
     """
@@ -117,25 +118,19 @@ def measure_generation(
         "hf_plain": (1, lambda: sequentially(edits=False, count=1)),
     }
     arms["16_edited"][1]()  # the others are warm: the check has run them
-    seconds: dict[str, list[float]] = {}
-    turns = [
-        *(("16_edited", "16_plain") for _ in range(EDIT_COST_REPEATS)),
-        ("1_edited", "hf_plain"),
-        ("hf_sequential",),
-    ]
+    seconds: dict[str, list[float]] = {name: [] for name in arms}  # a token
+    turns = [*(("16_edited", "16_plain"), ("1_edited", "hf_plain")) * PAIRS, ("hf_sequential",)]
     for i in range(rounds):
-        spent: dict[str, list[float]] = {}
-        for turn in turns[i % len(turns) :] + turns[: i % len(turns)]:  # no arm is always first
-            for name in turn if i % 2 else reversed(turn):
-                spent.setdefault(name, []).append(timed(arms[name][1]))
-        for name, times in spent.items():
-            seconds.setdefault(name, []).append(statistics.mean(times) / (arms[name][0] * NEW_TOKENS))
+        for j, turn in enumerate(turns[i % len(turns) :] + turns[: i % len(turns)]):  # no arm is always first
+            for name in turn if (i + j) % 2 else reversed(turn):
+                seconds[name].append(timed(arms[name][1]) / (arms[name][0] * NEW_TOKENS))
 
     def ratios(numerator: str, denominator: str) -> list[float]:
         return [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]
 
+    beside = [statistics.mean(seconds["16_edited"][i * PAIRS : (i + 1) * PAIRS]) for i in range(rounds)]
     figures = {
-        "generate_16_vs_hf_sequential": ratios("hf_sequential", "16_edited"),
+        "generate_16_vs_hf_sequential": [a / b for a, b in zip(seconds["hf_sequential"], beside, strict=True)],
         "generate_1_vs_hf": ratios("hf_plain", "1_edited"),
         "edit_cost": [ratio - 1 for ratio in ratios("16_edited", "16_plain")],
     }

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from sae_runtime.kernels import topk_membership
 from sae_runtime.kernels.linear import Linear, few_rows_linear
@@ -12,12 +13,16 @@ from sae_runtime.latent_reader import LatentReader
 from tests.service.engine.models import random_dictionary
 
 
-@pytest.mark.parametrize("how", ["whole", "tiles", "screened", "screened whole", "screened in parts"])
+@pytest.mark.parametrize(
+    "how", ["whole", "tiles", "tiles of many near", "screened", "screened whole", "screened in parts", "screened near"]
+)
 @pytest.mark.parametrize(("n_latents", "k"), [(50, 7), (5000, 32), (3000, 2999), (1500, 1)])
 def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k: int, how: str) -> None:
     monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 10_000 if "whole" in how else 0)
     if "parts" in how:
-        monkeypatch.setattr(topk_membership, "_MOST_HELD", 4 * n_latents)  # 4 of the 6 rows
+        monkeypatch.setattr(topk_membership, "_MOST_HELD", 40 * n_latents)  # 40 pairs at once
+    if "near" in how:
+        monkeypatch.setattr(topk_membership, "MOST_NEAR", 1)
     generator = torch.Generator().manual_seed(n_latents)
     # Whole numbers: sums are exact in any order, and many values are equal.
     x, weight, bias = (
@@ -73,6 +78,34 @@ def test_screening_decides_as_float32_does(monkeypatch: pytest.MonkeyPatch) -> N
     values = dense[rows, latents].numpy()
     found = kept_in_topk(x[rows], Linear(weight.T, bias), 32, latents.numpy(), values, Screen.of(weight, bias))
     assert found.reshape(20, 12).tolist() == [[True] * 6 + [False] * 6] * 20
+
+
+def test_rows_are_left_out_as_they_are_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """70 of 100 rows are known after the first tile: steps of 16 rows are left out, and columns keep their rows."""
+    monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 0)
+    widths: list[tuple[int, int]] = []
+    screened = topk_membership._screened
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> NDArray[np.int16]:
+        widths.append((len(x), len(found := screened(x, weight, bias))))
+        assert found.shape[1] % topk_membership.ROWS_STEP == 0
+        return found
+
+    monkeypatch.setattr(topk_membership, "_screened", counted)
+    generator = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(100, 32, generator=generator), torch.randn(9000, 32, generator=generator)
+    bias, dense = torch.zeros(9000), x @ weight.T
+    order = dense.argsort(dim=1, descending=True)
+    latents = order[:, 20].clone()
+    latents[::10], latents[1::10], latents[2::10] = order[::10, 5], order[1::10, 31], order[2::10, 33]
+    dropped = torch.arange(100) % 10 > 2
+    latents[dropped] = order[dropped, 2000]
+    values = dense[torch.arange(100), latents].numpy()
+    found = kept_in_topk(x, Linear(weight.T, bias), 32, latents.numpy(), values, Screen.of(weight, bias))
+    assert found.tolist() == [i % 10 in (0, 1) for i in range(100)]
+    assert widths[0] == (100, 1024)
+    assert widths[1][0] < 60
+    assert sum(n for _, n in widths) == 9000
 
 
 def test_looks_at_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 CHECKED_TOKENS = 8
 MIXED_CALLERS = 4
-PAIRS = 3
+PAIRS = 5
 """How often a round runs two arms, one right after the other, whose small difference is told: neighbours on the machine
 move each by more, and the median of many pairs by less."""
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"

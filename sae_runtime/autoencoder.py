@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sae_runtime.features import InputStatistics, SparseFeatures
 from sae_runtime.finite import all_finite
+from sae_runtime.kernels.byte_encoder import ByteEncoder, bytes_are_fast
 from sae_runtime.kernels.latent_activation import LatentActivation
 from sae_runtime.kernels.linear import Linear
 from sae_runtime.kernels.screened_topk import Screen, can_screen, screened_topk, screening_is_fast
@@ -72,6 +73,7 @@ class Dictionary:
     origin: Origin | None = None  # of a file of another project: what it says beyond the weights
     statistics: LatentStatistics | None = None
     screen: Screen | None = None  # see `with_screen`
+    in_bytes: ByteEncoder | None = None  # the same
 
     def __post_init__(self) -> None:
         """ValueError names the tensor or field at fault, what was found and what was expected."""
@@ -146,22 +148,20 @@ class Dictionary:
             for name, tensor in tensors.items()
             if not (self.tied and name == "decoder")
         }
-        return replace(self, **({"screen": None, "decoder": moved["encoder"]} | moved))
+        return replace(self, **({"screen": None, "in_bytes": None, "decoder": moved["encoder"]} | moved))
 
     def with_screen(self) -> Dictionary:
-        """The same dictionary, with a bfloat16 copy of the encoder if that makes the exact float32 top-k faster here.
+        """The same dictionary, with copies of the encoder by which the exact float32 top-k is found faster here.
 
-        It does for "topk" on a CPU with bfloat16 matrix units (see kernels/screened_topk.py), and costs half the memory
-        of the encoder again; elsewhere the dictionary itself is returned. `to` leaves the copy behind.
+        For "topk" on a CPU with matrix units (AMX): one in bfloat16 that encoding reads (kernels/screened_topk.py) and
+        one in bytes that edits read (kernels/byte_encoder.py), together three quarters of the encoder's memory again.
+        Elsewhere the dictionary itself is returned. `to` leaves the copies behind.
         """
-        if (
-            self.activation == "topk"
-            and self.dtype == torch.float32
-            and self.device.type == "cpu"
-            and screening_is_fast()
-        ):
-            return replace(self, screen=Screen.of(self.encoder, self.latent_bias))
-        return self
+        if self.activation != "topk" or self.dtype != torch.float32 or self.device.type != "cpu":
+            return self
+        screen = Screen.of(self.encoder, self.latent_bias) if screening_is_fast() else None
+        in_bytes = ByteEncoder.of(self.encoder, self.latent_bias) if bytes_are_fast() else None
+        return replace(self, screen=screen, in_bytes=in_bytes) if screen or in_bytes else self
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseFeatures:

@@ -82,7 +82,7 @@ class LatentReader:
                 dictionary.k,
                 self._host_features[columns],
                 found,
-                dictionary.screen,
+                dictionary.in_bytes,
             )
             kept[rows, columns] = found * is_kept
         return torch.from_numpy(kept)

@@ -101,7 +101,7 @@ class HostEdits:
                 dictionary.k,
                 self._latents[pairs],
                 old[pairs],
-                dictionary.screen,
+                dictionary.in_bytes,
             )
         if n_active >= 0:
             edited = np.empty_like(h) if n == len(h) else h.copy()

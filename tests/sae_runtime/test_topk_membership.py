@@ -1,20 +1,24 @@
 """Against a dense product and torch.topk."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from sae_runtime.kernels import topk_membership
+from sae_runtime.kernels.byte_encoder import ByteEncoder, PackedRows
 from sae_runtime.kernels.linear import Linear, few_rows_linear
-from sae_runtime.kernels.screened_topk import Screen
 from sae_runtime.kernels.topk_membership import kept_in_topk
 from sae_runtime.latent_reader import LatentReader
+from tests.sae_runtime.test_byte_encoder import NEEDS_TILES
 from tests.service.engine.models import random_dictionary
 
 
 @pytest.mark.parametrize(
-    "how", ["whole", "tiles", "tiles of many near", "screened", "screened whole", "screened in parts", "screened near"]
+    "how",
+    ["whole", "tiles", "tiles of many near"]
+    + [pytest.param(how, marks=NEEDS_TILES) for how in ("bytes", "bytes in parts", "bytes of many near")],
 )
 @pytest.mark.parametrize(("n_latents", "k"), [(50, 7), (5000, 32), (3000, 2999), (1500, 1)])
 def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k: int, how: str) -> None:
@@ -39,16 +43,16 @@ def test_equals_a_dense_topk(monkeypatch: pytest.MonkeyPatch, n_latents: int, k:
     latents[beyond] = order[rows[beyond], min(k, n_latents - 1)]
     positive = dense[rows, latents] > 0
     rows, latents = rows[positive], latents[positive]
-    screen = Screen.of(weight, bias) if "screened" in how else None
+    in_bytes = ByteEncoder.of(weight, bias) if "bytes" in how else None
     values = dense[rows, latents].numpy()
-    found = kept_in_topk(x[rows], Linear(weight.T, bias), k, latents.numpy(), values, screen)
+    found = kept_in_topk(x[rows], Linear(weight.T, bias), k, latents.numpy(), values, in_bytes)
     assert found.tolist() == (rank[rows, latents] < k).tolist()
     assert found.any()
     assert k >= n_latents // 2 or not found.all()
 
 
-@pytest.mark.parametrize("screened", [True, False])
-def test_any_pairs_of_a_few_rows(screened: bool) -> None:
+@pytest.mark.parametrize("as_bytes", [pytest.param(True, marks=NEEDS_TILES), False])
+def test_any_pairs_of_a_few_rows(as_bytes: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
         x, weight = torch.randn(3, 5, generator=generator), torch.randn(20, 5, generator=generator)
@@ -59,15 +63,15 @@ def test_any_pairs_of_a_few_rows(screened: bool) -> None:
         rows, latents = rows[positive := dense[rows, latents] > 0], latents[positive]
         if not len(rows):
             continue
-        screen = Screen.of(weight, torch.zeros(20)) if screened else None
+        in_bytes = ByteEncoder.of(weight, torch.zeros(20)) if as_bytes else None
         values = dense[rows, latents].numpy()
-        found = kept_in_topk(x[rows], Linear(weight.T, torch.zeros(20)), 4, latents.numpy(), values, screen)
+        found = kept_in_topk(x[rows], Linear(weight.T, torch.zeros(20)), 4, latents.numpy(), values, in_bytes)
         assert found.tolist() == (rank[rows, latents] < 4).tolist()
 
 
-def test_screening_decides_as_float32_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values so near to each other that bfloat16 cannot tell many of them apart."""
-    monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 0)
+@NEEDS_TILES
+def test_bytes_decide_as_float32_does() -> None:
+    """Values so near to each other that bytes cannot tell many of them apart."""
     generator = torch.Generator().manual_seed(8)
     x, weight = torch.randn(20, 48, generator=generator), torch.randn(6000, 48, generator=generator)
     bias = 0.1 * torch.randn(6000, generator=generator)
@@ -76,22 +80,21 @@ def test_screening_decides_as_float32_does(monkeypatch: pytest.MonkeyPatch) -> N
     rows = torch.arange(20).repeat_interleave(12)
     latents = order[:, 26:38].reshape(-1)  # ranks around the 32nd
     values = dense[rows, latents].numpy()
-    found = kept_in_topk(x[rows], Linear(weight.T, bias), 32, latents.numpy(), values, Screen.of(weight, bias))
+    found = kept_in_topk(x[rows], Linear(weight.T, bias), 32, latents.numpy(), values, ByteEncoder.of(weight, bias))
     assert found.reshape(20, 12).tolist() == [[True] * 6 + [False] * 6] * 20
 
 
+@NEEDS_TILES
 def test_rows_are_left_out_as_they_are_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    """70 of 100 rows are known after the first tile: steps of 16 rows are left out, and columns keep their rows."""
-    monkeypatch.setattr(topk_membership, "SMALL_LATENTS", 0)
-    widths: list[tuple[int, int]] = []
-    screened = topk_membership._screened
+    """70 of 100 rows are known after the first tile: groups of 16 rows are left out, and lanes keep their rows."""
+    reads: list[tuple[int, int, int]] = []
+    count = ByteEncoder.count
 
-    def counted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> NDArray[np.int16]:
-        widths.append((len(x), len(found := screened(x, weight, bias))))
-        assert found.shape[1] % topk_membership.ROWS_STEP == 0
-        return found
+    def counted(self: ByteEncoder, packed: PackedRows, start: int, end: int, *others: Any) -> int:
+        reads.append((len(packed.digits), start, end))
+        return count(self, packed, start, end, *others)
 
-    monkeypatch.setattr(topk_membership, "_screened", counted)
+    monkeypatch.setattr(ByteEncoder, "count", counted)
     generator = torch.Generator().manual_seed(5)
     x, weight = torch.randn(100, 32, generator=generator), torch.randn(9000, 32, generator=generator)
     bias, dense = torch.zeros(9000), x @ weight.T
@@ -101,11 +104,9 @@ def test_rows_are_left_out_as_they_are_decided(monkeypatch: pytest.MonkeyPatch) 
     dropped = torch.arange(100) % 10 > 2
     latents[dropped] = order[dropped, 2000]
     values = dense[torch.arange(100), latents].numpy()
-    found = kept_in_topk(x, Linear(weight.T, bias), 32, latents.numpy(), values, Screen.of(weight, bias))
+    found = kept_in_topk(x, Linear(weight.T, bias), 32, latents.numpy(), values, ByteEncoder.of(weight, bias))
     assert found.tolist() == [i % 10 in (0, 1) for i in range(100)]
-    assert widths[0] == (100, 1024)
-    assert widths[1][0] < 60
-    assert sum(n for _, n in widths) == 9000
+    assert reads == [(7, 0, 1024), (2, 1024, 8192), (2, 8192, 9000)]
 
 
 def test_looks_at_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

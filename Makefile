@@ -44,7 +44,7 @@ proto: install-dev ## write service/pb from protos/
 proto-check: install-dev
 	$(BIN)/python protos/generate.py --check
 
-bench: install ## measure the service against bare PyTorch; writes build/bench.json (under 10 minutes)
+bench: install ## measure the service against bare PyTorch; writes build/bench.json (10 to 15 minutes)
 	$(BIN)/python -m loadtests.bench --out build/bench.json
 
 bench-training: install ## measure the trainers against other projects' (ARGS="--only speed"); writes build/bench-training.json

@@ -41,7 +41,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from loadtests.bare import BareExtractor
-from loadtests.generation import measure_generation, sequential_requests
+from loadtests.generation import REPEATS, measure_generation
 from loadtests.load import SETTLE_S, closed_loop, timed
 from loadtests.shapes import write_gpt2_shape
 from sae_runtime.formats.published import read_manifest
@@ -55,7 +55,7 @@ from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
 BUILTIN = Path(__file__).resolve().parent.parent / "sae_runtime" / "builtin"
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 CONCURRENCY = 16
-GENERATION_ROUNDS = {"builtin": 7, "gpt2_shape": 3}
+GENERATION_ROUNDS = 3
 LATENCY_BLOCK = 8
 
 
@@ -257,7 +257,7 @@ def main() -> None:
             with running_service(shape, arguments.out.with_name(f"bench-{name}.log")) as address:
                 figures = measure(shape, address, arguments.rounds)
                 generation = measure_generation(
-                    address, shape.backbone, shape.dictionary, GENERATION_ROUNDS[name], sequential_requests(name)
+                    address, shape.backbone, shape.dictionary, GENERATION_ROUNDS, REPEATS[name]
                 )
             figures |= {key: Figure.median_of(values) for key, values in generation.items()}
             for key, figure in figures.items():

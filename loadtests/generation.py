@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import torch
@@ -47,10 +47,21 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 CHECKED_TOKENS = 8
 MIXED_CALLERS = 4
-PAIRS = 5
-"""How often a round runs two arms, one right after the other, whose small difference is told: neighbours on the machine
-move each by more, and the median of many pairs by less."""
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
+
+
+class Repeats(NamedTuple):
+    """How often a round runs what."""
+
+    pairs: int
+    """Of two arms, one right after the other, whose small difference is told: neighbours on the machine move each by
+    more, and the median of many pairs by less."""
+    sequential: int
+    """Requests of Hugging Face's arm."""
+
+
+REPEATS = {"builtin": Repeats(pairs=15, sequential=4), "gpt2_shape": Repeats(pairs=5, sequential=2)}
+"""A request of the larger shape takes seconds."""
 
 
 class Request:
@@ -90,11 +101,11 @@ async def over_grpc(address: str, requests: Sequence[pb.GenerateRequest]) -> lis
 
 
 def measure_generation(
-    address: str, backbone_folder: Path, dictionary_folder: Path, rounds: int, sequential: int
+    address: str, backbone_folder: Path, dictionary_folder: Path, rounds: int, repeats: Repeats
 ) -> dict[str, list[float]]:
     """Values of each figure, of every round or every pair of arms, by name without the shape's suffix.
 
-    `address` is a service of these folders; `sequential` is how many requests Hugging Face's arm runs in a round.
+    `address` is a service of these folders.
     """
     hooked = HookedGenerator(backbone_folder, dictionary_folder)
     backbone, dictionary = Backbone.load(backbone_folder), read_manifest(dictionary_folder).name
@@ -114,12 +125,12 @@ def measure_generation(
         "16_edited": (STREAMS, lambda: asyncio.run(over_grpc(address, edited))),
         "16_plain": (STREAMS, lambda: asyncio.run(over_grpc(address, plain))),
         "1_edited": (1, lambda: asyncio.run(over_grpc(address, edited[:1]))),
-        "hf_sequential": (sequential, lambda: sequentially(edits=True, count=sequential)),
+        "hf_sequential": (repeats.sequential, lambda: sequentially(edits=True, count=repeats.sequential)),
         "hf_plain": (1, lambda: sequentially(edits=False, count=1)),
     }
     arms["16_edited"][1]()  # the others are warm: the check has run them
     seconds: dict[str, list[float]] = {name: [] for name in arms}  # a token
-    turns = [*(("16_edited", "16_plain"), ("1_edited", "hf_plain")) * PAIRS, ("hf_sequential",)]
+    turns = [*(("16_edited", "16_plain"), ("1_edited", "hf_plain")) * repeats.pairs, ("hf_sequential",)]
     for i in range(rounds):
         for j, turn in enumerate(turns[i % len(turns) :] + turns[: i % len(turns)]):  # no arm is always first
             for name in turn if (i + j) % 2 else reversed(turn):
@@ -128,7 +139,7 @@ def measure_generation(
     def ratios(numerator: str, denominator: str) -> list[float]:
         return [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]
 
-    beside = [statistics.mean(seconds["16_edited"][i * PAIRS : (i + 1) * PAIRS]) for i in range(rounds)]
+    beside = [statistics.mean(seconds["16_edited"][i * repeats.pairs : (i + 1) * repeats.pairs]) for i in range(rounds)]
     figures = {
         "generate_16_vs_hf_sequential": [a / b for a, b in zip(seconds["hf_sequential"], beside, strict=True)],
         "generate_1_vs_hf": ratios("hf_plain", "1_edited"),
@@ -218,16 +229,11 @@ def main() -> None:
                 folders = write_gpt2_shape(Path(directory), BUILTIN / "backbone")
             shape = Shape(name, *folders, requests_per_round=0, latencies_per_round=0)
             with running_service(shape, arguments.out.with_name(f"generation-{name}.log")) as address:
-                figures = measure_generation(address, *folders, arguments.rounds, sequential_requests(name))
+                figures = measure_generation(address, *folders, arguments.rounds, REPEATS[name])
             for key, values in figures.items():
                 numbers[f"{key}.{name}"] = statistics.median(values)
                 console.print(f"{key}.{name}: {statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})")
     arguments.out.write_text(json.dumps(numbers, indent=1) + "\n")
-
-
-def sequential_requests(shape: str) -> int:
-    """Requests of Hugging Face's arm in a round: it takes seconds for each on the larger shape."""
-    return 4 if shape == "builtin" else 2
 
 
 if __name__ == "__main__":

@@ -274,6 +274,8 @@ def _scan(data: Any) -> None:
 
 @functools.cache
 def _compiled_scan() -> Any:
+    if not is_supported():  # the process would be killed
+        raise RuntimeError("this CPU, or what it is used through, has no matrix tiles (AMX)")
     declared = functools.partial(numba.cfunc, types.void(types.voidptr), error_model="numpy")
     try:
         return declared(cache=True)(_scan)

@@ -57,12 +57,14 @@ def kept_in_topk(
     Returns:
         [n].
     """
-    kept = np.empty(len(x), np.bool_)
     n_latents = len(encoder.weight)
     whole = in_bytes is None and n_latents <= SMALL_LATENTS
     n_at_once = max(1, _MOST_HELD // n_latents)
     if not whole:
         n_at_once = min(n_at_once, MOST_ROWS)
+        if len(x) <= n_at_once:
+            return _look_at_tiles(x, encoder, k, latents, values, in_bytes)
+    kept = np.empty(len(x), np.bool_)
     for start in range(0, len(x), n_at_once):
         some = slice(start, start + n_at_once)
         if whole:
@@ -133,16 +135,16 @@ def _count_bytes(
     n_near: Ints,
     near: Ints,
 ) -> int:
-    rows, n_pairs = np.arange(len(x)), 0
-    packed = in_bytes.pack(x, rows, values)
+    rows, n_pairs, packed = np.arange(len(x)), 0, None
     tiles = _tiles(n_latents, k) if len(x) > LANES else [(0, n_latents)]  # of one group nothing can be left out
     for start, end in tiles:
-        n_pairs = in_bytes.count(packed, start, end, k, latents, n_above, n_near, near, n_pairs)
-        rows = rows[n_above[rows] < k]
-        if not len(rows):
-            break
-        if len(rows) <= LANES * (len(packed.digits) - 1):  # in fewer groups
+        if packed is None or len(rows) <= LANES * (len(packed.digits) - 1):  # in fewer groups
             packed = in_bytes.pack(x, rows, values)
+        n_pairs = in_bytes.count(packed, start, end, k, latents, n_above, n_near, near, n_pairs)
+        if end < n_latents:
+            rows = rows[n_above[rows] < k]
+            if not len(rows):
+                break
     return n_pairs
 
 

@@ -119,3 +119,17 @@ def test_rows_without_a_useful_scale(size: float) -> None:
     n_above, near = count(ByteEncoder.of(weight, bias), x, bias[latents], latents, 100)
     larger = exact > exact[:, 50:51]
     assert (n_above + (larger & near).sum(1).numpy() == larger.sum(1).numpy()).all()
+
+
+@NEEDS_TILES
+def test_torch_finds_its_tiles_as_it_needs_them() -> None:
+    """It multiplies in bfloat16 on the same ones, laid out otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(300, 300, generator=generator).bfloat16() for _ in range(2))
+    expected, (x, weight) = a @ b, (torch.randn(n, 80, generator=generator) for n in (20, 20_000))
+    encoder, latents = ByteEncoder.of(weight, torch.zeros(20_000)), torch.arange(20)
+    for _ in range(5):
+        n_above, near = count(encoder, x, (x * weight[:20]).sum(1), latents, 20_000)
+        assert (a @ b).equal(expected)
+    assert n_above.any()
+    assert near.any()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sae_runtime.features import InputStatistics, SparseFeatures
 from sae_runtime.finite import all_finite
-from sae_runtime.kernels.byte_encoder import ByteEncoder, bytes_are_fast
+from sae_runtime.kernels.byte_encoder import MOST_INPUTS, ByteEncoder, bytes_are_fast
 from sae_runtime.kernels.latent_activation import LatentActivation
 from sae_runtime.kernels.linear import Linear
 from sae_runtime.kernels.screened_topk import Screen, can_screen, screened_topk, screening_is_fast
@@ -160,7 +160,8 @@ class Dictionary:
         if self.activation != "topk" or self.dtype != torch.float32 or self.device.type != "cpu":
             return self
         screen = Screen.of(self.encoder, self.latent_bias) if screening_is_fast() else None
-        in_bytes = ByteEncoder.of(self.encoder, self.latent_bias) if bytes_are_fast() else None
+        as_bytes = self.d_in <= MOST_INPUTS and bytes_are_fast()
+        in_bytes = ByteEncoder.of(self.encoder, self.latent_bias) if as_bytes else None
         return replace(self, screen=screen, in_bytes=in_bytes) if screen or in_bytes else self
 
     @torch.no_grad()

@@ -29,6 +29,8 @@ BLOCK = 32
 """Latents of a block: the rows of two tiles. With two, four sums are under way at once, as many as hide the delay."""
 STEP = 64
 """Inputs of a tile."""
+MOST_INPUTS = (2**31 - 1) // (255 * 127) // STEP * STEP
+"""Of an encoder whose sums of bytes an int32 holds."""
 PARALLEL_BYTES = 1 << 19
 """Read on one thread up to so many: others would have to be waited for."""
 _AT_ONCE = 128 * BLOCK  # latents that are copied at once
@@ -60,7 +62,12 @@ class ByteEncoder:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor) -> ByteEncoder:
-        """weight float32 [n_latents, n_inputs], bias float32 [n_latents], of finite numbers."""
+        """weight float32 [n_latents, n_inputs], bias float32 [n_latents], of finite numbers.
+
+        ValueError: more inputs than an int32 holds the sum of.
+        """
+        if weight.shape[1] > MOST_INPUTS:
+            raise ValueError(f"the encoder has {weight.shape[1]} inputs, expected up to {MOST_INPUTS}")
         n_latents, n_inputs = weight.shape
         n_blocks, n_steps = -(-n_latents // BLOCK), -(-n_inputs // STEP)
         tiles = torch.zeros(n_blocks, n_steps, BLOCK, STEP, dtype=torch.int8)

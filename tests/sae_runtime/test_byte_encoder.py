@@ -133,3 +133,20 @@ def test_torch_finds_its_tiles_as_it_needs_them() -> None:
         assert (a @ b).equal(expected)
     assert n_above.any()
     assert near.any()
+
+
+def test_sums_that_int32_cannot_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"has 70000 inputs, expected up to 66304"):
+        ByteEncoder.of(torch.zeros(1, 70_000), torch.zeros(1))
+
+
+@NEEDS_TILES
+def test_the_largest_sums() -> None:
+    n_inputs = byte_encoder.MOST_INPUTS
+    weight = torch.ones(2, n_inputs) * torch.tensor([[1.0], [-1.0]])
+    x, latents = torch.ones(1, n_inputs), torch.tensor([0])
+    n_above, near = count(ByteEncoder.of(weight, torch.zeros(2)), x, torch.full((1,), 1.0), latents, 2)
+    assert n_above.tolist() == [0]
+    assert not near.any()
+    n_above, near = count(ByteEncoder.of(weight, torch.zeros(2)), -x, torch.full((1,), 1.0), latents, 2)
+    assert n_above.tolist() == [1]

@@ -44,10 +44,8 @@ class HostEdits:
         features = torch.from_numpy(own.features)
         self._encoder, self._decoder = dictionary.encoder[features].numpy(), dictionary.decoder[features].numpy()
         self._latent_bias = dictionary.latent_bias[features].numpy()
-        self._pre_bias, self._normalization = (
-            dictionary.pre_bias.numpy(),
-            NORMALIZATIONS.index(dictionary.normalization),
-        )
+        self._pre_bias = dictionary.pre_bias.numpy()
+        self._normalization = NORMALIZATIONS.index(dictionary.normalization)
         self._limits = layout.limits.astype(np.float32)
 
     @staticmethod

@@ -11,11 +11,11 @@ from sae_runtime.kernels.topk_membership import SMALL_LATENTS
 
 
 def compile_edits() -> None:
-    """Runs edits of made-up dictionaries on the CPU; takes seconds once, and half a second in later processes."""
+    """Runs edits of made-up dictionaries on the CPU; takes 5 to 10 s once, and a second in later processes."""
     generator = torch.Generator().manual_seed(0)
     for n_latents in (64, 2 * SMALL_LATENTS):
         encoder = torch.randn(n_latents, 8, generator=generator)
-        encoder[::2] = encoder[0]  # equals, among which no screen decides
+        encoder[::2] = encoder[0]  # equals, among which bytes cannot tell
         dictionary = Dictionary(
             encoder=encoder,
             decoder=encoder,

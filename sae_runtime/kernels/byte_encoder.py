@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_runtime.kernels.compiled import compiled
+from sae_runtime.kernels.screened_topk import SUM_ROUNDOFF
 
 LANES = 16
 """Rows of a group: the columns of a tile."""
@@ -34,15 +35,26 @@ MOST_INPUTS = (2**31 - 1) // (255 * 127) // STEP * STEP
 PARALLEL_BYTES = 1 << 19
 """Read on one thread up to so many: others would have to be waited for."""
 _AT_ONCE = 128 * BLOCK  # latents that are copied at once
-_SUM_ROUNDOFF = 2.0**-23  # of float32 sums, for every term
 _NORM_ROUNDOFF = 1e-6
 
 Floats = NDArray[Any]
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class PackedRows:
+class Tally(NamedTuple):
+    """What was found of n rows, each of which is compared with a value of its own; all int64."""
+
+    n_above: Ints  # [n] latents that are surely above it
+    n_near: Ints  # [n] those that are too near to tell
+    near: Ints  # [room, 2] rows and latents of the near ones, n_near.sum() of them or as many as there is room for
+
+    @classmethod
+    def of(cls, n: int, room: int) -> Tally:
+        """With nothing found."""
+        return cls(np.zeros(n, np.int64), np.zeros(n, np.int64), np.empty((room, 2), np.int64))
+
+
+class PackedRows(NamedTuple):
     """Rows in the order in which they are multiplied."""
 
     rows: Ints  # their places among all
@@ -91,57 +103,31 @@ class ByteEncoder:
         return cls(tiles, per_latent, n_inputs, largest_norm * (1 + _NORM_ROUNDOFF), float(bias.abs().max()))
 
     def pack(self, x: Floats, rows: Ints, values: Floats) -> PackedRows:
-        """x float32 [n, n_inputs] at `rows`, and what latents of those rows are compared with: values [n]."""
+        """x float32 [n, n_inputs] at `rows` (int64), and what latents of those rows are compared with: values float32
+        [n], which may be off by as much as a float32 sum of n_inputs products is.
+        """
         n_groups = -(-len(rows) // LANES)
         digits = np.empty((n_groups, self.weight.shape[1], 2, STEP // 4, LANES, 4), np.uint8)
         per_row = np.empty((n_groups, 4, LANES), np.float32)
-        of_sums = _SUM_ROUNDOFF * (self.n_inputs + 32)
+        of_sums = SUM_ROUNDOFF * (self.n_inputs + 32)
         _pack(x, rows, values, self.largest_norm, self.largest_bias, of_sums, digits, per_row)
         return PackedRows(rows, digits, per_row)
 
-    def count(
-        self,
-        packed: PackedRows,
-        start: int,
-        end: int,
-        k: int,
-        latents: Ints,
-        n_above: Ints,
-        n_near: Ints,
-        near: Ints,
-        n_pairs: int,
-    ) -> int:
-        """Adds, for each packed row, how many latents of [start, end) are above its value, and how many are so near
-        that it cannot be told, but for the row's own one of `latents`.
+    def count(self, packed: PackedRows, start: int, end: int, k: int, latents: Ints, tally: Tally) -> None:
+        """Adds to the tally, for each packed row, the latents of [start, end) that are above its value, and those so
+        near that it cannot be told, but for the row's own one of `latents` (int64 [n]).
 
-        The near ones, as rows and latents, are appended to the first `n_pairs` of `near` while it has room; returns the
-        number of pairs with those for which it had none. Rows that have k above are done. `start` is a multiple of
-        BLOCK, and `end` is unless it is the last.
+        Rows that have k above are done: what else is counted of them may be any part. `start` is a multiple of BLOCK,
+        and `end` is unless it is the last.
         """
         amx = _amx()
-        counters = np.array([start // BLOCK, n_pairs])
+        counters = np.array([start // BLOCK, tally.n_near.sum()])
         latents = np.ascontiguousarray(latents, np.int64)
         arguments = np.zeros(1, amx.ARGUMENTS)
-        _fill(
-            arguments,
-            counters,
-            end,
-            self.weight.shape[1],
-            self.weight.data_ptr(),
-            self.per_latent.data_ptr(),
-            amx.LAYOUT,
-            packed.digits,
-            packed.per_row,
-            packed.rows,
-            k,
-            latents,
-            n_above,
-            n_near,
-            near,
-        )
+        steps, weight, per_latent = self.weight.shape[1], self.weight.data_ptr(), self.per_latent.data_ptr()
+        _fill(arguments, counters, end, steps, weight, per_latent, amx.LAYOUT, packed, k, latents, tally)
         n_bytes = (end - start) * self.n_inputs * len(packed.digits)
         amx.scan(arguments, on_all_threads=n_bytes > PARALLEL_BYTES)
-        return int(counters[1])
 
 
 @functools.cache
@@ -165,22 +151,24 @@ def _fill(
     weight: int,
     per_latent: int,
     layout: NDArray[np.uint8],
-    digits: NDArray[np.uint8],
-    per_row: NDArray[np.float32],
-    rows: Ints,
+    packed: PackedRows,
     k: int,
     latents: Ints,
-    n_above: Ints,
-    n_near: Ints,
-    near: Ints,
+    tally: Tally,
 ) -> None:
+    """Writes numbers and addresses to amx.ARGUMENTS [1]; compiled, because NumPy takes a microsecond for each."""
     own = arguments[0]
     own.counters, own.end, own.k = counters.ctypes.data, end, k
     own.steps, own.weight, own.per_latent, own.layout = steps, weight, per_latent, layout.ctypes.data
-    own.n_groups, own.digits, own.per_row = len(digits), digits.ctypes.data, per_row.ctypes.data
-    own.n_rows, own.rows, own.n, own.latents = len(rows), rows.ctypes.data, len(latents), latents.ctypes.data
-    own.n_above, own.n_near = n_above.ctypes.data, n_near.ctypes.data
-    own.most_near, own.near = len(near), near.ctypes.data
+    own.n_groups, own.digits, own.per_row = len(packed.digits), packed.digits.ctypes.data, packed.per_row.ctypes.data
+    own.n_rows, own.rows, own.n, own.latents = (
+        len(packed.rows),
+        packed.rows.ctypes.data,
+        len(latents),
+        latents.ctypes.data,
+    )
+    own.n_above, own.n_near = tally.n_above.ctypes.data, tally.n_near.ctypes.data
+    own.most_near, own.near = len(tally.near), tally.near.ctypes.data
 
 
 @compiled
@@ -194,7 +182,11 @@ def _pack(
     digits: NDArray[np.uint8],
     per_row: NDArray[np.float32],
 ) -> None:
-    """For lanes without a row, bounds that nothing reaches."""
+    """Writes x[rows] to digits [groups, steps, 2, STEP // 4, LANES, 4] and per_row [groups, 4, LANES] (see PackedRows).
+
+    A row's `low` and `high` are its value less and plus the error of everything but its latents' residuals: |r| |w|,
+    and float32 sums. Lanes without a row get bounds that nothing reaches.
+    """
     n_padded = digits.shape[1] * STEP
     words = digits.view(np.uint32).reshape(len(digits), -1, 2, STEP // 4, LANES)
     whole = np.zeros(n_padded, np.float32)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_runtime.kernels.byte_encoder import BLOCK, LANES, ByteEncoder
+from sae_runtime.kernels.byte_encoder import BLOCK, LANES, ByteEncoder, Tally
 from sae_runtime.kernels.compiled import compiled
 from sae_runtime.kernels.linear import Linear, few_rows_linear
 
@@ -28,7 +28,7 @@ FIRST_TILE = 1024
 TILE_GROWTH = 8
 """Each tile ends at so many times the latent where the one before it ended."""
 MOST_ROWS = 128
-"""Rows of a tile."""
+"""Rows that are read at once: their digits stay in the cache of a core, as float32 pre-activations of a tile do."""
 MOST_NEAR = 512
 """Latents of a row, on average, up to which exact products are made of each by itself."""
 _MOST_HELD = 1 << 24  # pre-activations
@@ -85,17 +85,15 @@ def _look_at_all(pre: Floats, k: int, latents: Ints, kept: Bools) -> None:
 def _look_at_tiles(
     x: Tensor, encoder: Linear, k: int, latents: Ints, values: Floats, in_bytes: ByteEncoder | None
 ) -> Bools:
-    n, n_latents = len(x), len(encoder.weight)
-    n_above, n_near = np.zeros(n, np.int64), np.zeros(n, np.int64)
-    near = np.empty((MOST_NEAR * n, 2), np.int64)  # rows and latents
+    n = len(x)
+    tally = Tally.of(n, MOST_NEAR * n)
     if in_bytes is None:
-        n_pairs = _count_floats(x, encoder, k, latents, values, n_above, n_near, near)
+        _count_floats(x, encoder, k, latents, values, tally)
     else:
-        n_pairs = _count_bytes(x.numpy(), in_bytes, n_latents, k, latents, values, n_above, n_near, near)
-    weight, bias = encoder.weight.numpy(), encoder.bias.numpy()
+        _count_bytes(x.numpy(), in_bytes, len(encoder.weight), k, latents, values, tally)
     kept = np.empty(n, np.bool_)
-    if not _decide(k, n_above, n_near, near, n_pairs, x.numpy(), weight, bias, latents, kept):
-        doubtful = np.flatnonzero((n_above < k) & (n_above + n_near >= k))
+    if not _decide(k, tally, x.numpy(), encoder.weight.numpy(), encoder.bias.numpy(), latents, kept):
+        doubtful = np.flatnonzero((tally.n_above < k) & (tally.n_above + tally.n_near >= k))
         some = np.empty(len(doubtful), np.bool_)
         _look_at_all(encoder(x[torch.from_numpy(doubtful)]).numpy(), k, latents[doubtful], some)
         kept[doubtful] = some
@@ -103,49 +101,38 @@ def _look_at_tiles(
 
 
 def _tiles(n_latents: int, k: int) -> Iterator[tuple[int, int]]:
+    """First latent and end of each; starts are multiples of BLOCK."""
     start, end = 0, -(-max(FIRST_TILE, 16 * k) // BLOCK) * BLOCK
     while start < n_latents:
         yield start, min(end, n_latents)
         start, end = end, end * TILE_GROWTH
 
 
-def _count_floats(
-    x: Tensor, encoder: Linear, k: int, latents: Ints, values: Floats, n_above: Ints, n_near: Ints, near: Ints
-) -> int:
+def _count_floats(x: Tensor, encoder: Linear, k: int, latents: Ints, values: Floats, tally: Tally) -> None:
     low, high = values * (1 - _ROUNDOFF), values * (1 + _ROUNDOFF)
-    rows, n_pairs = np.arange(len(x)), 0
+    rows = np.arange(len(x))
     for start, end in _tiles(len(encoder.weight), k):
         pre = few_rows_linear(x, encoder.weight[start:end], encoder.bias[start:end]).t().contiguous().numpy()
-        n_pairs = _count(pre, start, k, rows, low, high, latents, n_above, n_near, near, n_pairs)
-        undecided = np.flatnonzero(n_above[rows] < k)
+        _count(pre, start, k, rows, low, high, latents, tally)
+        undecided = np.flatnonzero(tally.n_above[rows] < k)
         if not len(undecided):
             break
         rows, x = rows[undecided], x[torch.from_numpy(undecided)]
-    return n_pairs
 
 
 def _count_bytes(
-    x: Floats,
-    in_bytes: ByteEncoder,
-    n_latents: int,
-    k: int,
-    latents: Ints,
-    values: Floats,
-    n_above: Ints,
-    n_near: Ints,
-    near: Ints,
-) -> int:
-    rows, n_pairs, packed = np.arange(len(x)), 0, None
+    x: Floats, in_bytes: ByteEncoder, n_latents: int, k: int, latents: Ints, values: Floats, tally: Tally
+) -> None:
+    rows, packed = np.arange(len(x)), None
     tiles = _tiles(n_latents, k) if len(x) > LANES else [(0, n_latents)]  # of one group nothing can be left out
     for start, end in tiles:
         if packed is None or len(rows) <= LANES * (len(packed.digits) - 1):  # in fewer groups
             packed = in_bytes.pack(x, rows, values)
-        n_pairs = in_bytes.count(packed, start, end, k, latents, n_above, n_near, near, n_pairs)
+        in_bytes.count(packed, start, end, k, latents, tally)
         if end < n_latents:
-            rows = rows[n_above[rows] < k]
+            rows = rows[tally.n_above[rows] < k]
             if not len(rows):
                 break
-    return n_pairs
 
 
 @compiled
@@ -188,16 +175,14 @@ def _count(
     low: Floats,
     high: Floats,
     latents: Ints,
-    n_above: Ints,
-    n_near: Ints,
-    near: Ints,
-    n_pairs: int,
-) -> int:
+    tally: Tally,
+) -> None:
     """Adds how many of a tile [latents, rows] are above `high`, and of the others from `low` on, but for the own.
 
-    The others, as rows and latents, are appended to the first `n_pairs` of `near` while it has room; returns the number
-    of pairs with those for which it had none. Rows that have k above are done.
+    Rows that have k above are done.
     """
+    n_above, n_near, near = tally
+    n_pairs = n_near.sum()
     width = pre.shape[1]
     period = max(1, 64 // width) * width
     bound, column = np.empty(period, low.dtype), np.empty(period, np.int64)
@@ -226,28 +211,16 @@ def _count(
                 if n_pairs < len(near):
                     near[n_pairs, 0], near[n_pairs, 1] = row, latent
                 n_pairs += 1
-    return n_pairs
 
 
 @compiled
-def _decide(
-    k: int,
-    n_above: Ints,
-    n_near: Ints,
-    near: Ints,
-    n_pairs: int,
-    x: Floats,
-    weight: Floats,
-    bias: Floats,
-    latents: Ints,
-    kept: Bools,
-) -> bool:
+def _decide(k: int, tally: Tally, x: Floats, weight: Floats, bias: Floats, latents: Ints, kept: Bools) -> bool:
     """Writes which are kept, with exact values of near ones where these decide; False if not all of them are known.
 
     The own value is added up like the others, so that equal encoder rows have equal values.
     """
-    n = len(x)
-    n_left = n_near.copy()
+    n_above, n_near, near = tally
+    n, n_pairs, n_left = len(x), n_near.sum(), n_near.copy()
     is_doubtful = np.empty(n, np.bool_)
     any_doubtful = False
     for row in range(n):

@@ -3,25 +3,28 @@
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_runtime.kernels import byte_encoder
-from sae_runtime.kernels.byte_encoder import BLOCK, LANES, ByteEncoder, bytes_are_fast
+from sae_runtime.kernels.byte_encoder import BLOCK, LANES, ByteEncoder, Tally, bytes_are_fast
 
 NEEDS_TILES = pytest.mark.skipif(not bytes_are_fast(), reason="this CPU has no matrix tiles")
 
 
-def count(encoder: ByteEncoder, x: Tensor, values: Tensor, latents: Tensor, end: int, room: int = 100_000):
+def count(
+    encoder: ByteEncoder, x: Tensor, values: Tensor, latents: Tensor, end: int, room: int = 100_000
+) -> tuple[NDArray[np.int64], Tensor]:
     """How many are surely above, and the near ones as bools [n, end]; nothing is ever done for k being large."""
     n = len(x)
-    n_above, n_near, near = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((room, 2), np.int64)
+    tally = Tally.of(n, room)
     packed = encoder.pack(x.numpy(), np.arange(n), values.numpy())
-    n_pairs = encoder.count(packed, 0, end, 1 << 40, latents.numpy(), n_above, n_near, near, 0)
-    assert n_pairs == n_near.sum()
+    encoder.count(packed, 0, end, 1 << 40, latents.numpy(), tally)
+    n_pairs = tally.n_near.sum()
     is_near = np.zeros((n, end), np.bool_)
-    is_near[near[:n_pairs, 0], near[:n_pairs, 1]] = True
+    is_near[tally.near[:n_pairs, 0], tally.near[:n_pairs, 1]] = True
     assert is_near.sum() == min(n_pairs, room)
-    return n_above, torch.from_numpy(is_near)
+    return tally.n_above, torch.from_numpy(is_near)
 
 
 @NEEDS_TILES
@@ -99,11 +102,11 @@ def test_a_full_list_is_told() -> None:
 def test_rows_that_are_done_are_not_read_on() -> None:
     weight = torch.ones(64 * BLOCK, 5)
     x, latents = torch.ones(1, 5), np.zeros(1, np.int64)
-    n_above, n_near, near = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, 2), np.int64)
+    tally = Tally.of(1, 1)
     encoder = ByteEncoder.of(weight, torch.zeros(64 * BLOCK))
     packed = encoder.pack(x.numpy(), np.arange(1), np.ones(1, np.float32))
-    encoder.count(packed, 0, 64 * BLOCK, 7, latents, n_above, n_near, near, 0)
-    assert n_above.tolist() == [7]
+    encoder.count(packed, 0, 64 * BLOCK, 7, latents, tally)
+    assert tally.n_above.tolist() == [7]
 
 
 @NEEDS_TILES

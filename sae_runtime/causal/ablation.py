@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
 from sae_runtime.causal.predictions import Predictions, compare, next_tokens, predict
 from sae_runtime.causal.prefix import Change, SharedPrefix
-from sae_runtime.latent_reader import LatentReader
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import Site
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits.latent_reader import LatentReader
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
 
 Replacement = Literal["zero", "mean"]
 REPLACEMENTS: tuple[Replacement, ...] = ("zero", "mean")
@@ -185,7 +185,7 @@ class AblationStudy:
             )
 
     def _change(self, variant: Variant) -> Change:
-        """h' - h = std (z' - z) d where the feature is replaced, as `sae_runtime.interventions` has it."""
+        """h' - h = std (z' - z) d where the feature is replaced, as `sae_runtime.edits` has it."""
         feature = self.features[variant.feature]
         dictionary = self._dictionaries[feature.dictionary]
         start = self._prefix.starts[variant.row]

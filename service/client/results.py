@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_runtime.interventions.data import Edit
+from sae_runtime.edits.edit import Edit
 
 FloatArray = NDArray[np.float32]
 UintArray = NDArray[np.uint32]

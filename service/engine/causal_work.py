@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sae_runtime.causal.attribution import AttributionReport
     from sae_runtime.causal.contrast import FeatureContrast
     from sae_runtime.causal.suggestion import Trial
-    from sae_runtime.interventions import Edit
+    from sae_runtime.edits import Edit
 
 Rows = tuple[tuple[int, ...], ...]
 """Token ids, one row a text."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sae_runtime.causal.attribution import Attribution
     from sae_runtime.causal.contrast import FeatureContrast
     from sae_runtime.causal.suggestion import SetScores, Trial
-    from sae_runtime.interventions import Edit
+    from sae_runtime.edits import Edit
     from service.engine.causal_work import ScoreArrays, ScoredRow
     from service.rpc.text_inputs import TextInputReader, TokenRow
 

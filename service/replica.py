@@ -181,7 +181,9 @@ def _load_dictionary(wanted: DictionarySettings, backbone: Backbone) -> tuple[st
     dictionary = load_dictionary(wanted.path, dtype=backbone.dtype, device=backbone.device)
     name = wanted.name or dictionary.name or Path(wanted.path).stem
     dictionary = replace(dictionary, name=name, site=wanted.site or dictionary.site)
-    if dictionary.site is None:
-        raise DictionaryFormatError(f"dictionary {name!r} ({wanted.path}) does not say which site it reads; set `site`")
+    try:
+        dictionary.require_site()
+    except ValueError as error:
+        raise DictionaryFormatError(f"{wanted.path}: {error}") from None
     check_backbone(dictionary, backbone)
     return name, dictionary.with_screen()

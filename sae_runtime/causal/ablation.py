@@ -100,7 +100,7 @@ class AblationStudy:
         self.backbone = backbone
         self.features = tuple(features)
         names = sorted({each.dictionary for each in features})
-        self._site = {name: _site(dictionaries[name]) for name in names}
+        self._site = {name: dictionaries[name].require_site() for name in names}
         self._dictionaries = {name: dictionaries[name] for name in names}
         self._prefix = SharedPrefix(backbone, rows, set(self._site.values()))
         packed = self._prefix.packed
@@ -231,7 +231,7 @@ def total_activation(
     Float64 [n_latents] on the host, by name. That is the length of its part of the reconstruction (|d| of the decoder
     row, std as in `Dictionary.decode`), so that features of dictionaries of any normalisation compare.
     """
-    sites = {name: _site(dictionary) for name, dictionary in dictionaries.items()}
+    sites = {name: dictionary.require_site() for name, dictionary in dictionaries.items()}
     activations = backbone.forward(PackedTokens.from_rows(rows), capture=set(sites.values())).activations
     totals = {}
     for name, dictionary in dictionaries.items():
@@ -271,12 +271,6 @@ def in_batches(variants: Sequence[Variant], max_tokens: int) -> list[list[Varian
         batches[-1].append(variant)
         size += variant.length
     return batches
-
-
-def _site(dictionary: Dictionary) -> Site:
-    if dictionary.site is None:
-        raise ValueError(f"dictionary {dictionary.name!r} does not say which site it reads")
-    return Site.parse(dictionary.site)
 
 
 def _figures(before: Predictions, after: Predictions, kl: Tensor, known: Tensor) -> Tensor:

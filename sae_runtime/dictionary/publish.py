@@ -18,7 +18,6 @@ from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.evaluation.dictionary_evaluation import packed_passes
 from sae_runtime.evaluation.latent_statistics import LatentStatisticsBuilder
 from sae_runtime.model.backbone import Backbone
-from sae_runtime.model.sites import Site
 
 _TOKENS_PER_PASS = 8_192
 
@@ -43,10 +42,7 @@ def publish(
     ValueError: no site is known, or what `save_dictionary` refuses. DictionaryFormatError: the dictionary does not fit
     the backbone. FingerprintMismatch: it was published for another one. FileExistsError.
     """
-    if dictionary.site is None:
-        hook = dictionary.origin.hook if dictionary.origin is not None else None
-        called = f" (the file calls it {hook!r})" if hook else ""
-        raise ValueError(f"the dictionary does not say which site it reads{called}; give one, such as 8.resid_post_mlp")
+    dictionary.require_site()
     check_backbone(dictionary, backbone)
     manifest, origin = dictionary.manifest, dictionary.origin
     recorded = manifest.context_length if manifest else origin.context_length if origin else None
@@ -78,9 +74,7 @@ def measure_on_text(
 
     progress: called with the number of tokens done. ValueError: no site, or no text.
     """
-    if dictionary.site is None:
-        raise ValueError("the dictionary does not say which site it reads")
-    site = backbone.check_site(Site.parse(dictionary.site))
+    site = dictionary.site_in(backbone)
     sample = read_sample(backbone, texts, n_tokens, context_length=context_length, seed=seed)
     builder = LatentStatisticsBuilder(dictionary.n_latents)
     for packed in packed_passes(sample.rows, _TOKENS_PER_PASS):

@@ -162,8 +162,6 @@ class CompiledEdits(Sequence[Edit]):
 
 def _compile(edit: Edit, dictionaries: Mapping[str, Dictionary], index: int) -> CompiledEdit:
     dictionary = dictionaries[edit.dictionary]
-    if dictionary.site is None:
-        raise InvalidEdit("dictionary", f"{edit.dictionary!r} does not say which site it reads", index)
     statistics = dictionary.statistics
     unit = 1.0
     if edit.unit == "max":
@@ -192,7 +190,7 @@ def _compile(edit: Edit, dictionaries: Mapping[str, Dictionary], index: int) -> 
         case "replace":
             pass
     gate = None if edit.condition is None else _gate(edit.condition, edit.dictionary, dictionaries)
-    site = Site.parse(dictionary.site)
+    site = dictionary.require_site()
     return CompiledEdit(edit, dictionary, site, scale, shift, minimum, maximum, values, gate)
 
 
@@ -203,7 +201,7 @@ def _gate(where: Where, own: str, dictionaries: Mapping[str, Dictionary]) -> Gat
         if where.unit == "max":
             assert dictionary.statistics is not None, "check_edits refuses this"
             threshold *= float(dictionary.statistics.max[where.feature])
-        site = Site.parse(dictionary.site or "")
+        site = dictionary.require_site()
         return Gate(Leaf(dictionary, where.feature, threshold, 1 if where.comparison == "above" else -1, site))
     inner = tuple(_gate(each, own, dictionaries) for each in where.conditions)
     return Gate(None, inner, 1 if isinstance(where, AnyOf) else len(inner))

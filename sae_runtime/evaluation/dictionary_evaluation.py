@@ -72,10 +72,7 @@ def evaluate_dictionary(
     Raises:
         ValueError: no site is known, or there are no rows with at least two tokens.
     """
-    if site is None:
-        if dictionary.site is None:
-            raise ValueError("the dictionary does not say which site it belongs to; pass `site`")
-        site = Site.parse(dictionary.site)
+    site = dictionary.site_in(backbone, site)
     raw, normalized = _Reconstruction(dictionary.d_in), _Reconstruction(dictionary.d_in)
     fired = torch.zeros(dictionary.n_latents, dtype=torch.int64)
     losses = {"clean": 0.0, "spliced": 0.0, "ablated": 0.0}

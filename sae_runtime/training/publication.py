@@ -132,8 +132,7 @@ def measure_statistics(
     progress: ProgressMeter | None = None,
 ) -> LatentStatistics:
     """Per-latent statistics of a dictionary on rows of tokens."""
-    assert dictionary.site is not None
-    site = Site.parse(dictionary.site)
+    site = dictionary.require_site()
     builder = LatentStatisticsBuilder(dictionary.n_latents)
     for packed in packed_passes(rows, tokens_per_pass):
         packed = packed.to(backbone.device)

@@ -39,12 +39,12 @@ from sae_runtime.causal.report import (
 )
 from sae_runtime.causal.score import RowScore, ScoredRow, score_rows
 from sae_runtime.causal.suggestion import STRENGTH_FACTORS, at_strength, set_score, suggest_edit
-from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
 from sae_runtime.edits import Edit, check_edits
 from sae_runtime.edits.edit import terms
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
-from service.engine.admission import check_row, site_of, split_rows
+from service.engine.admission import check_row, split_rows
 from service.engine.causal_work import (
     AblateResult,
     AblateWork,
@@ -55,7 +55,7 @@ from service.engine.causal_work import (
     ScoreResult,
     ScoreWork,
 )
-from service.engine.errors import NonFiniteActivations, UnknownDictionary
+from service.engine.errors import NonFiniteActivations
 from service.engine.scheduler import Part
 from service.engine.settings import EngineSettings
 from service.engine.work import Csr, DictionaryRows, ExtractResult, ExtractWork, Selection, WorkTiming
@@ -187,9 +187,7 @@ class CausalEngine:
         names = sorted({feature.dictionary for feature in features})
         dictionaries = {name: self._dictionary(name) for name in names}
         for feature in features:
-            n_latents = dictionaries[feature.dictionary].n_latents
-            if not 0 <= feature.feature < n_latents:
-                raise ValueError(f"feature {feature.feature} is outside the {n_latents} of {feature.dictionary!r}")
+            dictionaries[feature.dictionary].check_latents([feature.feature])
         for name, dictionary in dictionaries.items():
             if "mean" in work.ablations and dictionary.statistics is None:
                 raise ValueError(f"dictionary {name!r} has no statistics, which the ablation to the mean needs")
@@ -369,15 +367,10 @@ class CausalEngine:
                 raise ValueError(f"token id {token} is outside the vocabulary of {self.backbone.vocab_size}")
 
     def _dictionary(self, name: str) -> Dictionary:
-        dictionary = self.dictionaries.get(name)
-        if dictionary is None:
-            known = ", ".join(sorted(self.dictionaries)) or "none"
-            raise UnknownDictionary(f"no dictionary {name!r}; loaded: {known}")
-        if dictionary.site is None:
-            raise ValueError(f"dictionary {name!r} does not say which site it reads")
+        dictionary = find_dictionary(name, self.dictionaries)
+        dictionary.site_in(self.backbone)
         if dictionary.transcoder:
             raise ValueError(f"dictionary {name!r} is a transcoder: it decodes to another site than it reads")
-        site_of(name, dictionary, self.backbone)
         return dictionary
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
 from sae_runtime.edits import check_edits
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
-from service.engine.admission import check_csr, check_row, check_selection, site_of, split_rows
+from service.engine.admission import check_csr, check_row, check_selection, split_rows
 from service.engine.causal import KINDS, CausalEngine, run_causal
 from service.engine.causal_work import (
     AblateResult,
@@ -30,7 +30,7 @@ from service.engine.causal_work import (
     ScoreWork,
 )
 from service.engine.continuation import Continuation
-from service.engine.errors import EngineStopped, UnknownDictionary
+from service.engine.errors import EngineStopped
 from service.engine.execution import (
     DecodePart,
     EncodePart,
@@ -116,7 +116,7 @@ class Engine:
         self.dictionaries = dict(dictionaries)
         self.settings = settings
         self._observer = observer
-        self._sites = {name: site_of(name, d, backbone) for name, d in self.dictionaries.items() if d.site is not None}
+        self._sites = {name: d.site_in(backbone) for name, d in self.dictionaries.items() if d.site is not None}
         self._max_sequence_tokens = min(
             settings.max_sequence_tokens or sys.maxsize, settings.max_cache_tokens, backbone.context_length
         )
@@ -310,17 +310,10 @@ class Engine:
         self._generation.check_fits(work)
 
     def _dictionary(self, name: str) -> Dictionary:
-        dictionary = self.dictionaries.get(name)
-        if dictionary is None:
-            known = ", ".join(sorted(self.dictionaries)) or "none"
-            raise UnknownDictionary(f"no dictionary {name!r}; loaded: {known}")
-        return dictionary
+        return find_dictionary(name, self.dictionaries)
 
     def _site(self, name: str) -> Site:
-        site = self._sites.get(name)
-        if site is None:
-            raise ValueError(f"dictionary {name!r} does not say which site it reads")
-        return site
+        return self._sites.get(name) or self._dictionary(name).require_site()
 
     # Event loop
 

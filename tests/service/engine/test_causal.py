@@ -152,7 +152,7 @@ async def test_work_that_cannot_run_is_refused_before_it_is_queued() -> None:
             await engine.score(ScoreWork(ROWS, logit_tokens=(257,)))
         with pytest.raises(UnknownDictionary):
             await engine.ablate(AblateWork(ROWS, features=(FeatureId("nowhere", 3),)))
-        with pytest.raises(ValueError, match="feature 96 is outside the 96 of 'mid'"):
+        with pytest.raises(ValueError, match=r"latent 96 is outside 0\.\.95"):
             await engine.ablate(AblateWork(ROWS, features=(FeatureId("mid", 96),)))
         with pytest.raises(ValueError, match="needs features, or how many"):
             await engine.ablate(AblateWork(ROWS))

@@ -273,7 +273,7 @@ class TestExtract:
             (ExtractWork(((1,) * 97,), ("mid",)), ValueError, "97 tokens, expected 1 to 96"),
             (ExtractWork(((257,),), ("mid",)), ValueError, "token id 257 is outside"),
             (ExtractWork(((-1,),), ("mid",)), ValueError, "token id -1 is outside"),
-            (ExtractWork(((1,),), ("mid",), Selection("features", features=(96,))), ValueError, "feature 96"),
+            (ExtractWork(((1,),), ("mid",), Selection("features", features=(96,))), ValueError, "latent 96"),
         ],
     )
     async def test_work_that_cannot_run_is_refused(
@@ -337,7 +337,7 @@ class TestEncodeAndDecode:
                 (csr([1, 2], [1, 2]), "rising offsets"),
                 (csr([0, 2, 1], [1]), "rising offsets"),
                 (csr([0], []), "at least one row"),
-                (csr([0, 1], [N_LATENTS]), f"feature {N_LATENTS}"),
+                (csr([0, 1], [N_LATENTS]), f"latent {N_LATENTS}"),
             ]:
                 with pytest.raises(ValueError, match=message):
                     await engine.decode(DecodeWork("mid", bad))

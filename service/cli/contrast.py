@@ -15,7 +15,7 @@ from service.cli.connection import add_connection_arguments, connected
 from service.cli.edit_options import describe
 from service.cli.features import read_files
 from service.cli.json_output import print_json
-from service.client.causal import Contrast, SetScore, SuggestionTrial
+from service.client import Contrast, SetScore, SuggestionTrial
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,22 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.client import causal, messages, results
+from service.client import catalog, causal, messages, replies, results
 from service.client import channel as channels
 from service.client.edits import Edit
 from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Unavailable, error_of_call
+from service.client.generation import GenerationReader
+from service.client.options import (
+    AblateOptions,
+    AttributeOptions,
+    ContrastOptions,
+    ExtractOptions,
+    GenerateOptions,
+    Input,
+    Inputs,
+    ScoreOptions,
+    SelectionOptions,
+)
 from service.client.retry import Attempts, RetryPolicy
 from service.pb.saeserve.v1 import (
     catalog_service_pb2,
@@ -88,23 +100,23 @@ class AsyncClient:
 
     async def extract_features(
         self,
-        inputs: messages.Inputs,
+        inputs: Inputs,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.ExtractOptions],
+        **options: Unpack[ExtractOptions],
     ) -> results.Extraction:
         """As Client.extract_features."""
         request = messages.extract_features_request(inputs, await self._names(dictionaries), **options)
-        return messages.read_extraction(await self._unary(self._features.ExtractFeatures, request, timeout_s))
+        return replies.read_extraction(await self._unary(self._features.ExtractFeatures, request, timeout_s))
 
     async def extract_features_stream(
         self,
-        requests: Iterable[messages.Inputs] | AsyncIterable[messages.Inputs],
+        requests: Iterable[Inputs] | AsyncIterable[Inputs],
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.ExtractOptions],
+        **options: Unpack[ExtractOptions],
     ) -> AsyncIterator[results.Extraction]:
         """As Client.extract_features_stream; `requests` is read in this event loop and may be asynchronous itself."""
         names = await self._names(dictionaries)
@@ -123,7 +135,7 @@ class AsyncClient:
         )
         try:
             async for reply in call:
-                yield messages.read_extraction(reply.response)
+                yield replies.read_extraction(reply.response)
         except grpc.RpcError as failure:
             raise error_of_call(failure) from failure
         finally:
@@ -137,11 +149,11 @@ class AsyncClient:
         activations: Any,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.SelectionOptions],
+        **options: Unpack[SelectionOptions],
     ) -> results.Encoding:
         """As Client.encode_activations."""
         request = messages.encode_activations_request(dictionary, activations, **options)
-        return messages.read_encoding(await self._unary(self._features.EncodeActivations, request, timeout_s))
+        return replies.read_encoding(await self._unary(self._features.EncodeActivations, request, timeout_s))
 
     async def decode_features(
         self,
@@ -154,17 +166,17 @@ class AsyncClient:
     ) -> results.Decoding:
         """As Client.decode_features."""
         request = messages.decode_features_request(dictionary, features, input_statistics, request_id=request_id)
-        return messages.read_decoding(await self._unary(self._features.DecodeFeatures, request, timeout_s))
+        return replies.read_decoding(await self._unary(self._features.DecodeFeatures, request, timeout_s))
 
     # Interventions
 
     def generate(
         self,
-        prompt: messages.Input,
+        prompt: Input,
         edits: Iterable[Edit] = (),
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.GenerateOptions],
+        **options: Unpack[GenerateOptions],
     ) -> AsyncGeneration:
         """As Client.generate; the call starts at once."""
         request = messages.generate_request(prompt, edits, **options)
@@ -173,82 +185,82 @@ class AsyncClient:
         def open_call(remaining_s: float | None) -> Any:
             return self._intervention.Generate(request, timeout=remaining_s, metadata=self._metadata)
 
-        return AsyncGeneration(open_call, Attempts(self._retry, timeout), messages.GenerationReader(request))
+        return AsyncGeneration(open_call, Attempts(self._retry, timeout), GenerationReader(request))
 
     async def score(
         self,
-        inputs: messages.Inputs,
+        inputs: Inputs,
         edits: Iterable[Edit] = (),
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.ScoreOptions],
+        **options: Unpack[ScoreOptions],
     ) -> causal.Scores:
         """As Client.score."""
-        request = causal.score_request(inputs, edits, **options)
-        return causal.read_scores(await self._unary(self._intervention.Score, request, timeout_s))
+        request = messages.score_request(inputs, edits, **options)
+        return replies.read_scores(await self._unary(self._intervention.Score, request, timeout_s))
 
     async def ablate_features(
         self,
-        inputs: messages.Inputs,
-        features: Iterable[causal.Feature] | int = 10,
+        inputs: Inputs,
+        features: Iterable[tuple[str, int]] | int = 10,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.AblateOptions],
+        **options: Unpack[AblateOptions],
     ) -> causal.AblationStudy:
         """As Client.ablate_features."""
         names = await self._names(dictionaries) if isinstance(features, int) else ()
-        request = causal.ablate_request(inputs, features, names, **options)
+        request = messages.ablate_request(inputs, features, names, **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_ablation(await self._unary(self._intervention.AblateFeatures, request, timeout))
+        return replies.read_ablation(await self._unary(self._intervention.AblateFeatures, request, timeout))
 
     async def attribute_features(
         self,
-        text: messages.Input,
+        text: Input,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.AttributeOptions],
+        **options: Unpack[AttributeOptions],
     ) -> causal.Attributions:
         """As Client.attribute_features."""
-        request = causal.attribute_request(text, await self._names(dictionaries), **options)
+        request = messages.attribute_request(text, await self._names(dictionaries), **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_attributions(await self._unary(self._intervention.AttributeFeatures, request, timeout))
+        return replies.read_attributions(await self._unary(self._intervention.AttributeFeatures, request, timeout))
 
     async def contrast_features(
         self,
-        a: Sequence[messages.Input],
-        b: Sequence[messages.Input],
+        a: Sequence[Input],
+        b: Sequence[Input],
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.ContrastOptions],
+        **options: Unpack[ContrastOptions],
     ) -> causal.Contrast:
         """As Client.contrast_features."""
-        request = causal.contrast_request(a, b, await self._names(dictionaries), **options)
+        request = messages.contrast_request(a, b, await self._names(dictionaries), **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_contrast(await self._unary(self._intervention.ContrastFeatures, request, timeout))
+        return replies.read_contrast(await self._unary(self._intervention.ContrastFeatures, request, timeout))
 
     # Catalogue and server
 
     async def list_dictionaries(
         self, *, request_id: str | None = None, timeout_s: float | None = None
-    ) -> tuple[results.DictionaryInfo, ...]:
+    ) -> tuple[catalog.DictionaryInfo, ...]:
         """As Client.list_dictionaries."""
         request = catalog_service_pb2.ListDictionariesRequest(request_id=request_id or "")
-        return messages.read_dictionaries(await self._unary(self._catalog.ListDictionaries, request, timeout_s))
+        return replies.read_dictionaries(await self._unary(self._catalog.ListDictionaries, request, timeout_s))
 
     async def get_dictionary(
         self, name: str, *, request_id: str | None = None, timeout_s: float | None = None
-    ) -> results.DictionaryDetails:
+    ) -> catalog.DictionaryDetails:
         """As Client.get_dictionary."""
         request = catalog_service_pb2.GetDictionaryRequest(request_id=request_id or "", name=name)
-        return messages.read_dictionary_details(await self._unary(self._catalog.GetDictionary, request, timeout_s))
+        return replies.read_dictionary_details(await self._unary(self._catalog.GetDictionary, request, timeout_s))
 
-    async def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> results.ServerInfo:
+    async def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> catalog.ServerInfo:
         """As Client.server_info."""
         request = server_service_pb2.GetServerInfoRequest(request_id=request_id or "")
-        info = messages.read_server_info(await self._unary(self._server.GetServerInfo, request, timeout_s))
+        info = replies.read_server_info(await self._unary(self._server.GetServerInfo, request, timeout_s))
         self._loaded = info.dictionaries
         return info
 
@@ -307,9 +319,7 @@ class AsyncClient:
 class AsyncGeneration(AsyncIterator[results.GeneratedChunk]):
     """A generation under way: iterate over its chunks, then await its result. Leaving `async with` cancels it."""
 
-    def __init__(
-        self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: messages.GenerationReader
-    ) -> None:
+    def __init__(self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: GenerationReader) -> None:
         self._open_call = open_call
         self._attempts = attempts
         self._reader = reader
@@ -367,8 +377,8 @@ class AsyncGeneration(AsyncIterator[results.GeneratedChunk]):
 
 
 async def _asynchronous(
-    requests: Iterable[messages.Inputs] | AsyncIterable[messages.Inputs],
-) -> AsyncIterator[messages.Inputs]:
+    requests: Iterable[Inputs] | AsyncIterable[Inputs],
+) -> AsyncIterator[Inputs]:
     if isinstance(requests, AsyncIterable):
         async for each in requests:
             yield each

@@ -10,10 +10,22 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.client import causal, messages, results
+from service.client import catalog, causal, messages, replies, results
 from service.client import channel as channels
 from service.client.edits import Edit
 from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Unavailable, error_of_call
+from service.client.generation import GenerationReader
+from service.client.options import (
+    AblateOptions,
+    AttributeOptions,
+    ContrastOptions,
+    ExtractOptions,
+    GenerateOptions,
+    Input,
+    Inputs,
+    ScoreOptions,
+    SelectionOptions,
+)
 from service.client.retry import Attempts, RetryPolicy
 from service.pb.saeserve.v1 import (
     catalog_service_pb2,
@@ -95,11 +107,11 @@ class Client:
 
     def extract_features(
         self,
-        inputs: messages.Inputs,
+        inputs: Inputs,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.ExtractOptions],
+        **options: Unpack[ExtractOptions],
     ) -> results.Extraction:
         """Runs texts through the backbone and returns the features that fire on them.
 
@@ -110,15 +122,15 @@ class Client:
             **options: see ExtractOptions.
         """
         request = messages.extract_features_request(inputs, self._names(dictionaries), **options)
-        return messages.read_extraction(self._unary(self._features.ExtractFeatures, request, timeout_s))
+        return replies.read_extraction(self._unary(self._features.ExtractFeatures, request, timeout_s))
 
     def extract_features_stream(
         self,
-        requests: Iterable[messages.Inputs],
+        requests: Iterable[Inputs],
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.ExtractOptions],
+        **options: Unpack[ExtractOptions],
     ) -> Iterator[results.Extraction]:
         """extract_features over a stream: each element of `requests` is one call's inputs; replies keep their order.
 
@@ -147,7 +159,7 @@ class Client:
         )
         try:
             for reply in call:
-                yield messages.read_extraction(reply.response)
+                yield replies.read_extraction(reply.response)
         except grpc.RpcError as failure:
             raise error_of_call(failure) from failure
         finally:
@@ -161,11 +173,11 @@ class Client:
         activations: Any,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.SelectionOptions],
+        **options: Unpack[SelectionOptions],
     ) -> results.Encoding:
         """Encodes activations [n, d_in] (anything numpy can read; float16 travels as it is)."""
         request = messages.encode_activations_request(dictionary, activations, **options)
-        return messages.read_encoding(self._unary(self._features.EncodeActivations, request, timeout_s))
+        return replies.read_encoding(self._unary(self._features.EncodeActivations, request, timeout_s))
 
     def decode_features(
         self,
@@ -182,17 +194,17 @@ class Client:
         input stays in the normalised space.
         """
         request = messages.decode_features_request(dictionary, features, input_statistics, request_id=request_id)
-        return messages.read_decoding(self._unary(self._features.DecodeFeatures, request, timeout_s))
+        return replies.read_decoding(self._unary(self._features.DecodeFeatures, request, timeout_s))
 
     # Interventions
 
     def generate(
         self,
-        prompt: messages.Input,
+        prompt: Input,
         edits: Iterable[Edit] = (),
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.GenerateOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Generation:
         """Continues a prompt while features are edited.
 
@@ -212,15 +224,15 @@ class Client:
         def open_call(remaining_s: float | None) -> Any:
             return self._intervention.Generate(request, timeout=remaining_s, metadata=self._metadata)
 
-        return Generation(open_call, Attempts(self._retry, timeout), messages.GenerationReader(request))
+        return Generation(open_call, Attempts(self._retry, timeout), GenerationReader(request))
 
     def score(
         self,
-        inputs: messages.Inputs,
+        inputs: Inputs,
         edits: Iterable[Edit] = (),
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.ScoreOptions],
+        **options: Unpack[ScoreOptions],
     ) -> causal.Scores:
         """Teacher-forced log-probabilities of texts, unedited and edited.
 
@@ -230,17 +242,17 @@ class Client:
             timeout_s: the client's default if not given.
             **options: see ScoreOptions.
         """
-        request = causal.score_request(inputs, edits, **options)
-        return causal.read_scores(self._unary(self._intervention.Score, request, timeout_s))
+        request = messages.score_request(inputs, edits, **options)
+        return replies.read_scores(self._unary(self._intervention.Score, request, timeout_s))
 
     def ablate_features(
         self,
-        inputs: messages.Inputs,
-        features: Iterable[causal.Feature] | int = 10,
+        inputs: Inputs,
+        features: Iterable[tuple[str, int]] | int = 10,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.AblateOptions],
+        **options: Unpack[AblateOptions],
     ) -> causal.AblationStudy:
         """What taking features away, one at a time, does to the predictions on texts.
 
@@ -252,17 +264,17 @@ class Client:
             **options: see AblateOptions.
         """
         names = self._names(dictionaries) if isinstance(features, int) else ()
-        request = causal.ablate_request(inputs, features, names, **options)
+        request = messages.ablate_request(inputs, features, names, **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_ablation(self._unary(self._intervention.AblateFeatures, request, timeout))
+        return replies.read_ablation(self._unary(self._intervention.AblateFeatures, request, timeout))
 
     def attribute_features(
         self,
-        text: messages.Input,
+        text: Input,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.AttributeOptions],
+        **options: Unpack[AttributeOptions],
     ) -> causal.Attributions:
         """Which features on which tokens drive a logit: activation x gradient, and exact ablation of the largest.
 
@@ -272,18 +284,18 @@ class Client:
             timeout_s: the client's default for generations if not given.
             **options: see AttributeOptions.
         """
-        request = causal.attribute_request(text, self._names(dictionaries), **options)
+        request = messages.attribute_request(text, self._names(dictionaries), **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_attributions(self._unary(self._intervention.AttributeFeatures, request, timeout))
+        return replies.read_attributions(self._unary(self._intervention.AttributeFeatures, request, timeout))
 
     def contrast_features(
         self,
-        a: Sequence[messages.Input],
-        b: Sequence[messages.Input],
+        a: Sequence[Input],
+        b: Sequence[Input],
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.ContrastOptions],
+        **options: Unpack[ContrastOptions],
     ) -> causal.Contrast:
         """Which features tell two sets of texts apart, and an edit towards the first.
 
@@ -294,30 +306,30 @@ class Client:
             timeout_s: the client's default for generations if not given.
             **options: see ContrastOptions.
         """
-        request = causal.contrast_request(a, b, self._names(dictionaries), **options)
+        request = messages.contrast_request(a, b, self._names(dictionaries), **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_contrast(self._unary(self._intervention.ContrastFeatures, request, timeout))
+        return replies.read_contrast(self._unary(self._intervention.ContrastFeatures, request, timeout))
 
     # Catalogue and server
 
     def list_dictionaries(
         self, *, request_id: str | None = None, timeout_s: float | None = None
-    ) -> tuple[results.DictionaryInfo, ...]:
+    ) -> tuple[catalog.DictionaryInfo, ...]:
         """The dictionaries that are loaded, sorted by name."""
         request = catalog_service_pb2.ListDictionariesRequest(request_id=request_id or "")
-        return messages.read_dictionaries(self._unary(self._catalog.ListDictionaries, request, timeout_s))
+        return replies.read_dictionaries(self._unary(self._catalog.ListDictionaries, request, timeout_s))
 
     def get_dictionary(
         self, name: str, *, request_id: str | None = None, timeout_s: float | None = None
-    ) -> results.DictionaryDetails:
+    ) -> catalog.DictionaryDetails:
         """One dictionary with its provenance and measured figures."""
         request = catalog_service_pb2.GetDictionaryRequest(request_id=request_id or "", name=name)
-        return messages.read_dictionary_details(self._unary(self._catalog.GetDictionary, request, timeout_s))
+        return replies.read_dictionary_details(self._unary(self._catalog.GetDictionary, request, timeout_s))
 
-    def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> results.ServerInfo:
+    def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> catalog.ServerInfo:
         """Versions, the backbone, and the limits that requests must keep to."""
         request = server_service_pb2.GetServerInfoRequest(request_id=request_id or "")
-        info = messages.read_server_info(self._unary(self._server.GetServerInfo, request, timeout_s))
+        info = replies.read_server_info(self._unary(self._server.GetServerInfo, request, timeout_s))
         self._loaded = info.dictionaries
         return info
 
@@ -379,9 +391,7 @@ class Client:
 class Generation(Iterator[results.GeneratedChunk]):
     """A generation under way: iterate over its chunks, then ask for its result. Leaving a `with` block cancels it."""
 
-    def __init__(
-        self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: messages.GenerationReader
-    ) -> None:
+    def __init__(self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: GenerationReader) -> None:
         self._open_call = open_call
         self._attempts = attempts
         self._reader = reader

@@ -13,10 +13,11 @@ from service.client import (
     scale_feature,
     set_feature,
 )
+from service.client.options import ExtractOptions, Inputs
 from service.pb.saeserve.v1 import common_pb2, edits_pb2
 
 
-def texts_and_ids(inputs: messages.Inputs) -> list[object]:
+def texts_and_ids(inputs: Inputs) -> list[object]:
     request = messages.extract_features_request(inputs, ["d"])
     return [i.text if i.WhichOneof("input") == "text" else list(i.token_ids.ids) for i in request.inputs]
 
@@ -35,7 +36,7 @@ def texts_and_ids(inputs: messages.Inputs) -> list[object]:
         ([], []),
     ],
 )
-def test_inputs(inputs: messages.Inputs, expected: list[object]):
+def test_inputs(inputs: Inputs, expected: list[object]):
     assert texts_and_ids(inputs) == expected
 
 
@@ -54,7 +55,7 @@ def test_bytes_are_no_input():
         ({"threshold": 0.0}, "threshold: 0\n"),
     ],
 )
-def test_selections(options: messages.ExtractOptions, expected: str | None):
+def test_selections(options: ExtractOptions, expected: str | None):
     request = messages.extract_features_request("x", ["d"], **options)
     assert (str(request.selection) if request.HasField("selection") else None) == expected
 

@@ -1,4 +1,8 @@
-"""The client for asyncio code: the same calls as service.client.sync."""
+"""The client for asyncio code.
+
+protos/generate_sync.py writes sync.py, the client for ordinary code, from this file: a change here goes there with
+`make proto`.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +52,12 @@ class AsyncClient:
 
         async with AsyncClient() as client:
             reply = await client.extract_features("The cat sat on the mat.", top_k=5)
-            async for chunk in client.generate("Once upon a time"):
-                print(chunk.text, end="")
+            indices, values = reply[0]["resid-mid"].row(3)  # features of the fourth token
 
-    Arguments, results, errors and retries are those of Client. A task that is cancelled cancels its call.
+    Calls raise SaeserveError's subclasses. UNAVAILABLE is retried as `retry` says, inside the call's timeout; streams
+    only until their first message has arrived, extract_features_stream never.
+
+    A task that is cancelled cancels its call.
     """
 
     def __init__(
@@ -65,7 +71,17 @@ class AsyncClient:
         metadata: channels.Metadata = (),
         options: channels.ChannelOptions = (),
     ) -> None:
-        """As Client."""
+        """Connects on the first call.
+
+        Args:
+            address: host:port of the gRPC server.
+            timeout_s: deadline of calls with one reply, attempts and waits together; math.inf for none.
+            generate_timeout_s: the same for generate, ablate_features, attribute_features and contrast_features.
+            retry: when failed calls are tried again; RetryPolicy() if not given.
+            credentials: for TLS, such as grpc.ssl_channel_credentials(); cleartext if not given.
+            metadata: sent with every call, such as [("authorization", "Bearer ...")].
+            options: gRPC channel options that win over the client's own.
+        """
         self.address = address
         self._timeout_s = timeout_s
         self._generate_timeout_s = generate_timeout_s
@@ -106,7 +122,14 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[ExtractOptions],
     ) -> results.Extraction:
-        """As Client.extract_features."""
+        """Runs texts through the backbone and returns the features that fire on them.
+
+        Args:
+            inputs: one text, several texts, the token ids of one text, or a list of those.
+            dictionaries: names; all that are loaded if not given (asked once, then remembered).
+            timeout_s: the client's default if not given.
+            **options: see ExtractOptions.
+        """
         request = messages.extract_features_request(inputs, await self._names(dictionaries), **options)
         return replies.read_extraction(await self._unary(self._features.ExtractFeatures, request, timeout_s))
 
@@ -118,7 +141,18 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[ExtractOptions],
     ) -> AsyncIterator[results.Extraction]:
-        """As Client.extract_features_stream; `requests` is read in this event loop and may be asynchronous itself."""
+        """extract_features over a stream: each element of `requests` is one call's inputs; replies keep their order.
+
+        Many requests are under way at once, so this is the quick way through much text. `requests` is read in this
+        event loop and may be asynchronous itself. An exception that it raises ends the stream, after the replies to
+        what came before it.
+
+        Args:
+            requests: each element as `inputs` of extract_features.
+            dictionaries: names; all that are loaded if not given.
+            timeout_s: deadline of the whole stream; none if not given.
+            **options: see ExtractOptions.
+        """
         names = await self._names(dictionaries)
         failures: list[Exception] = []
 
@@ -127,7 +161,7 @@ class AsyncClient:
                 async for inputs in _asynchronous(requests):
                     request = messages.extract_features_request(inputs, names, **options)
                     yield feature_service_pb2.ExtractFeaturesStreamRequest(request=request)
-            except Exception as failure:  # grpc would log it and cancel the call
+            except Exception as failure:  # grpc would log it and end the call in its own way
                 failures.append(failure)
 
         call: Any = self._features.ExtractFeaturesStream(
@@ -151,7 +185,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[SelectionOptions],
     ) -> results.Encoding:
-        """As Client.encode_activations."""
+        """Encodes activations [n, d_in] (anything numpy can read; float16 travels as it is)."""
         request = messages.encode_activations_request(dictionary, activations, **options)
         return replies.read_encoding(await self._unary(self._features.EncodeActivations, request, timeout_s))
 
@@ -164,7 +198,11 @@ class AsyncClient:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> results.Decoding:
-        """As Client.decode_features."""
+        """Turns features back into activations [n, d_in].
+
+        Without the `input_statistics` of encode_activations, the reconstruction of a dictionary that normalises its
+        input stays in the normalised space.
+        """
         request = messages.decode_features_request(dictionary, features, input_statistics, request_id=request_id)
         return replies.read_decoding(await self._unary(self._features.DecodeFeatures, request, timeout_s))
 
@@ -178,7 +216,21 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGeneration:
-        """As Client.generate; the call starts at once."""
+        """Continues a prompt while features are edited.
+
+            generation = client.generate("Once upon a time", [set_feature("resid-mid", 123, 4.0)])
+            async for chunk in generation:
+                print(chunk.text, end="", flush=True)
+            (await generation.result()).finish_reason
+
+        The call starts at once.
+
+        Args:
+            prompt: a text or token ids.
+            edits: made by set_feature, add_to_feature and their like (service/client/edits.py), or read from YAML.
+            timeout_s: deadline of the whole generation; the client's default if not given.
+            **options: see GenerateOptions.
+        """
         request = messages.generate_request(prompt, edits, **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
 
@@ -195,7 +247,14 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[ScoreOptions],
     ) -> causal.Scores:
-        """As Client.score."""
+        """Teacher-forced log-probabilities of texts, unedited and edited.
+
+        Args:
+            inputs: one text, several texts, the token ids of one text, or a list of those; at least two tokens each.
+            edits: act on every text; none gives the unedited scores only.
+            timeout_s: the client's default if not given.
+            **options: see ScoreOptions.
+        """
         request = messages.score_request(inputs, edits, **options)
         return replies.read_scores(await self._unary(self._intervention.Score, request, timeout_s))
 
@@ -208,7 +267,15 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[AblateOptions],
     ) -> causal.AblationStudy:
-        """As Client.ablate_features."""
+        """What taking features away, one at a time, does to the predictions on texts.
+
+        Args:
+            inputs: as `inputs` of score.
+            features: (dictionary, feature) pairs, or how many of the features that write most on the texts.
+            dictionaries: where the strongest are looked for; all that are loaded if not given.
+            timeout_s: the client's default for generations if not given.
+            **options: see AblateOptions.
+        """
         names = await self._names(dictionaries) if isinstance(features, int) else ()
         request = messages.ablate_request(inputs, features, names, **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
@@ -222,7 +289,14 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[AttributeOptions],
     ) -> causal.Attributions:
-        """As Client.attribute_features."""
+        """Which features on which tokens drive a logit: activation x gradient, and exact ablation of the largest.
+
+        Args:
+            text: a text or token ids.
+            dictionaries: names; all that are loaded if not given.
+            timeout_s: the client's default for generations if not given.
+            **options: see AttributeOptions.
+        """
         request = messages.attribute_request(text, await self._names(dictionaries), **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
         return replies.read_attributions(await self._unary(self._intervention.AttributeFeatures, request, timeout))
@@ -236,7 +310,15 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[ContrastOptions],
     ) -> causal.Contrast:
-        """As Client.contrast_features."""
+        """Which features tell two sets of texts apart, and an edit towards the first.
+
+        Args:
+            a: at least two texts (or lists of token ids).
+            b: at least two more.
+            dictionaries: names; all that are loaded if not given.
+            timeout_s: the client's default for generations if not given.
+            **options: see ContrastOptions.
+        """
         request = messages.contrast_request(a, b, await self._names(dictionaries), **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
         return replies.read_contrast(await self._unary(self._intervention.ContrastFeatures, request, timeout))
@@ -246,33 +328,36 @@ class AsyncClient:
     async def list_dictionaries(
         self, *, request_id: str | None = None, timeout_s: float | None = None
     ) -> tuple[catalog.DictionaryInfo, ...]:
-        """As Client.list_dictionaries."""
+        """The dictionaries that are loaded, sorted by name."""
         request = catalog_service_pb2.ListDictionariesRequest(request_id=request_id or "")
         return replies.read_dictionaries(await self._unary(self._catalog.ListDictionaries, request, timeout_s))
 
     async def get_dictionary(
         self, name: str, *, request_id: str | None = None, timeout_s: float | None = None
     ) -> catalog.DictionaryDetails:
-        """As Client.get_dictionary."""
+        """One dictionary with its provenance and measured figures."""
         request = catalog_service_pb2.GetDictionaryRequest(request_id=request_id or "", name=name)
         return replies.read_dictionary_details(await self._unary(self._catalog.GetDictionary, request, timeout_s))
 
     async def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> catalog.ServerInfo:
-        """As Client.server_info."""
+        """Versions, the backbone, and the limits that requests must keep to."""
         request = server_service_pb2.GetServerInfoRequest(request_id=request_id or "")
         info = replies.read_server_info(await self._unary(self._server.GetServerInfo, request, timeout_s))
         self._loaded = info.dictionaries
         return info
 
     async def is_healthy(self, service: str = "", *, timeout_s: float = 5.0) -> bool:
-        """As Client.is_healthy."""
+        """Whether the server answers and says that it (or one gRPC service of it, by its full name) is serving.
+
+        Raises NotFound for a service that does not exist.
+        """
         try:
             return await self._check(service, timeout_s)
         except (Unavailable, DeadlineExceeded):
             return False
 
     async def wait_until_ready(self, timeout_s: float = 60.0, service: str = "") -> None:
-        """As Client.wait_until_ready."""
+        """Returns once is_healthy holds; raises DeadlineExceeded with the last state after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while True:
             last_error: SaeserveError | None = None

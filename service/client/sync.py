@@ -1,11 +1,14 @@
-"""The client for ordinary (blocking) code."""
+"""The client for ordinary (blocking) code.
+
+Generated from aio.py by protos/generate_sync.py; do not edit. Change aio.py and run `make proto`.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -38,7 +41,7 @@ from service.pb.saeserve.v1 import (
     server_service_pb2_grpc,
 )
 
-Reply = TypeVar("Reply")
+_END_OF_STREAM: Any = object()
 
 
 class Client:
@@ -84,11 +87,12 @@ class Client:
             self._channel = grpc.insecure_channel(address, channel_options)
         else:
             self._channel = grpc.secure_channel(address, credentials, channel_options)
-        self._features = feature_service_pb2_grpc.FeatureServiceStub(self._channel)
-        self._intervention = intervention_service_pb2_grpc.InterventionServiceStub(self._channel)
-        self._catalog = catalog_service_pb2_grpc.CatalogServiceStub(self._channel)
-        self._server = server_service_pb2_grpc.ServerServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        # The stubs work on both kinds of channels; their types know only one at a time.
+        self._features: Any = feature_service_pb2_grpc.FeatureServiceStub(self._channel)
+        self._intervention: Any = intervention_service_pb2_grpc.InterventionServiceStub(self._channel)
+        self._catalog: Any = catalog_service_pb2_grpc.CatalogServiceStub(self._channel)
+        self._server: Any = server_service_pb2_grpc.ServerServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._loaded: tuple[str, ...] | None = None
 
     def close(self) -> None:
@@ -151,7 +155,7 @@ class Client:
                 for inputs in requests:
                     request = messages.extract_features_request(inputs, names, **options)
                     yield feature_service_pb2.ExtractFeaturesStreamRequest(request=request)
-            except Exception as failure:  # grpc would log it and hide it behind a status of its own
+            except Exception as failure:  # grpc would log it and end the call in its own way
                 failures.append(failure)
 
         call: Any = self._features.ExtractFeaturesStream(
@@ -208,9 +212,12 @@ class Client:
     ) -> Generation:
         """Continues a prompt while features are edited.
 
-            for chunk in (generation := client.generate("Once upon a time", [set_feature("resid-mid", 123, 4.0)])):
+            generation = client.generate("Once upon a time", [set_feature("resid-mid", 123, 4.0)])
+            for chunk in generation:
                 print(chunk.text, end="", flush=True)
             generation.result().finish_reason
+
+        The call starts at once.
 
         Args:
             prompt: a text or token ids.
@@ -375,7 +382,7 @@ class Client:
             return self._loaded if self._loaded is not None else self.server_info().dictionaries
         return [dictionaries] if isinstance(dictionaries, str) else dictionaries
 
-    def _unary(self, rpc: Callable[..., Reply], request: object, timeout_s: float | None) -> Reply:
+    def _unary(self, rpc: Callable[..., Any], request: object, timeout_s: float | None) -> Any:
         attempts = Attempts(self._retry, channels.timeout_of(timeout_s, self._timeout_s))
         while True:
             try:
@@ -400,12 +407,11 @@ class Generation(Iterator[results.GeneratedChunk]):
 
     def __next__(self) -> results.GeneratedChunk:
         while True:
-            try:
-                message = self._receive()
-            except StopIteration:
+            message = self._receive()
+            if message is None:
                 if not self._reader.complete:
-                    raise channels.ended_early() from None
-                raise
+                    raise channels.ended_early()
+                raise StopIteration
             chunk = self._reader.read(message)
             if chunk is not None:
                 return chunk
@@ -432,10 +438,11 @@ class Generation(Iterator[results.GeneratedChunk]):
     ) -> None:
         self.cancel()
 
-    def _receive(self) -> intervention_service_pb2.GenerateResponse:
+    def _receive(self) -> intervention_service_pb2.GenerateResponse | None:
+        """The next message, or None at the end of the stream."""
         while True:
             try:
-                message: intervention_service_pb2.GenerateResponse = next(self._call)
+                message = next(self._call, _END_OF_STREAM)
             except grpc.RpcError as failure:
                 error = error_of_call(failure)
                 delay = None if self._started else self._attempts.delay_after(error)
@@ -443,6 +450,6 @@ class Generation(Iterator[results.GeneratedChunk]):
                     raise error from failure
             else:
                 self._started = True
-                return message
+                return None if message is _END_OF_STREAM else message
             time.sleep(delay)
             self._call = self._open_call(self._attempts.remaining_s())

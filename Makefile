@@ -32,10 +32,11 @@ serve: install ## run the service in the foreground: gRPC 127.0.0.1:9000, HTTP :
 test: install-dev ## run the tests (ARGS="-k name ...")
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: install-dev ## formatting, lint, types, protos
+lint: install-dev ## formatting, lint, types, import contracts, protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/buf lint
 
 proto: install-dev ## write service/pb from protos/, and the blocking client from the asyncio one

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sae_runtime.training.text import read_documents
+from sae_runtime.data.documents import read_documents
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
 from sae_runtime.causal.predictions import Predictions, compare, next_tokens, predict
 from sae_runtime.causal.prefix import Change, SharedPrefix
 from sae_runtime.causal.report import Ablation, FeatureId
-from sae_runtime.latent_reader import LatentReader
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import Site
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits.latent_reader import LatentReader
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
 
 DISTANCE_ENDS = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, 513, 1 << 31)
 """Bucket i of the distances holds [DISTANCE_ENDS[i - 1], DISTANCE_ENDS[i]): 0, 1, 2, 3 to 4, 5 to 8, ..."""
@@ -174,7 +174,7 @@ class AblationStudy:
             )
 
     def _change(self, variant: Variant) -> Change:
-        """h' - h = std (z' - z) d where the feature is ablated, as `sae_runtime.interventions` has it."""
+        """h' - h = std (z' - z) d where the feature is ablated, as `sae_runtime.edits` has it."""
         feature = self.features[variant.feature]
         dictionary = self._dictionaries[feature.dictionary]
         start = self._prefix.starts[variant.row]

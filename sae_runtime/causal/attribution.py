@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
 from sae_runtime.causal.correlation import pearson, spearman
 from sae_runtime.causal.prefix import Change, SharedPrefix, last_site
 from sae_runtime.causal.report import Attribution, AttributionReport, FeatureAttribution, FeatureId
-from sae_runtime.features import SparseFeatures
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import Site
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.features import SparseFeatures
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
 
 _ENTRIES = 1 << 22
 """Entries of gathered decoder rows that exist at once."""

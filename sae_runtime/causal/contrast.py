@@ -22,12 +22,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
 from sae_runtime.causal.correlation import ties
 from sae_runtime.causal.report import FeatureContrast, FeatureId
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import Site
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
 
 TextAggregation = Literal["max", "mean"]
 MIN_TEXTS = 2

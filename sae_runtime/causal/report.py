@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_runtime.interventions.data import Edit
+from sae_runtime.edits.edit import Edit
 
 Ablation = Literal["zero", "mean"]
 """What an ablated feature becomes: zero, or its recorded mean."""

@@ -8,7 +8,7 @@ import torch
 
 from sae_runtime.causal.bootstrap import mean_interval
 from sae_runtime.causal.report import FeatureContrast, SetScore
-from sae_runtime.interventions import Edit
+from sae_runtime.edits import Edit
 
 STRENGTH_FACTORS = (0.25, 0.5, 1.0, 2.0)
 """Multiples of a feature's typical activation that are tried when a suggestion is validated."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_runtime.dictionary.manifest import Provenance
 from sae_runtime.evaluation.card import render_card
 from sae_runtime.evaluation.n2g import Explanation
 from sae_runtime.evaluation.plots import MissingPlotLibrary, draw_plots
-from sae_runtime.formats.manifest import Provenance
 
 FIGURES_FILE = "evaluation.json"
 EXPLANATIONS_FILE = "explanations.json"

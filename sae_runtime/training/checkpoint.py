@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sae_runtime.backbone import Backbone
+from sae_runtime.model.backbone import Backbone
 from sae_runtime.training.config import TrainingConfig
 
 FREE_ON_RESUME = frozenset(

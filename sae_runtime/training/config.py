@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
-from sae_runtime.sites import Site
+from sae_runtime.model.sites import Site
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Family = Literal["topk", "batch_topk", "matryoshka", "relu", "relu_decoder_norm", "jumprelu", "gated"]

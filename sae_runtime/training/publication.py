@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.formats.published import save_dictionary
+from sae_runtime.dictionary.manifest import BackboneReference, Manifest, Provenance
+from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.evaluation.dictionary_evaluation import DictionaryEvaluation, evaluate_dictionary, packed_passes
 from sae_runtime.evaluation.latent_statistics import LatentStatisticsBuilder
-from sae_runtime.formats.manifest import BackboneReference, Manifest, Provenance
-from sae_runtime.formats.published import save_dictionary
-from sae_runtime.sites import Site
-from sae_runtime.statistics import LatentStatistics
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.sites import Site
+from sae_runtime.training.activations.run_rows import held_out_rows
 from sae_runtime.training.card import render_card
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.data_rows import held_out_rows
 from sae_runtime.training.progress import ProgressMeter
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sae_runtime.interventions.data import Edit
+from sae_runtime.edits.edit import Edit
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sae_runtime.causal.report import AblationReport, AttributionReport, FeatureContrast, SuggestionTrial, TextScore
-from sae_runtime.interventions.data import Edit
+from sae_runtime.edits.edit import Edit
 from service.client.results import Timing, Tokens
 
 

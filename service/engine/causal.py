@@ -15,8 +15,6 @@ from typing import Any, Protocol
 
 import torch
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
 from sae_runtime.causal.ablation import (
     AblationStudy,
     Variant,
@@ -41,9 +39,11 @@ from sae_runtime.causal.report import (
 )
 from sae_runtime.causal.score import RowScore, ScoredRow, score_rows
 from sae_runtime.causal.suggestion import STRENGTH_FACTORS, at_strength, set_score, suggest_edit
-from sae_runtime.interventions import Edit, check_edits
-from sae_runtime.interventions.data import terms
-from sae_runtime.packed import PackedTokens
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits import Edit, check_edits
+from sae_runtime.edits.edit import terms
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
 from service.engine.admission import check_row, site_of, split_rows
 from service.engine.causal_work import (
     AblateResult,

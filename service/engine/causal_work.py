@@ -16,7 +16,7 @@ from sae_runtime.causal.report import (
     SuggestionTrial,
     TextScore,
 )
-from sae_runtime.interventions.data import Edit
+from sae_runtime.edits.edit import Edit
 from service.engine.work import WorkTiming
 
 Rows = tuple[tuple[int, ...], ...]

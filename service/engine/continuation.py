@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
-from sae_runtime.interventions import CompiledEdits, Edit, resolve_references
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits import CompiledEdits, Edit, resolve_references
+from sae_runtime.model.backbone import Backbone
 from service.engine.sampling import RowSampler, SampledToken
 from service.engine.text_stream import TextStream
 from service.engine.work import EndReason, GeneratedTokens, GenerateWork, GenerationEnd, TokenFeatures, WorkTiming

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
-from sae_runtime.interventions import check_edits
-from sae_runtime.sites import Site
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits import check_edits
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.sites import Site
 from service.engine.admission import check_csr, check_row, check_selection, site_of, split_rows
 from service.engine.causal import KINDS, CausalEngine, run_causal
 from service.engine.causal_work import (

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
-from sae_runtime.features import InputStatistics, SparseFeatures
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import Site
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.features import InputStatistics, SparseFeatures
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
 from service.engine.errors import NonFiniteActivations
 from service.engine.selection import RowRange, select
 from service.engine.work import Aggregation, Csr, DictionaryRows, Selection

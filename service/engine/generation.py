@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
-from sae_runtime.interventions import EditOutOfRange
-from sae_runtime.kv_cache import KVCache
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits import EditOutOfRange
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.kv_cache import KVCache
 from service.engine.continuation import RESERVATION_STEP, Continuation, Event, GeneratedSequence
 from service.engine.errors import NonFiniteActivations
 from service.engine.settings import EngineSettings

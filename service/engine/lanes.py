@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from sae_runtime.backbone import Backbone
+from sae_runtime.model.backbone import Backbone
 from service.engine.execution import ExtractPart, run_extract
 from service.engine.work import DictionaryRows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 
-from sae_runtime.sites import LOCATIONS
+from sae_runtime.model.sites import LOCATIONS
 from service.engine.settings import EngineSettings
 from service.pb.saeserve.v1 import server_service_pb2 as pb
 from service.rpc.call import Call

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from sae_runtime.training.activations.source import merge_source_states
 from sae_runtime.training.checkpoint import check_identity, load_checkpoint, save_checkpoint
 from sae_runtime.training.communicator import Communicator
-from sae_runtime.training.data_source import merge_source_states
 
 _LATEST = "latest.json"
 

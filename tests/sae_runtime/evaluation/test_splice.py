@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sae_runtime import Backbone, Site
+from sae_runtime.data.documents import Document
+from sae_runtime.data.text_sample import TextSample
 from sae_runtime.evaluation.baselines import Moments, to_inner
 from sae_runtime.evaluation.splice import choose_windows, splice_single_tokens, splice_tokens
 from sae_runtime.evaluation.splice_figures import baseline_figures, kind_figures, overall_figures, position_figures
-from sae_runtime.evaluation.text_sample import TextSample
-from sae_runtime.training.text import Document
 from tests.sae_runtime.evaluation.reference import (
     FAMILIES,
     MODULES,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.model.backbone import Backbone
 from service.engine.continuation import Continuation, Event
 from service.engine.generation import Generation, StepOutcome
 from service.engine.settings import EngineSettings

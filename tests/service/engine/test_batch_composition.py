@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from sae_runtime.gpt2_weights import random_state
-from sae_runtime.interventions import Edit
+from sae_runtime.edits import Edit
+from sae_runtime.model.families.gpt2_weights import random_state
 from service.engine.errors import NonFiniteActivations
 from service.engine.generation import _shares
 from service.engine.work import GenerateWork, SamplingOptions, WatchedFeatures

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from sae_runtime.dictionary.features import SparseFeatures
+from sae_runtime.edits import Edit, InvalidEdit
 from sae_runtime.errors import EditConflict, UnknownDictionary
-from sae_runtime.features import SparseFeatures
-from sae_runtime.interventions import Edit, InvalidEdit
 from service.engine.engine import Engine
 from service.engine.errors import EngineStopped, NonFiniteActivations, QueueFull
 from service.engine.settings import EngineSettings

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_runtime.interventions import Edit
+from sae_runtime.edits import Edit
 from service.engine.errors import NonFiniteActivations
 from service.engine.work import GenerateWork, SamplingOptions
 from tests.service.engine.models import SlowGenerator, random_rows, small_backbone, small_dictionaries

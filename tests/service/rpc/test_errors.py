@@ -12,7 +12,7 @@ from service.engine.errors import QueueFull
 from service.pb.saeserve.v1 import catalog_service_pb2, common_pb2, edits_pb2, server_service_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as pb
 from service.pb.saeserve.v1 import intervention_service_pb2 as intervention_pb
-from service.runtime import ReplicaSettings
+from service.replica import ReplicaSettings
 from tests.service.conftest import LIMITS, Served, serve, tight_settings
 
 

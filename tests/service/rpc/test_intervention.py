@@ -12,7 +12,7 @@ from sae_runtime import Edit
 from service.engine.settings import EngineSettings
 from service.pb.saeserve.v1 import common_pb2, edits_pb2, server_service_pb2
 from service.pb.saeserve.v1 import intervention_service_pb2 as pb
-from service.runtime import ReplicaSettings
+from service.replica import ReplicaSettings
 from tests.service.conftest import LIMITS, Served, serve
 from tests.service.engine.models import SlowGenerator
 

@@ -356,24 +356,44 @@ def test_a_server_that_is_not_there(unused_address: str):
     assert caught.value.request_id == ""
 
 
-def test_deadline(run: Run, fake: FakeServer):
+def test_calls_end_at_their_deadline(run: Run):
     with pytest.raises(DeadlineExceeded):
         run(lambda client: value(client.extract_features("wait", "resid-mid", timeout_s=0.2)))
     with pytest.raises(DeadlineExceeded):
         run(lambda client: value(client.generate("wait", timeout_s=0.2).result()))
-    assert len(fake.requests("Generate")) == 1
-    assert fake.cancelled.wait(10)
 
 
-def test_default_deadlines_are_the_clients(run: Run):
+def test_the_server_is_told_the_deadline(run: Run, fake: FakeServer):
+    run(lambda client: value(client.extract_features("a", "resid-mid", timeout_s=50)), timeout_s=1000)
+    run(lambda client: value(client.generate("a", timeout_s=70).result()), generate_timeout_s=1000)
+    assert 0 < fake.time_left_s["ExtractFeatures"] <= 50
+    assert 50 < fake.time_left_s["Generate"] <= 70
+
+
+def test_default_deadlines_are_the_clients(run: Run, fake: FakeServer):
+    run(lambda client: value(client.extract_features("a", "resid-mid")), timeout_s=50)
+    run(lambda client: value(client.generate("a").result()), generate_timeout_s=70)
+    assert 0 < fake.time_left_s["ExtractFeatures"] <= 50
+    assert 50 < fake.time_left_s["Generate"] <= 70
+
+
+@pytest.mark.parametrize("method", ["ExtractFeatures", "Generate"])
+def test_what_expired_is_not_retried(run: Run, fake: FakeServer, method: str):
+    fake.failures[method] = [Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "too late")]
+
+    async def script(client: Any) -> Any:
+        if method == "Generate":
+            return await value(client.generate("a").result())
+        return await value(client.extract_features("a", "resid-mid"))
+
     with pytest.raises(DeadlineExceeded):
-        run(lambda client: value(client.extract_features("wait", "resid-mid")), timeout_s=0.2)
-    with pytest.raises(DeadlineExceeded):
-        run(lambda client: value(client.generate("wait").result()), generate_timeout_s=0.2)
+        run(script)
+    assert len(fake.requests(method)) == 1
 
 
-def test_no_deadline(run: Run):
+def test_no_deadline(run: Run, fake: FakeServer):
     run(lambda client: value(client.server_info(timeout_s=math.inf)))
+    assert fake.time_left_s["GetServerInfo"] > 1e9  # gRPC has no word for never
     with pytest.raises(ValueError, match="timeout_s is 0"):
         run(lambda client: value(client.server_info(timeout_s=0)))
 
@@ -519,26 +539,38 @@ def test_an_ingress_without_the_application_is_not_healthy():
         ingress.stop(None)
 
 
-def test_wait_until_ready(run: Run, running: Running):
-    run(lambda client: value(client.wait_until_ready(5)))
+@pytest.fixture
+def _asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a server asks once and gives up, as there is no time for a second question."""
+    monkeypatch.setattr("service.client.channel.READINESS_POLL_S", math.inf)
+
+
+@pytest.mark.usefixtures("_asked_once")
+def test_a_server_that_does_not_serve(run: Run, running: Running):
     running.set_serving(False)
     with pytest.raises(DeadlineExceeded, match="it says that it is not serving"):
-        run(lambda client: value(client.wait_until_ready(0.3)))
+        run(lambda client: value(client.wait_until_ready(20)))
+
+
+def test_wait_until_ready(run: Run, running: Running):
+    run(lambda client: value(client.wait_until_ready(20)))
+    running.set_serving(False)
 
     async def script(client: Any) -> None:
         if isinstance(client, Client):
-            waiting = asyncio.create_task(asyncio.to_thread(client.wait_until_ready, 20))
+            waiting = asyncio.create_task(asyncio.to_thread(client.wait_until_ready, 60))
         else:
-            waiting = asyncio.create_task(client.wait_until_ready(20))
+            waiting = asyncio.create_task(client.wait_until_ready(60))
         running.set_serving(True)
         await waiting
 
     run(script)
 
 
+@pytest.mark.usefixtures("_asked_once")
 def test_waiting_for_a_server_that_is_not_there(unused_address: str):
     with Client(unused_address) as client, pytest.raises(DeadlineExceeded, match="last answer was UNAVAILABLE"):
-        client.wait_until_ready(0.3)
+        client.wait_until_ready(20)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2LMHeadModel, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from sae_runtime.edits import Edit
-from sae_runtime.model.families.gpt2_weights import random_state
+from sae_runtime.model.families.gpt2.weights import random_state
 from service.engine.errors import NonFiniteActivations
 from service.engine.generation import _shares
 from service.engine.work import GenerateWork, SamplingOptions, WatchedFeatures

@@ -20,7 +20,7 @@ import sae_runtime
 from sae_runtime import Backbone, load_dictionary
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.edits import AfterText, AllOf, AnyOf, Condition, Edit, Reference
-from sae_runtime.model.families.gpt2_weights import random_state
+from sae_runtime.model.families.gpt2.weights import random_state
 from service.engine.work import GenerateWork, SamplingOptions
 from tests.service.engine.hooked_generate import HookedGenerator
 from tests.service.engine.models import random_rows, small_backbone, small_dictionaries

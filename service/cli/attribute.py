@@ -13,7 +13,7 @@ from service.cli.causal_options import add_output_arguments, draw_plot, name_tok
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.json_output import print_json
 from service.cli.token_view import visible
-from service.client.causal import Attributions
+from service.client import Attributions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from service.cli.connection import add_connection_arguments, connected
 from service.cli.edit_options import add_edit_arguments, describe, preset_edits, resolve_edits
 from service.cli.json_output import print_json
 from service.cli.token_view import visible
-from service.client.causal import InputScore, Scores
+from service.client import InputScore, Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

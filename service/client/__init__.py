@@ -24,7 +24,6 @@ from service.client.catalog import (
     Provenance,
     ServerInfo,
 )
-from service.client.causal import AblationStudy, Attributions, Contrast, InputScore, Scores
 from service.client.edits import (
     AfterText,
     AllOf,
@@ -54,6 +53,7 @@ from service.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from service.client.measurements import AblationStudy, Attributions, Contrast, InputScore, Scores
 from service.client.results import (
     Decoding,
     DictionaryFeatures,

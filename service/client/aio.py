@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.client import catalog, causal, messages, replies, results
+from service.client import catalog, measurements, messages, replies, results
 from service.client import channel as channels
 from service.client.edits import Edit
 from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Unavailable, error_of_call
@@ -246,7 +246,7 @@ class AsyncClient:
         *,
         timeout_s: float | None = None,
         **options: Unpack[ScoreOptions],
-    ) -> causal.Scores:
+    ) -> measurements.Scores:
         """Teacher-forced log-probabilities of texts, unedited and edited.
 
         Args:
@@ -266,7 +266,7 @@ class AsyncClient:
         *,
         timeout_s: float | None = None,
         **options: Unpack[AblateOptions],
-    ) -> causal.AblationStudy:
+    ) -> measurements.AblationStudy:
         """What taking features away, one at a time, does to the predictions on texts.
 
         Args:
@@ -288,7 +288,7 @@ class AsyncClient:
         *,
         timeout_s: float | None = None,
         **options: Unpack[AttributeOptions],
-    ) -> causal.Attributions:
+    ) -> measurements.Attributions:
         """Which features on which tokens drive a logit: activation x gradient, and exact ablation of the largest.
 
         Args:
@@ -309,7 +309,7 @@ class AsyncClient:
         *,
         timeout_s: float | None = None,
         **options: Unpack[ContrastOptions],
-    ) -> causal.Contrast:
+    ) -> measurements.Contrast:
         """Which features tell two sets of texts apart, and an edit towards the first.
 
         Args:

@@ -184,7 +184,7 @@ def ablate_request(
     request = causal_pb2.AblateFeaturesRequest(
         request_id=request_id or "",
         inputs=_text_inputs(inputs),
-        ablations=[_named_value("ablations", each, _ABLATIONS) for each in ablations],
+        ablations=[_named_value("ablations", ablation, _ABLATIONS) for ablation in ablations],
         logit_tokens=[_token(token) for token in logit_tokens],
         single_tokens=single_tokens,
         rank_by=_named_value("rank_by", rank_by, _RANKINGS),

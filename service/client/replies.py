@@ -22,7 +22,7 @@ from sae_runtime.causal.report import (
     TokenScores,
 )
 from service.arrays import unpack_input_statistics, unpack_reconstruction_error, unpack_sparse_rows, unpack_tensor
-from service.client import catalog, causal, results
+from service.client import catalog, measurements, results
 from service.edits.messages import read_edit
 from service.pb.saeserve.v1 import (
     catalog_service_pb2,
@@ -83,9 +83,9 @@ def read_decoding(reply: feature_service_pb2.DecodeFeaturesResponse) -> results.
 # Measurements
 
 
-def read_scores(reply: causal_pb2.ScoreResponse) -> causal.Scores:
+def read_scores(reply: causal_pb2.ScoreResponse) -> measurements.Scores:
     m = len(reply.logit_token_ids)
-    return causal.Scores(
+    return measurements.Scores(
         inputs=tuple(_read_input_score(message, m) for message in reply.results),
         logit_token_ids=tuple(reply.logit_token_ids),
         request_id=reply.request_id,
@@ -93,10 +93,10 @@ def read_scores(reply: causal_pb2.ScoreResponse) -> causal.Scores:
     )
 
 
-def _read_input_score(message: causal_pb2.InputScore, m: int) -> causal.InputScore:
+def _read_input_score(message: causal_pb2.InputScore, m: int) -> measurements.InputScore:
     """`m` is the number of chosen tokens."""
     edited = message.HasField("edited")
-    return causal.InputScore(
+    return measurements.InputScore(
         unedited=_read_token_scores(message.unedited, message.n_tokens, m),
         edited=_read_token_scores(message.edited, message.n_tokens, m) if edited else None,
         kl=np.array(message.kl, np.float32) if edited else None,
@@ -117,9 +117,9 @@ def _read_token_scores(message: causal_pb2.TokenScores, n: int, m: int) -> Token
     )
 
 
-def read_ablation(reply: causal_pb2.AblateFeaturesResponse) -> causal.AblationStudy:
+def read_ablation(reply: causal_pb2.AblateFeaturesResponse) -> measurements.AblationStudy:
     return _same_fields(
-        causal.AblationStudy,
+        measurements.AblationStudy,
         reply,
         effects=tuple(_read_effect(message) for message in reply.effects),
         logit_token_ids=tuple(reply.logit_token_ids),
@@ -149,9 +149,9 @@ def _read_figures(message: causal_pb2.EffectFigures) -> EffectFigures:
     return _same_fields(EffectFigures, message, delta_logits=tuple(message.delta_logits))
 
 
-def read_attributions(reply: causal_pb2.AttributeFeaturesResponse) -> causal.Attributions:
+def read_attributions(reply: causal_pb2.AttributeFeaturesResponse) -> measurements.Attributions:
     return _same_fields(
-        causal.Attributions,
+        measurements.Attributions,
         reply,
         attributions=tuple(
             _same_fields(FeatureAttribution, message, feature=_read_feature(message.feature))
@@ -166,9 +166,9 @@ def read_attributions(reply: causal_pb2.AttributeFeaturesResponse) -> causal.Att
     )
 
 
-def read_contrast(reply: causal_pb2.ContrastFeaturesResponse) -> causal.Contrast:
+def read_contrast(reply: causal_pb2.ContrastFeaturesResponse) -> measurements.Contrast:
     return _same_fields(
-        causal.Contrast,
+        measurements.Contrast,
         reply,
         features=tuple(
             _same_fields(FeatureContrast, message, feature=_read_feature(message.feature)) for message in reply.features

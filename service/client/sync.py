@@ -13,7 +13,7 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.client import catalog, causal, messages, replies, results
+from service.client import catalog, measurements, messages, replies, results
 from service.client import channel as channels
 from service.client.edits import Edit
 from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Unavailable, error_of_call
@@ -240,7 +240,7 @@ class Client:
         *,
         timeout_s: float | None = None,
         **options: Unpack[ScoreOptions],
-    ) -> causal.Scores:
+    ) -> measurements.Scores:
         """Teacher-forced log-probabilities of texts, unedited and edited.
 
         Args:
@@ -260,7 +260,7 @@ class Client:
         *,
         timeout_s: float | None = None,
         **options: Unpack[AblateOptions],
-    ) -> causal.AblationStudy:
+    ) -> measurements.AblationStudy:
         """What taking features away, one at a time, does to the predictions on texts.
 
         Args:
@@ -282,7 +282,7 @@ class Client:
         *,
         timeout_s: float | None = None,
         **options: Unpack[AttributeOptions],
-    ) -> causal.Attributions:
+    ) -> measurements.Attributions:
         """Which features on which tokens drive a logit: activation x gradient, and exact ablation of the largest.
 
         Args:
@@ -303,7 +303,7 @@ class Client:
         *,
         timeout_s: float | None = None,
         **options: Unpack[ContrastOptions],
-    ) -> causal.Contrast:
+    ) -> measurements.Contrast:
         """Which features tell two sets of texts apart, and an edit towards the first.
 
         Args:

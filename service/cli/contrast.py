@@ -15,6 +15,7 @@ from service.cli.connection import add_connection_arguments, connected
 from service.cli.edit_options import describe
 from service.cli.features import read_files
 from service.cli.json_output import print_json
+from service.cli.tables import Entries, data_table, print_table
 from service.client.causal import Contrast, SetScore, SuggestionTrial
 
 
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(contrast)
     else:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         console.print(
             Text(
                 f"{len(a)} texts against {len(b)}; {contrast.n_tested:,} features tested, "
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
                 style="dim",
             )
         )
-        console.print(_table(contrast))
+        print_table(console, _table(contrast))
         if arguments.suggest:
             _print_suggestion(console, contrast)
     if arguments.plot:
@@ -92,10 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(contrast: Contrast) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("feature", style="cyan", no_wrap=True)
-    for column in ("mean a", "mean b", "active a", "active b", "effect size", "AUC", "p", "q"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = data_table("feature", "mean a", "mean b", "active a", "active b", "effect size", "AUC", "p", "q")
     for each in contrast.features:
         table.add_row(
             f"{each.feature[0]}:{each.feature[1]}",
@@ -117,19 +115,17 @@ def _print_suggestion(console: Console, contrast: Contrast) -> None:
         return
     console.print(Text(f"\nSuggested: {describe(contrast.suggestion)}", style="bold cyan"))
     if contrast.trials:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("edit", "Δ loss on a", "Δ loss on b", "favours a by", "KL a", "KL b"):
-            table.add_column(column, justify="left" if column == "edit" else "right")
+        table = data_table("edit", "Δ loss on a", "Δ loss on b", "favours a by", "KL a", "KL b")
         for trial in contrast.trials:
             table.add_row(*_trial(trial))
-        console.print(table)
+        print_table(console, table)
         console.print(Text("scored on the texts that the features were found on; nats a token, 95 %", style="dim"))
 
 
-def _trial(trial: SuggestionTrial) -> list[str]:
-    def change(score: SetScore) -> str:
+def _trial(trial: SuggestionTrial) -> list[str | Entries]:
+    def change(score: SetScore) -> Entries:
         low, high = score.interval
-        return f"{score.delta_loss:+.4f} ({low:+.4f} to {high:+.4f})"
+        return Entries((f"{score.delta_loss:+.4f}", f"({low:+.4f} to", f"{high:+.4f})"), gap=" ")
 
     return [
         describe(trial.edits),

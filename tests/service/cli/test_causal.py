@@ -163,6 +163,22 @@ async def test_contrast(run: Callable[..., asyncio.Future[Output]], tmp_path: Pa
     assert "expected at least 2 each" in err
 
 
+@pytest.mark.parametrize("columns", ["40", "80", None], ids=["40 columns", "80 columns", "a pipe"])
+async def test_tables_name_features_in_full(
+    run: Callable[..., asyncio.Future[Output]], monkeypatch: pytest.MonkeyPatch, columns: str | None
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns) if columns else monkeypatch.delenv("COLUMNS")
+    ablated = await run("ablate", "abc", "--feature", "early:95", "--distance", "1", "--logit-token", "e")
+    assert [line.split()[0] for line in ablated.out.splitlines() if line.startswith("early:")] == ["early:95"] * 2
+    texts = ["--a-text", "ab", "--a-text", "cd", "--b-text", "1+2", "--b-text", "3*4"]
+    contrast = await run("contrast", *texts, "--dictionary", "early", "--count", "3", "--suggest", "1", "--validate")
+    names = [line.split(" ")[0] for line in contrast.out.splitlines() if line.startswith("early:")]
+    found = json.loads((await run("contrast", *texts, "--dictionary", "early", "--count", "3", "--json")).out)
+    assert names[:3] == [f"early:{each['feature'][1]}" for each in found["features"]]
+    for output in (ablated.out, contrast.out):
+        assert "…" not in output
+
+
 async def test_a_plot_without_matplotlib(
     run: Callable[..., asyncio.Future[Output]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

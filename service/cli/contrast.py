@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sae_runtime.causal.texts_needed import clearest_p_value, texts_needed
 from service.cli.argument_types import natural
 from service.cli.causal_options import add_output_arguments, add_truncate_argument, draw_plot
 from service.cli.command_error import CommandError
@@ -17,6 +18,9 @@ from service.cli.features import read_files
 from service.cli.json_output import print_json
 from service.cli.tables import Entries, data_table, print_table
 from service.client.causal import Contrast, SetScore, SuggestionTrial
+
+DEFAULT_FDR = 0.05
+"""At which the server counts what it finds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
                 style="dim",
             )
         )
-        print_table(console, _table(contrast))
+        if contrast.features:
+            print_table(console, _table(contrast))
+        if advice := _advice(contrast, len(a), len(b), arguments.fdr):
+            console.print(Text(f"\n{advice}", style="yellow"))
         if arguments.suggest:
             _print_suggestion(console, contrast)
     if arguments.plot:
@@ -90,6 +97,23 @@ def run(arguments: argparse.Namespace) -> int:
 
         draw_plot(arguments.plot, lambda figure: draw_contrast(figure, contrast))
     return 0
+
+
+def _advice(contrast: Contrast, n_a: int, n_b: int, fdr: float) -> str:
+    """What to say where no feature passes; nothing where some do."""
+    passes = bool(contrast.features) if fdr else contrast.n_found > 0
+    if passes or not contrast.n_tested:
+        return "" if passes else "No feature fires on any of the texts."
+    level = fdr or DEFAULT_FDR
+    nothing = f"No feature passes a false discovery rate of {level:g}."
+    p, needed_p = clearest_p_value(n_a, n_b), level / contrast.n_tested
+    if p <= needed_p:
+        return nothing
+    return (
+        f"{nothing} The texts are too few: a feature that fires on all texts of one set and on none of the other has "
+        f"p = {p:.1e} with {n_a} and {n_b} texts, and passes alone among {contrast.n_tested:,} with p <= "
+        f"{needed_p:.1e}. That takes {texts_needed(contrast.n_tested, level)} texts in each set."
+    )
 
 
 def _table(contrast: Contrast) -> Table:

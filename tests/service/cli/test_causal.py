@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
+from sae_runtime.causal.texts_needed import texts_needed
 from service.client import AsyncClient, Client, NotFound, ablate_feature, set_feature
 from service.rpc.servicers import add_to_grpc_server, build_handlers
 from service.runtime import ReplicaSettings, ServiceRuntime
@@ -155,9 +156,18 @@ async def test_contrast(run: Callable[..., asyncio.Future[Output]], tmp_path: Pa
     assert sum(line.startswith("mid:") for line in lines) >= 5
     assert any(line.startswith("Suggested: mid:") for line in lines)
     assert plot.read_bytes().startswith(PNG)
+    assert "No feature passes a false discovery rate of 0.05. The texts are too few: " in " ".join(lines)
+    tested = int(lines[0].split("; ")[1].split(" ")[0])
+    assert f"That takes {texts_needed(tested, 0.05)} texts in each set." in " ".join(out.split())
     found = json.loads((await run("contrast", "--a-text", "a", "--a-text", "b", "--b-text", "c", "--b-text", "d",
                                   "--dictionary", "mid", "--json")).out)  # fmt: skip
     assert found["suggestion"] == []
+    many = [*("--a-text", "aaa") * 12, *("--b-text", "zzz") * 12]
+    enough = await run("contrast", *many, "--dictionary", "early", "--count", "1")
+    assert "No feature" not in enough.out
+    strict = await run("contrast", *many, "--dictionary", "early", "--fdr", "1e-12")
+    assert "No feature passes a false discovery rate of 1e-12." in strict.out
+    assert not any(line.startswith("early:") for line in strict.out.splitlines())
     code, _, err = await run("contrast", "--a-text", "a", "--b-text", "b")
     assert code == 2
     assert "expected at least 2 each" in err

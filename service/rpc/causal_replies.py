@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sae_runtime.causal.contrast import FeatureContrast
     from sae_runtime.causal.suggestion import SetScores, Trial
     from sae_runtime.edits import Edit
-    from service.engine.causal_work import ScoreArrays, ScoredRow
+    from service.engine.measure_work import ScoreArrays, ScoredRow
     from service.rpc.text_inputs import TextInputReader, TokenRow
 
 _ABLATIONS = {"zero": edits_pb2.ABLATION_ZERO, "mean": edits_pb2.ABLATION_MEAN}

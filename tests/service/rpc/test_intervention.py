@@ -175,7 +175,7 @@ async def test_a_call_that_ends_early_frees_its_slots_within_one_step(
 ) -> None:
     """The model thread is held in a step until the call has ended in the engine; the next step is without it."""
     engine = served.runtime.engine
-    generation = engine._generation
+    generation = engine._running
     reached, go_on = threading.Event(), threading.Event()
     rows: list[int] = []
     run = generation._runner.run
@@ -200,7 +200,7 @@ async def test_a_call_that_ends_early_frees_its_slots_within_one_step(
         async for _ in call:
             pass
     assert await call.code() == (grpc.StatusCode.CANCELLED if how == "cancel" else grpc.StatusCode.DEADLINE_EXCEEDED)
-    while engine._continuations:  # noqa: ASYNC110  # until the server's side of the call has ended as well
+    while engine._generating:  # noqa: ASYNC110  # until the server's side of the call has ended as well
         await asyncio.sleep(0)
     go_on.set()
     *_, finish = await generate(served, max_new_tokens=2)

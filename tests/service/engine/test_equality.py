@@ -161,7 +161,7 @@ def test_an_engine_that_skips_one_step_is_noticed(skipped: int, monkeypatch: pyt
     """The comparison has teeth: were one decoded token not edited, some of these requests would come out otherwise."""
     works = [work(p, edit("mid", p, operation="add", value=8.0, positions="generated"), n=12) for p in PROMPTS]
     runner = Runner(BACKBONE, DICTIONARIES, *works)
-    planner, steps = runner.generation._runner._planner, itertools.count()
+    planner, steps = runner.running._runner._planner, itertools.count()
     plan = planner.plan
     monkeypatch.setattr(planner, "plan", lambda rows: plan([] if next(steps) == skipped else rows))
     runner.run()

@@ -175,7 +175,7 @@ async def test_a_call_that_ends_early_frees_its_slots_within_one_step(
 ) -> None:
     """The model thread is held in a step until the call has ended in the engine; the next step is without it."""
     engine = served.runtime.engine
-    generation = engine._generation
+    generation = engine._running
     reached, go_on = threading.Event(), threading.Event()
     rows: list[int] = []
     run = generation._runner.run

@@ -88,3 +88,33 @@ def test_the_error_names_the_flag(saeserve: Saeserve) -> None:
     assert (code, out) == (2, "")
     assert "argument --seed: given twice, expected once" in err
     assert "argument --normalize/--no-normalize: given twice" in saeserve("train", "--normalize", "--no-normalize")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (["publish", "a", "b", "--model-path", "m"], "--model-path: use --backbone"),
+        (["train", "--model=m"], "--model: use --backbone"),
+        (["features", "a", "--model", "m"], "--model: the server holds the model: `saeserve serve --backbone MODEL`"),
+        (["evaluate", "--sae", "s"], "--sae: use DICTIONARY, without a flag"),
+        (["serve", "--sae", "s"], "--sae: use --dictionaries"),
+        (["ablate", "a", "--autoencoder", "s"], "--autoencoder: use --dictionary"),
+        (["info", "--sae", "s"], "--sae: `saeserve serve --dictionaries PATH` serves a dictionary"),
+        (["train", "--hook_point", "blocks.8.hook_resid_post"], "--hook-point: use --site"),
+        (["publish", "a", "b", "--layer", "8"], "--layer: use --site"),
+        (["train", "--lr", "1e-4"], "--lr: use --learning-rate"),
+        (["train", "--d-sae", "512"], "--d-sae: use --n-latents"),
+    ],
+)
+def test_flags_of_other_projects_lead_to_ours(saeserve: Saeserve, line: list[str], hint: str) -> None:
+    code, out, err = saeserve(*line)
+    assert (code, out) == (2, "")
+    assert any(shown.startswith(hint) for shown in err.splitlines()), err
+    assert err.splitlines()[-1] == f"`saeserve {line[0]} --help` lists what there is."
+
+
+def test_a_flag_of_ours_gets_no_hint(saeserve: Saeserve) -> None:
+    assert saeserve("train", "--context-length", "8", "--nonsense")[2].splitlines() == [
+        "saeserve train: error: unrecognized arguments: --nonsense",
+        "`saeserve train --help` lists what there is.",
+    ]

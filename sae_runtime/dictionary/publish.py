@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.evaluation.dictionary_evaluation import packed_passes
 from sae_runtime.evaluation.latent_statistics import LatentStatisticsBuilder
 from sae_runtime.model.backbone import Backbone
+from sae_runtime.version import code_version
 
 _TOKENS_PER_PASS = 8_192
 
@@ -88,9 +88,5 @@ def _converted(dictionary: Dictionary) -> Provenance:
     config: dict[str, Any] = {}
     if (origin := dictionary.origin) is not None:
         config = {"converted_from": origin.format, "hook": origin.hook, "model": origin.model, **origin.config}
-    try:
-        version = f"saeserve {metadata.version('saeserve')}"
-    except metadata.PackageNotFoundError:
-        version = "saeserve (not installed)"
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return Provenance(code_version=version, config=config, created=created)
+    return Provenance(code_version=code_version(), config=config, created=created)

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from sae_runtime.training.activations.run_rows import held_out_rows
 from sae_runtime.training.card import render_card
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.progress import ProgressMeter
+from sae_runtime.version import code_version
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _publish_one(
     meter.begin("publish", 1)
     dictionary = replace(dictionary.to("cpu"), statistics=statistics)
     provenance = Provenance(
-        code_version=_code_version(),
+        code_version=code_version(),
         config=config.provenance(),
         seed=config.seed,
         tokens=config.n_steps * config.batch_tokens,
@@ -145,10 +145,3 @@ def measure_statistics(
 def _size(path: Path) -> int:
     """Bytes of a file, or of the files in a folder."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-
-
-def _code_version() -> str:
-    try:
-        return f"saeserve {metadata.version('saeserve')}"
-    except metadata.PackageNotFoundError:
-        return "saeserve (not installed)"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from sae_runtime.causal.report import Ablation, FeatureId, RankBy
 from service.edits.messages import edit_message
-from service.engine.causal_work import AblateWork, AttributeWork, ContrastWork, ScoreWork
 from service.engine.errors import NonFiniteActivations
+from service.engine.measure_work import AblateWork, AttributeWork, ContrastWork, ScoreWork
 from service.pb.saeserve.v1 import causal_pb2 as pb
 from service.pb.saeserve.v1 import common_pb2, edits_pb2, feature_service_pb2
 from service.rpc import causal_replies as replies

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_runtime.atomic_folder import atomic_folder
+from sae_runtime.atomic import atomic_folder
 from sae_runtime.dictionary.dictionary import OPTIONAL_TENSORS, Dictionary
 from sae_runtime.dictionary.formats.weights import build_dictionary, check_tensors, convert, read_safetensors
 from sae_runtime.dictionary.manifest import BackboneReference, Manifest, Provenance

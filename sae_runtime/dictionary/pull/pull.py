@@ -7,7 +7,6 @@ import json
 import shutil
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +18,7 @@ from sae_runtime.dictionary.pull.hub import find_hub_folder
 from sae_runtime.dictionary.pull.names import HubName, parse_name
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
+from sae_runtime.version import code_version
 
 OPENAI_BASE = "https://openaipublic.blob.core.windows.net"
 OPENAI_LICENSE = "mit"  # of the repository that published them
@@ -98,7 +98,7 @@ def pull(name: str, out: Path, settings: PullSettings | None = None, progress: P
         context_length=origin.context_length if origin else before.context_length if before else None,
         evaluation=before.evaluation if before else None,
         provenance=Provenance(
-            code_version=f"saeserve {metadata.version('saeserve')}",
+            code_version=code_version(),
             config={
                 "pulled": name,
                 "version": wanted.version,

@@ -305,7 +305,7 @@ class TestEncodeAndDecode:
 
     async def test_decoding_rows_of_any_form(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Entries in any order, empty rows, one long row among short ones, little memory for padding."""
-        monkeypatch.setattr("service.engine.execution.MAX_PADDED_ENTRIES", 100)
+        monkeypatch.setattr("service.engine.batch.MAX_PADDED_ENTRIES", 100)
         d = DICTIONARIES["mid"]
         generator = np.random.default_rng(0)
         counts = np.array([0, 3, 90, 1, 0, 5, 96, 2])

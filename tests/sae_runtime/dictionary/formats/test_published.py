@@ -18,7 +18,7 @@ from sae_runtime import (
     FingerprintMismatch,
     LatentStatistics,
     UnknownDictionary,
-    atomic_folder,
+    atomic,
     list_builtin_dictionaries,
     load_dictionary,
     save_dictionary,
@@ -136,7 +136,7 @@ def test_a_failure_while_writing_leaves_the_old_folder(
     def fail(*arguments: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(atomic_folder, step, fail)
+    monkeypatch.setattr(atomic, step, fail)
     with pytest.raises(OSError, match="disk full"):
         publish(tmp_path / "d", name="second", overwrite=True)
     assert load_dictionary(tmp_path / "d").name == "first"

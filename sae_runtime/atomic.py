@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,29 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write into, "<path>.tmp"; at the end of the block it is flushed to disk and renamed to `path`.
+
+    After an error in the block, what was at `path` is as it was. Not for two writers of one path at once.
+
+    Raises:
+        OSError: the file cannot be written, for example as the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -34,6 +57,12 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def flush_folder(path: Path) -> None:
+    """Makes what was renamed in a folder survive a power cut, where the file system can do that."""
+    with suppress(OSError):
+        _flush(path)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -53,7 +82,6 @@ def _put_in_place(building: Path, path: Path) -> None:
         if aside is not None:
             os.rename(aside, path)
         raise
-    with suppress(OSError):  # not every file system lets a folder be flushed
-        _flush(path.parent)
+    flush_folder(path.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)

@@ -11,9 +11,9 @@ import pytest
 
 from sae_runtime import Edit, EditConflict, InvalidEdit, UnknownDictionary
 from sae_runtime.causal.report import FeatureId
-from service.engine.causal_work import AblateWork, AttributeWork, ContrastWork, ScoreWork
 from service.engine.engine import Engine
 from service.engine.errors import EngineStopped, NonFiniteActivations, QueueFull
+from service.engine.measure_work import AblateWork, AttributeWork, ContrastWork, ScoreWork
 from service.engine.settings import EngineSettings
 from service.engine.work import ExtractWork
 from tests.service.engine.models import random_rows, small_backbone, small_dictionaries

@@ -45,7 +45,8 @@ from sae_runtime.edits.edit import terms
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 from service.engine.admission import check_row, split_rows
-from service.engine.causal_work import (
+from service.engine.errors import NonFiniteActivations
+from service.engine.measure_work import (
     AblateResult,
     AblateWork,
     AttributeResult,
@@ -55,13 +56,12 @@ from service.engine.causal_work import (
     ScoreResult,
     ScoreWork,
 )
-from service.engine.errors import NonFiniteActivations
 from service.engine.scheduler import Part
 from service.engine.settings import EngineSettings
 from service.engine.work import Csr, DictionaryRows, ExtractResult, ExtractWork, Selection, WorkTiming
 
 KINDS = ("score", "ablate", "attribute")
-"""Names of the work that `run_causal` runs."""
+"""Names of the work that `run_measurements` runs."""
 BATCHES_AT_ONCE = 2
 """Batches of variants of one study that wait in the queue together."""
 
@@ -89,7 +89,7 @@ class Computation:
     run: Callable[[], Any]
 
 
-def run_causal(backbone: Backbone, parts: Sequence[ScorePart | Computation]) -> list[Any]:
+def run_measurements(backbone: Backbone, parts: Sequence[ScorePart | Computation]) -> list[Any]:
     """The results of parts of one kind (model thread only)."""
     try:
         computations = [part for part in parts if isinstance(part, Computation)]
@@ -101,7 +101,7 @@ def run_causal(backbone: Backbone, parts: Sequence[ScorePart | Computation]) -> 
             dictionaries |= part.dictionaries
         # The same name stands for different dictionaries where one was loaded anew meanwhile.
         if any(dictionaries[name] is not each for part in scores for name, each in part.dictionaries.items()):
-            return [run_causal(backbone, [part])[0] for part in scores]
+            return [run_measurements(backbone, [part])[0] for part in scores]
         found = iter(score_rows(backbone, [row for part in scores for row in part.rows], dictionaries))
         return [[_scored(next(found)) for _ in part.rows] for part in scores]
     except ValueError as error:
@@ -131,7 +131,7 @@ class _Timer:
 
 
 @dataclass(slots=True)
-class CausalEngine:
+class Measurements:
     """The part of the engine that measures effects. Belongs to its event loop."""
 
     backbone: Backbone

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from sae_runtime.data.documents import Document
-from sae_runtime.data.rows import encode_texts
+from sae_runtime.data.rows import encode_texts, packed_passes
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import SparseFeatures
-from sae_runtime.evaluation.dictionary_evaluation import packed_passes
 from sae_runtime.model.backbone import Backbone
 
 Array = npt.NDArray[Any]

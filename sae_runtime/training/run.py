@@ -9,7 +9,7 @@ import torch
 
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
-from sae_runtime.training.activations.run_rows import held_out_rows
+from sae_runtime.progress import ProgressCallback, ProgressMeter
 from sae_runtime.training.activations.source import open_activation_source
 from sae_runtime.training.checkpoint import (
     check_identity,
@@ -18,17 +18,12 @@ from sae_runtime.training.checkpoint import (
     save_checkpoint,
 )
 from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.distributed.worker import figures_by_site, mean_metrics
 from sae_runtime.training.initialisation import MEDIAN_SAMPLES
-from sae_runtime.training.progress import ProgressCallback, ProgressMeter, figures_by_site, mean_metrics
-from sae_runtime.training.publication import TrainingResult, measure_statistics, publish
+from sae_runtime.training.publication import TrainingResult, publish_run
 from sae_runtime.training.run_log import RunLog
 from sae_runtime.training.stop_signals import StopSignals, TrainingStopped
 from sae_runtime.training.trainers import StepMetrics, Trainer, new_trainer, restored_trainer
-
-__all__ = ["TrainingResult", "TrainingStopped", "held_out_rows", "measure_statistics", "publish", "run_training"]
-
-PROGRESS_INTERVAL = 0.5
-"""Least seconds between two progress events of a stage."""
 
 
 def run_training(config: TrainingConfig, progress: ProgressCallback | None = None) -> tuple[TrainingResult, ...]:
@@ -50,8 +45,8 @@ def run_training(config: TrainingConfig, progress: ProgressCallback | None = Non
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        meter = ProgressMeter(progress, PROGRESS_INTERVAL)
-        results = publish(config, _train(config, meter), meter)
+        meter = ProgressMeter(progress)
+        results = publish_run(config, _train(config, meter), meter)
         config.checkpoint_path.unlink(missing_ok=True)
         return results
     finally:
@@ -119,7 +114,7 @@ class _Run:
             try:
                 while self.step_count < config.n_steps and stop.received is None:
                     metrics = self._step()
-                    meter.advance(config.batch_tokens, mean_metrics(list(metrics.values())))
+                    meter.advance(config.batch_tokens, vars(mean_metrics(list(metrics.values()))))
                     if self.step_count % config.log_interval == 0:
                         log.log(self.step_count, self.step_count * config.batch_tokens, figures_by_site(metrics))
                     if config.checkpoint_interval and time.monotonic() - saved_at >= config.checkpoint_interval:

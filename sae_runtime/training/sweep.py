@@ -9,8 +9,8 @@ from itertools import product
 from typing import Any
 
 from sae_runtime.dictionary.formats.published import read_manifest
+from sae_runtime.progress import ProgressCallback
 from sae_runtime.training.config import PENALISED, TrainingConfig
-from sae_runtime.training.progress import ProgressCallback
 from sae_runtime.training.run import run_training
 from sae_runtime.training.scaling_fit import ScalingFit, SweepPoint, fit_scaling_law
 from sae_runtime.training.sweep_plot import draw_sweep

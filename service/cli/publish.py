@@ -10,8 +10,9 @@ from rich.console import Console
 
 from sae_runtime.dictionary.formats import load_dictionary
 from sae_runtime.dictionary.formats.published import STORED_DTYPES, read_statistics
-from sae_runtime.dictionary.publish import measure_on_text, publish
+from sae_runtime.dictionary.publish import publish
 from sae_runtime.errors import DictionaryFormatError, UnknownDictionary
+from sae_runtime.figures.statistics import measure_on_text
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
 from service.cli.command_error import CommandError
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             statistics = read_statistics(arguments.statistics)
         elif arguments.data:
             statistics = measure_on_text(
-                placed, backbone, arguments.data, arguments.tokens, context_length=arguments.context_length
+                backbone, placed, arguments.data, arguments.tokens, context_length=arguments.context_length
             )
         manifest = publish(
             placed,

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sae_runtime.progress import Progress, ProgressCallback
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.distributed.sharded_checkpoint import read_json
 from sae_runtime.training.distributed.worker import check_distribution, workers_folder
-from sae_runtime.training.progress import ProgressCallback, TrainingProgress
 from sae_runtime.training.run import check_paths
 from sae_runtime.training.stop_signals import StopSignals, TrainingStopped
 from service.local_ray import StartError
@@ -128,7 +128,7 @@ def _watch(run: _Run, folder: Path, show: ProgressCallback, stop: StopSignals) -
         run.join(_LOOK_EVERY_S)
         ended = not run.is_alive()
         for line in next(lines):
-            show(TrainingProgress(**json.loads(line)))
+            show(Progress(**json.loads(line)))
         if stop.received is not None and deadline == math.inf:
             (folder / STOP).touch()
             deadline = time.monotonic() + _STOP_WITHIN_S

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
+from sae_runtime.progress import ProgressMeter
 from sae_runtime.training.activations.source import ActivationSource, open_activation_source
 from sae_runtime.training.checkpoint import load_checkpoint, run_identity, save_checkpoint
 from sae_runtime.training.communicator import Communicator
@@ -18,9 +21,8 @@ from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.distributed.sharded_checkpoint import ShardedCheckpoint
 from sae_runtime.training.distributed.sharded_topk_trainer import ShardedTopKTrainer, whole_export
 from sae_runtime.training.initialisation import MEDIAN_SAMPLES
-from sae_runtime.training.progress import ProgressMeter, figures_by_site, mean_metrics
 from sae_runtime.training.run_log import RunLog
-from sae_runtime.training.trainers import Trainer, new_trainer, restored_trainer
+from sae_runtime.training.trainers import StepMetrics, Trainer, new_trainer, restored_trainer
 
 _GO_ON, _SAVE, _STOP = 0, 1, 2
 
@@ -105,7 +107,7 @@ class Worker:
                     return False
                 batch = self._source.next_batch(tokens_of_replica)
                 metrics = {site: trainer.step(batch[site]) for site, trainer in self.trainers.items()}
-                meter.advance(config.batch_tokens, mean_metrics(list(metrics.values())))
+                meter.advance(config.batch_tokens, vars(mean_metrics(list(metrics.values()))))
                 if log is not None and self.step_count % config.log_interval == 0:
                     log.log(self.step_count, self.step_count * config.batch_tokens, figures_by_site(metrics))
         finally:
@@ -168,3 +170,19 @@ class Worker:
     def _decide(self, wish: int) -> int:
         """What the first worker wishes."""
         return int(self._communicator.broadcast(torch.tensor([wish])))
+
+
+def mean_metrics(metrics: Sequence[StepMetrics]) -> StepMetrics:
+    """The mean of each figure over the sites of a run."""
+    if len(metrics) == 1:
+        return metrics[0]
+    return StepMetrics(**{field.name: fmean(getattr(m, field.name) for m in metrics) for field in fields(StepMetrics)})
+
+
+def figures_by_site(metrics: Mapping[Site, StepMetrics]) -> dict[str, float]:
+    """Figures of a step for the run's log: by their names, after "<site>/" where there are several sites."""
+    return {
+        name if len(metrics) == 1 else f"{site}/{name}": value
+        for site, of_site in metrics.items()
+        for name, value in vars(of_site).items()
+    }

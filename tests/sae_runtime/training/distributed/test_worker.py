@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from sae_runtime import load_dictionary
+from sae_runtime.progress import ProgressMeter
 from sae_runtime.training.communicator import SINGLE, ProcessGroupCommunicator
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.distributed.sharded_checkpoint import ShardedCheckpoint
 from sae_runtime.training.distributed.worker import Worker, check_distribution, workers_folder
-from sae_runtime.training.progress import ProgressMeter
 from sae_runtime.training.run import run_training
 from tests.sae_runtime.training.distributed.worker_processes import WorkerProcesses
 
@@ -80,7 +80,7 @@ def _run(config: TrainingConfig, n_shards: int, stop_after: int | None) -> dict[
     """The exported weights on the first worker, nothing on the others, None if the run was stopped."""
     worker = Worker(config, ProcessGroupCommunicator(n_shards))
     stop: Callable[[], bool] = StopAfter(stop_after) if stop_after is not None else lambda: False
-    if not worker.train(ProgressMeter(None, 1.0), stop):
+    if not worker.train(ProgressMeter(), stop):
         return None
     exports = worker.exports()
     worker.close()
@@ -209,7 +209,7 @@ def test_runs_that_cannot_be_split_are_refused(config: TrainingConfig) -> None:
 
 def test_one_worker_is_a_run_too(config: TrainingConfig, alone: dict[str, dict[str, Tensor]]) -> None:
     worker = Worker(config, SINGLE)
-    assert worker.train(ProgressMeter(None, 1.0))
+    assert worker.train(ProgressMeter())
     (export,) = worker.exports().values()
     expected = weights_alone(config, alone)
     assert all(torch.equal(export[name], tensor) for name, tensor in expected.items())

@@ -25,7 +25,7 @@ class CommandParser(argparse.ArgumentParser):
             self.register("action", name, _Store)
         self._line: list[str] = []
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Nothing may be left over, so that this parser can say what is meant, and not the one above it."""
         self._line = list(args or ())
         parsed, rest = super().parse_known_args(args, namespace)

@@ -32,17 +32,20 @@ serve: install ## run the service in the foreground: gRPC 127.0.0.1:9000, HTTP :
 test: install-dev ## run the tests (ARGS="-k name ...")
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: install-dev ## formatting, lint, types, protos
+lint: install-dev ## formatting, lint, types, import contracts, protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/buf lint
 
-proto: install-dev ## write service/pb from protos/
+proto: install-dev ## write service/pb from protos/, and the blocking client from the asyncio one
 	$(BIN)/python protos/generate.py
+	$(BIN)/python protos/generate_sync.py
 
 proto-check: install-dev
 	$(BIN)/python protos/generate.py --check
+	$(BIN)/python protos/generate_sync.py --check
 
 bench: install ## measure the service against bare PyTorch; writes build/bench.json (10 to 15 minutes)
 	$(BIN)/python -m loadtests.bench --out build/bench.json

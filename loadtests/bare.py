@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Model
 
-from sae_runtime.formats.published import read_manifest
+from sae_runtime.dictionary.formats.published import read_manifest
 
 
 class BareExtractor:

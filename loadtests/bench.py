@@ -42,10 +42,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from loadtests.bare import BareExtractor
 from loadtests.generation import REPEATS, measure_generation
+from loadtests.kernels import measure_tiled_topk
 from loadtests.load import SETTLE_S, closed_loop, timed
 from loadtests.shapes import write_gpt2_shape
-from sae_runtime.formats.published import read_manifest
-from sae_runtime.kernels.benchmark import measure_tiled_topk
+from sae_runtime.dictionary.formats.published import read_manifest
 from service.client import Client
 from service.pb.saeserve.v1 import common_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as pb

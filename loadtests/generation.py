@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 from loadtests.hooked import HookedGenerator, HookEdit
 from loadtests.load import timed
 from sae_runtime import Backbone
-from sae_runtime.formats.published import read_manifest
+from sae_runtime.dictionary.formats.published import read_manifest
 from service.pb.saeserve.v1 import common_pb2, edits_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as feature_pb
 from service.pb.saeserve.v1 import intervention_service_pb2 as pb

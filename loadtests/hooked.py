@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from sae_runtime.formats.published import read_manifest
+from sae_runtime.dictionary.formats.published import read_manifest
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.formats import load_dictionary
-from sae_runtime.formats.openai import save_openai
-from sae_runtime.formats.saelens import save_saelens
-from sae_runtime.normalization import Normalization
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.formats import load_dictionary
+from sae_runtime.dictionary.formats.openai import save_openai
+from sae_runtime.dictionary.formats.saelens import save_saelens
+from sae_runtime.dictionary.normalization import Normalization
 
 WIDTH, N_LATENTS, K, ROWS = 64, 512, 16, 256
 TOLERANCE = 1e-5

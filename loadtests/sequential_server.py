@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from loadtests.bare import BareExtractor
-from sae_runtime.formats.published import read_manifest
+from sae_runtime.dictionary.formats.published import read_manifest
 from service.arrays import pack_sparse_rows
 from service.pb.saeserve.v1 import feature_service_pb2 as pb
 from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceServicer, add_FeatureServiceServicer_to_server

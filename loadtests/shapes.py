@@ -9,8 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_runtime import Backbone, Dictionary, LatentStatistics
-from sae_runtime.formats.manifest import BackboneReference
-from sae_runtime.formats.published import save_dictionary
+from sae_runtime.dictionary.formats.published import save_dictionary
+from sae_runtime.dictionary.manifest import BackboneReference
 
 LAYER = 8
 N_LATENTS = 32_768

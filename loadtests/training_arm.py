@@ -32,7 +32,7 @@ class Arm(NamedTuple):
 
 
 def saeserve(spec: dict[str, Any], sample: Tensor) -> Arm:
-    from sae_runtime.autoencoder import Dictionary
+    from sae_runtime.dictionary.dictionary import Dictionary
     from sae_runtime.training.config import TrainingConfig
     from sae_runtime.training.trainers import new_trainer
 

@@ -35,11 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_runtime import Backbone, load_dictionary
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import Site
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
+from sae_runtime.training.activations.run_rows import held_out_rows
+from sae_runtime.training.activations.source import open_activation_source
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.data_rows import held_out_rows
-from sae_runtime.training.data_source import open_activation_source
 
 PEERS = ("saelens", "dictionary_learning")
 PEER_PACKAGES = ("sae-lens==6.54.12", "dictionary-learning==0.1.0")

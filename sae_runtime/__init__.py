@@ -7,47 +7,47 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae_runtime.autoencoder import Dictionary as Dictionary
-    from sae_runtime.backbone import Backbone as Backbone
+    from sae_runtime.dictionary.dictionary import Dictionary as Dictionary
+    from sae_runtime.dictionary.features import InputStatistics as InputStatistics
+    from sae_runtime.dictionary.features import SparseFeatures as SparseFeatures
+    from sae_runtime.dictionary.formats import list_builtin_dictionaries as list_builtin_dictionaries
+    from sae_runtime.dictionary.formats import load_dictionary as load_dictionary
+    from sae_runtime.dictionary.formats.published import save_dictionary as save_dictionary
+    from sae_runtime.dictionary.manifest import Manifest as Manifest
+    from sae_runtime.dictionary.statistics import LatentStatistics as LatentStatistics
+    from sae_runtime.edits import Condition as Condition
+    from sae_runtime.edits import Edit as Edit
+    from sae_runtime.edits import InvalidEdit as InvalidEdit
     from sae_runtime.errors import DictionaryFormatError as DictionaryFormatError
     from sae_runtime.errors import EditConflict as EditConflict
     from sae_runtime.errors import FingerprintMismatch as FingerprintMismatch
     from sae_runtime.errors import UnknownDictionary as UnknownDictionary
-    from sae_runtime.features import InputStatistics as InputStatistics
-    from sae_runtime.features import SparseFeatures as SparseFeatures
-    from sae_runtime.formats import list_builtin_dictionaries as list_builtin_dictionaries
-    from sae_runtime.formats import load_dictionary as load_dictionary
-    from sae_runtime.formats.manifest import Manifest as Manifest
-    from sae_runtime.formats.published import save_dictionary as save_dictionary
-    from sae_runtime.interventions import Condition as Condition
-    from sae_runtime.interventions import Edit as Edit
-    from sae_runtime.interventions import InvalidEdit as InvalidEdit
-    from sae_runtime.packed import PackedTokens as PackedTokens
-    from sae_runtime.sites import Site as Site
-    from sae_runtime.statistics import LatentStatistics as LatentStatistics
-    from sae_runtime.tokenization import TokenizedText as TokenizedText
+    from sae_runtime.model.backbone import Backbone as Backbone
+    from sae_runtime.model.packed import PackedTokens as PackedTokens
+    from sae_runtime.model.sites import Site as Site
+    from sae_runtime.model.tokenization import TokenizedText as TokenizedText
 
 # Imported on first use: torch takes seconds to import, and commands such as `saeserve --help` need none of it.
 _MODULE_OF = {
-    "Backbone": "backbone",
-    "Condition": "interventions",
-    "Dictionary": "autoencoder",
+    "Backbone": "model.backbone",
+    "Condition": "edits",
+    "Dictionary": "dictionary.dictionary",
     "DictionaryFormatError": "errors",
-    "Edit": "interventions",
+    "Edit": "edits",
     "EditConflict": "errors",
     "FingerprintMismatch": "errors",
-    "InputStatistics": "features",
-    "InvalidEdit": "interventions",
-    "LatentStatistics": "statistics",
-    "Manifest": "formats.manifest",
-    "PackedTokens": "packed",
-    "Site": "sites",
-    "SparseFeatures": "features",
-    "TokenizedText": "tokenization",
+    "InputStatistics": "dictionary.features",
+    "InvalidEdit": "edits",
+    "LatentStatistics": "dictionary.statistics",
+    "Manifest": "dictionary.manifest",
+    "PackedTokens": "model.packed",
+    "Site": "model.sites",
+    "SparseFeatures": "dictionary.features",
+    "TokenizedText": "model.tokenization",
     "UnknownDictionary": "errors",
-    "list_builtin_dictionaries": "formats",
-    "load_dictionary": "formats",
-    "save_dictionary": "formats.published",
+    "list_builtin_dictionaries": "dictionary.formats",
+    "load_dictionary": "dictionary.formats",
+    "save_dictionary": "dictionary.formats.published",
 }
 
 __all__ = sorted(_MODULE_OF)

@@ -62,8 +62,8 @@ class FeatureServer:
         _share_metrics(settings.metrics_dir)
         try:
             # Here, because they bring torch, which the process that deploys does not need, and read that folder's name.
+            from service.replica import ServiceRuntime
             from service.rpc.servicers import build_handlers
-            from service.runtime import ServiceRuntime
 
             self.runtime = await ServiceRuntime.start(settings.replica_settings())
             self.handlers = build_handlers(self.runtime)

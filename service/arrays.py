@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from service.pb.saeserve.v1 import common_pb2, feature_service_pb2
 
 if TYPE_CHECKING:
-    from sae_runtime.tokenization import TokenizedText
+    from sae_runtime.model.tokenization import TokenizedText
 
 FloatArray = NDArray[np.float32]
 UintArray = NDArray[np.uint32]

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Response
 from fastapi.concurrency import run_in_threadpool
 
 if TYPE_CHECKING:
-    from service.runtime import ServiceRuntime
+    from service.replica import ServiceRuntime
 
 
 def build_http(runtime: ServiceRuntime, services: Sequence[str]) -> FastAPI:

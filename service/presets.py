@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_runtime.edits.checks import check_edits
+from sae_runtime.edits.edit import InvalidEdit, terms
 from sae_runtime.errors import EditConflict
-from sae_runtime.interventions.checks import check_edits
-from sae_runtime.interventions.data import InvalidEdit, terms
 from service.edits.files import EditFileError, Preset, read_presets
 from service.edits.messages import edit_message
 from service.pb.saeserve.v1 import edits_pb2 as pb

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from service.runtime import ReplicaSettings
+from service.replica import ReplicaSettings
 
 ENVIRONMENT_PREFIX = "SAESERVE_"
 NOT_SETTINGS = frozenset({"SAESERVE_ADDRESS"})

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_runtime import Backbone, load_dictionary
+from sae_runtime.builtin import HELD_OUT
+from sae_runtime.data.documents import read_documents
+from sae_runtime.dictionary.formats import list_builtin_dictionaries
 from sae_runtime.evaluation.bits_per_byte import bits_per_byte
 from sae_runtime.evaluation.dictionary_evaluation import evaluate_dictionary
-from sae_runtime.formats import list_builtin_dictionaries
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.run import held_out_rows
-from sae_runtime.training.text import read_documents
 
-HELD_OUT = Path(__file__).resolve().parent / "data" / "heldout.jsonl.xz"
 SHOWN = ("nmse", "relative_error", "nmse_normalized", "l0", "dead_fraction", "loss_recovered")
 
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.text import Text
 
 from sae_runtime import Backbone, Dictionary, load_dictionary
-from sae_runtime.builtin.figures import HELD_OUT
+from sae_runtime.builtin import HELD_OUT
+from sae_runtime.data.documents import read_documents
 from sae_runtime.evaluation.top_contexts import FeatureContext, top_contexts
-from sae_runtime.training.text import read_documents
 
 N_CONTEXTS = 8
 RATES = (2e-4, 2e-2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_runtime.backbone import Backbone
+from sae_runtime.model.backbone import Backbone
 
 LOGIT_ENTRIES = 1 << 24
 """Logits that exist at once (64 MiB in float32); a few temporaries of the same size come beside them."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_runtime.backbone import Backbone
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import LOCATIONS, Site
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import LOCATIONS, Site
 
 
 @dataclass(frozen=True, eq=False)

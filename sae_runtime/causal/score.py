@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
 from sae_runtime.causal.predictions import Predictions, compare, next_tokens, predict
 from sae_runtime.causal.prefix import last_site
-from sae_runtime.interventions import CompiledEdits, Edit, RowEdits, plan_edits
-from sae_runtime.packed import PackedTokens
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits import CompiledEdits, Edit, RowEdits, plan_edits
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
 
 
 @dataclass(frozen=True)

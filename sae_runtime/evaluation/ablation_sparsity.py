@@ -17,14 +17,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.evaluation.baselines import Baselines, to_inner, to_outer
 from sae_runtime.evaluation.intervals import bootstrap_interval, generator
 from sae_runtime.evaluation.progress import StageProgress
-from sae_runtime.features import SparseFeatures
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import Site
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
 
 Array = npt.NDArray[np.float64]
 _BINS = 24

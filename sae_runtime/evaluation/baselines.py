@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_runtime.features import InputStatistics, SparseFeatures
-from sae_runtime.kernels.sparse_decode import sparse_decode
-from sae_runtime.kernels.tiled_topk import tiled_topk
+from sae_runtime.dictionary.features import InputStatistics, SparseFeatures
+from sae_runtime.kernels.decode import sparse_decode
+from sae_runtime.kernels.topk import tiled_topk
 
 _TINY = 1e-12
 

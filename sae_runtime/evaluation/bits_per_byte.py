@@ -9,10 +9,10 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from sae_runtime.backbone import Backbone
-from sae_runtime.packed import PackedTokens
-from sae_runtime.training.text import Document
-from sae_runtime.training.token_rows import encode_texts
+from sae_runtime.data.documents import Document
+from sae_runtime.data.rows import encode_texts
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sae_runtime.formats.manifest import Provenance
+from sae_runtime.dictionary.manifest import Provenance
 
 _BAR = 40  # characters of the longest bar
 _SHOWN_EXPLANATIONS = 8

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sae_runtime.features import SparseFeatures
+from sae_runtime.dictionary.features import SparseFeatures
 
 BINS_PER_DECADE = 4
 _L0_BINS = 64

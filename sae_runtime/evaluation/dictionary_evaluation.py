@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import Site
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
 
 LOGIT_TOKENS = 2_048
 """Tokens whose logits exist at once; a vocabulary of 50,257 then takes 400 MB."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import sae_runtime.builtin
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
+from sae_runtime.builtin import HELD_OUT
+from sae_runtime.data.rows import encode_texts
+from sae_runtime.data.text_sample import TextSample, read_sample
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.evaluation.ablation_sparsity import ablation_figures, ablation_sparsity
 from sae_runtime.evaluation.baselines import Baselines, Moments, fit_baselines, to_inner
 from sae_runtime.evaluation.density import DensityCounter
@@ -27,12 +28,9 @@ from sae_runtime.evaluation.report import EvaluationReport
 from sae_runtime.evaluation.settings import EvaluationSettings
 from sae_runtime.evaluation.splice import choose_windows, splice_single_tokens, splice_tokens
 from sae_runtime.evaluation.splice_figures import baseline_figures, kind_figures, overall_figures, position_figures
-from sae_runtime.evaluation.text_sample import TextSample, read_sample
-from sae_runtime.features import SparseFeatures
-from sae_runtime.sites import Site
-from sae_runtime.training.token_rows import encode_texts
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.sites import Site
 
-BUILTIN_HELD_OUT = Path(sae_runtime.builtin.__file__).parent / "data" / "heldout.jsonl.xz"
 _BASELINES = ("mean", "pca", "random")
 
 
@@ -77,7 +75,7 @@ def complete_settings(settings: EvaluationSettings, dictionary: Dictionary) -> E
     defaults = {"seed": 0, "context_length": None, "rows": "packed", "prepend_end_of_text": False}
     filled = {name: trained.get(name, default) for name, default in defaults.items() if getattr(settings, name) is None}
     filled["site"] = settings.site or dictionary.site
-    filled["data"] = settings.data or (BUILTIN_HELD_OUT,)
+    filled["data"] = settings.data or (HELD_OUT,)
     return EvaluationSettings.model_validate(settings.model_dump() | filled)
 
 

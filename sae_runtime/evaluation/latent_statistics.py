@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_runtime.features import SparseFeatures
-from sae_runtime.statistics import LatentStatistics
+from sae_runtime.dictionary.features import SparseFeatures
+from sae_runtime.dictionary.statistics import LatentStatistics
 
 QUANTILE_LEVELS = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 

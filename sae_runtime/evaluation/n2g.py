@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
+from sae_runtime.data.text_sample import TextSample
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.evaluation.dictionary_evaluation import packed_passes
 from sae_runtime.evaluation.intervals import generator, with_interval
 from sae_runtime.evaluation.ngram_trie import NgramTrie, Pattern
 from sae_runtime.evaluation.progress import StageProgress
-from sae_runtime.evaluation.text_sample import TextSample
-from sae_runtime.features import SparseFeatures
-from sae_runtime.sites import Site
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.sites import Site
 
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

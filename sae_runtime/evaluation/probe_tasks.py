@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sae_runtime.data.text_sample import TASK_LABELS, TextSample
 from sae_runtime.evaluation.intervals import generator
 from sae_runtime.evaluation.splice_figures import slug
-from sae_runtime.evaluation.text_sample import TASK_LABELS, TextSample
 
 Integers = npt.NDArray[np.int64]
 

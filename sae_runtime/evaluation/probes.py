@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.evaluation.logistic_probes import SparseExamples, fit_probes, probe_loss
 from sae_runtime.evaluation.probe_tasks import Task
 from sae_runtime.evaluation.progress import StageProgress
-from sae_runtime.features import SparseFeatures
 
 Integers = npt.NDArray[np.int64]
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sae_runtime.sites import Site
+from sae_runtime.model.sites import Site
 
 
 class EvaluationSettings(BaseModel):

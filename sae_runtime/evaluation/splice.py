@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.features import InputStatistics
 from sae_runtime.evaluation.density import DensityCounter
 from sae_runtime.evaluation.dictionary_evaluation import packed_passes
 from sae_runtime.evaluation.intervals import generator
 from sae_runtime.evaluation.progress import StageProgress
-from sae_runtime.features import InputStatistics
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import Site
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
 
 Array = npt.NDArray[np.float64]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sae_runtime.data.text_sample import TextSample
 from sae_runtime.evaluation.density import DENSE
 from sae_runtime.evaluation.intervals import bootstrap_interval
 from sae_runtime.evaluation.splice import SplicedTokens
-from sae_runtime.evaluation.text_sample import TextSample
 
 MIN_DOCUMENTS = 20
 

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
+from sae_runtime.data.documents import Document
+from sae_runtime.data.rows import encode_texts
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.evaluation.dictionary_evaluation import packed_passes
-from sae_runtime.features import SparseFeatures
-from sae_runtime.sites import Site
-from sae_runtime.training.text import Document
-from sae_runtime.training.token_rows import encode_texts
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.sites import Site
 
 Array = npt.NDArray[Any]
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_runtime.kernels.tiled_topk import tiled_topk, topk_of_rows
+from sae_runtime.kernels.topk import tiled_topk, topk_of_rows
 
 MIN_ROWS = 16
 """With fewer rows reading the weights takes the time, not the product."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_runtime.kernels.byte_encoder import BLOCK, LANES, ByteEncoder, Tally
 from sae_runtime.kernels.compiled import compiled
-from sae_runtime.kernels.linear import Linear, few_rows_linear
+from sae_runtime.kernels.products import Linear, few_rows_linear
 
 SMALL_LATENTS = 4096
 """An encoder of up to so many latents is looked at whole, if there is no copy in bytes."""

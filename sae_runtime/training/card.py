@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sae_runtime.autoencoder import Dictionary
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.manifest import Provenance
+from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.evaluation import card
 from sae_runtime.evaluation.density import density_figures
 from sae_runtime.evaluation.dictionary_evaluation import DictionaryEvaluation
-from sae_runtime.formats.manifest import Provenance
-from sae_runtime.statistics import LatentStatistics
 
 
 def render_card(

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from sae_runtime.backbone import Backbone
+from sae_runtime.atomic import atomic_file
+from sae_runtime.model.backbone import Backbone
 from sae_runtime.training.config import TrainingConfig
 
 FREE_ON_RESUME = frozenset(
@@ -61,20 +62,14 @@ def check_identity(found: dict[str, Any], expected: dict[str, Any], path: Path) 
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Writes tensors and plain values atomically: to a temporary file beside `path`, flushed to disk, then renamed.
+    """Writes tensors and plain values to a file that appears complete or not at all.
 
     Raises:
         OSError: the file cannot be written, for example as the disk is full; what was at `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with atomic_file(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # PyTorch's writer turns what the file says into a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -82,17 +77,6 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         number = cause.errno if isinstance(cause, OSError) else None
         reason = os.strerror(number) if number else str(error).splitlines()[0]
         raise OSError(number, f"the checkpoint {path} cannot be written: {reason}{kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes the renaming itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

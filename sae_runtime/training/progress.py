@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Literal
 
-from sae_runtime.sites import Site
+from sae_runtime.model.sites import Site
 from sae_runtime.training.trainers.trainer import StepMetrics
 
 Stage = Literal["prepare", "train", "statistics", "evaluate", "publish"]

@@ -6,24 +6,24 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.formats.published import save_dictionary
+from sae_runtime.dictionary.manifest import BackboneReference, Manifest, Provenance
+from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.evaluation.dictionary_evaluation import DictionaryEvaluation, evaluate_dictionary, packed_passes
 from sae_runtime.evaluation.latent_statistics import LatentStatisticsBuilder
-from sae_runtime.formats.manifest import BackboneReference, Manifest, Provenance
-from sae_runtime.formats.published import save_dictionary
-from sae_runtime.sites import Site
-from sae_runtime.statistics import LatentStatistics
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.sites import Site
+from sae_runtime.training.activations.run_rows import held_out_rows
 from sae_runtime.training.card import render_card
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.data_rows import held_out_rows
 from sae_runtime.training.progress import ProgressMeter
+from sae_runtime.version import code_version
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _publish_one(
     meter.begin("publish", 1)
     dictionary = replace(dictionary.to("cpu"), statistics=statistics)
     provenance = Provenance(
-        code_version=_code_version(),
+        code_version=code_version(),
         config=config.provenance(),
         seed=config.seed,
         tokens=config.n_steps * config.batch_tokens,
@@ -146,10 +146,3 @@ def measure_statistics(
 def _size(path: Path) -> int:
     """Bytes of a file, or of the files in a folder."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-
-
-def _code_version() -> str:
-    try:
-        return f"saeserve {metadata.version('saeserve')}"
-    except metadata.PackageNotFoundError:
-        return "saeserve (not installed)"

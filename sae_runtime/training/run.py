@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from sae_runtime.backbone import Backbone
-from sae_runtime.sites import Site
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.sites import Site
+from sae_runtime.training.activations.run_rows import held_out_rows
+from sae_runtime.training.activations.source import open_activation_source
 from sae_runtime.training.checkpoint import (
     check_identity,
     load_checkpoint,
@@ -16,8 +18,6 @@ from sae_runtime.training.checkpoint import (
     save_checkpoint,
 )
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.data_rows import held_out_rows
-from sae_runtime.training.data_source import open_activation_source
 from sae_runtime.training.initialisation import MEDIAN_SAMPLES
 from sae_runtime.training.progress import ProgressCallback, ProgressMeter, figures_by_site, mean_metrics
 from sae_runtime.training.publication import TrainingResult, measure_statistics, publish

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from sae_runtime.atomic import atomic_file
 from sae_runtime.training.config import TrainingConfig
 
 
@@ -86,7 +87,8 @@ class _MetricsFile:
         if path.exists():
             kept = _lines_until(path, step) if step else []
             if kept:
-                _replace_lines(path, kept)
+                with atomic_file(path) as file:
+                    file.write("".join(kept).encode())
             else:
                 path.replace(path.with_name(path.name + ".previous"))
         self._file: IO[str] = path.open("a", encoding="utf-8")
@@ -122,18 +124,6 @@ def _lines_until(path: Path, step: int) -> list[str]:
         if found <= step and line.endswith("\n"):
             kept.append(line)
     return kept
-
-
-def _replace_lines(path: Path, lines: list[str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _TensorBoard:

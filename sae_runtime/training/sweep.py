@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from sae_runtime.formats.published import read_manifest
+from sae_runtime.dictionary.formats.published import read_manifest
 from sae_runtime.training.config import PENALISED, TrainingConfig
 from sae_runtime.training.progress import ProgressCallback
 from sae_runtime.training.run import run_training

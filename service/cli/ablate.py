@@ -22,7 +22,7 @@ from service.cli.connection import add_connection_arguments, connected
 from service.cli.feature_names import dictionary_of, feature_name
 from service.cli.json_output import print_json
 from service.cli.tables import Entries, data_table, interval, print_table
-from service.client.causal import AblationStudy, FeatureEffect
+from service.client import AblationStudy, FeatureEffect
 
 DEFAULT_STRONGEST = 10
 

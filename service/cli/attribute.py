@@ -14,7 +14,7 @@ from service.cli.connection import add_connection_arguments, connected
 from service.cli.json_output import print_json
 from service.cli.tables import data_table, print_table, token_column
 from service.cli.token_view import visible
-from service.client.causal import Attributions
+from service.client import Attributions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from sae_runtime.training.activation_cache import CacheGroup, clear_cache, list_groups
+from sae_runtime.training.activations.cache import CacheGroup, clear_cache, list_groups
 from service.cli.command_error import CommandError
 from service.cli.json_output import print_json
 from service.cli.tables import data_table, print_table

@@ -17,7 +17,7 @@ from service.cli.edit_options import describe
 from service.cli.features import read_files
 from service.cli.json_output import print_json
 from service.cli.tables import Entries, data_table, print_table
-from service.client.causal import Contrast, SetScore, SuggestionTrial
+from service.client import Contrast, SetScore, SuggestionTrial
 
 DEFAULT_FDR = 0.05
 """At which the server counts what it finds."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_runtime.interventions.data import POSITION_NAMES
+from sae_runtime.edits.edit import POSITION_NAMES
 from service.cli.command_error import CommandError
 from service.cli.feature_names import FeatureName, dictionary_of, feature_name
 from service.client import AfterText, Edit, EditPreset, Reference

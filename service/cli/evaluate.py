@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 from yaml import YAMLError
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.formats import check_backbone, load_dictionary
 from sae_runtime.errors import DictionaryFormatError, FingerprintMismatch, UnknownDictionary
 from sae_runtime.evaluation.evaluate import complete_settings, evaluate
 from sae_runtime.evaluation.figure_names import describe
@@ -22,7 +22,7 @@ from sae_runtime.evaluation.plots import MissingPlotLibrary
 from sae_runtime.evaluation.progress import EvaluationProgress
 from sae_runtime.evaluation.report import EvaluationReport
 from sae_runtime.evaluation.settings import EvaluationSettings
-from sae_runtime.formats import check_backbone, load_dictionary
+from sae_runtime.model.backbone import Backbone
 from service.cli.command_error import CommandError
 from service.cli.json_output import print_json
 from service.cli.setting_flags import add_setting_flags, given_settings, problem

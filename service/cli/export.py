@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sae_runtime.dictionary.formats import load_dictionary
+from sae_runtime.dictionary.formats.openai import save_openai
+from sae_runtime.dictionary.formats.saelens import save_saelens
 from sae_runtime.errors import UnknownDictionary
-from sae_runtime.formats import load_dictionary
-from sae_runtime.formats.openai import save_openai
-from sae_runtime.formats.saelens import save_saelens
 from service.cli.command_error import CommandError
 
 _WRITERS = {"openai": save_openai, "saelens": save_saelens}

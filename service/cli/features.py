@@ -18,7 +18,7 @@ from service.cli.feature_names import FeatureName, feature_name
 from service.cli.json_output import print_json
 from service.cli.token_view import show_aggregate, show_tokens
 from service.client import DictionaryFeatures, Extraction, InputFeatures, Limits, Tokens
-from service.client.messages import ExtractOptions
+from service.client.options import ExtractOptions
 
 DEFAULT_TOP_K = 5
 

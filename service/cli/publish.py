@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sae_runtime.backbone import Backbone
+from sae_runtime.dictionary.formats import load_dictionary
+from sae_runtime.dictionary.formats.published import STORED_DTYPES, read_statistics
+from sae_runtime.dictionary.publish import measure_on_text, publish
 from sae_runtime.errors import DictionaryFormatError, UnknownDictionary
-from sae_runtime.formats import load_dictionary
-from sae_runtime.formats.published import STORED_DTYPES, read_statistics
-from sae_runtime.publishing import measure_on_text, publish
-from sae_runtime.sites import Site
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.sites import Site
 from service.cli.command_error import CommandError
 from service.cli.json_output import print_json
 from service.cli.tables import fact_table, print_table

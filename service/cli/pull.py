@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from sae_runtime.dictionary.formats.published import STORED_DTYPES
+from sae_runtime.dictionary.pull.download import DownloadSettings, PullError
+from sae_runtime.dictionary.pull.pull import Pulled, PullSettings, pull
 from sae_runtime.errors import DictionaryFormatError
-from sae_runtime.formats.published import STORED_DTYPES
-from sae_runtime.pull.download import DownloadSettings, PullError
-from sae_runtime.pull.pull import Pulled, PullSettings, pull
 from service.cli.command_error import CommandError
 from service.cli.json_output import print_json
 from service.cli.tables import fact_table, print_table

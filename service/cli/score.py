@@ -22,7 +22,7 @@ from service.cli.edit_options import add_edit_arguments, describe, preset_edits,
 from service.cli.json_output import print_json
 from service.cli.tables import data_table, print_table, token_column
 from service.cli.token_view import visible
-from service.client.causal import InputScore, Scores
+from service.client import InputScore, Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sae_runtime.training.token_folder.manifest import TokenManifest
-from sae_runtime.training.token_folder.reader import TokenFolder
-from sae_runtime.training.token_folder.tokenize import TokenizeConfig, TokenizeProgress, tokenize
+from sae_runtime.data.token_folder.manifest import TokenManifest
+from sae_runtime.data.token_folder.reader import TokenFolder
+from sae_runtime.data.token_folder.tokenize import TokenizeConfig, TokenizeProgress, tokenize
 from service.cli.command_error import CommandError
 from service.cli.json_output import print_json
 from service.cli.setting_flags import add_setting_flags, given_settings, problem

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 from yaml import YAMLError
 
+from sae_runtime.dictionary.manifest import Manifest
 from sae_runtime.errors import DictionaryFormatError
 from sae_runtime.evaluation.figure_names import describe
-from sae_runtime.formats.manifest import Manifest
 from sae_runtime.training.config import TrainingConfig, preset_names
 from sae_runtime.training.distributed.worker import workers_folder
 from sae_runtime.training.progress import TrainingProgress

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sae_runtime.formats.manifest import Manifest
-from sae_runtime.formats.published import read_manifest
+from sae_runtime.dictionary.formats.published import read_manifest
+from sae_runtime.dictionary.manifest import Manifest
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.progress import ProgressCallback
 from service.cli.argument_types import natural

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from sae_runtime.interventions.data import (
+from sae_runtime.edits.edit import (
     AfterText,
     AllOf,
     AnyOf,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 
-from sae_runtime.interventions.data import AllOf, AnyOf, Condition, Where
+from sae_runtime.edits.edit import AllOf, AnyOf, Condition, Where
 
 _TOKEN = re.compile(r"\s*(\(|\)|<=|>|[^\s()<>=]+)")
 FORM = "FEATURE > NUMBER or FEATURE <= NUMBER, joined by and, or and parentheses, such as '12 > 0.5 and 7 <= 0'"

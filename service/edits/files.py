@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
-from sae_runtime.interventions.data import (
+from sae_runtime.edits.edit import (
     AfterText,
     Edit,
     InvalidEdit,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from sae_runtime.interventions.data import (
+from sae_runtime.edits.edit import (
     AfterText,
     AllOf,
     AnyOf,

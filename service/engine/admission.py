@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
-from sae_runtime.sites import Site
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.sites import Site
 from service.engine.work import DecodeWork, Selection
 
 

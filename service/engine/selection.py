@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_runtime.features import SparseFeatures
+from sae_runtime.dictionary.features import SparseFeatures
 from service.engine.work import Csr, Selection
 
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
-from sae_runtime.interventions import EditOutOfRange, EditPlan, EditPlanner, RowEdits
-from sae_runtime.kv_cache import KVCache
-from sae_runtime.packed import PackedTokens
-from sae_runtime.sites import Site
-from service.engine.continuation import GeneratedSequence
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits import EditOutOfRange, EditPlan, EditPlanner, RowEdits
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.kv_cache import KVCache
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
 from service.engine.errors import NonFiniteActivations
 from service.engine.sampling import SampledToken, sample
 from service.engine.selection import RowRange, select
+from service.engine.sequence import GeneratedSequence
 from service.engine.work import Csr, Selection, TokenFeatures
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from sae_runtime.interventions import Edit
+    from sae_runtime.edits import Edit
 
 Aggregation = Literal["none", "max", "mean", "sum", "last"]
 """How the tokens of an input become rows: one row a token, or one row an input. A silent feature counts as 0."""

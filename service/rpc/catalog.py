@@ -13,7 +13,7 @@ from service.rpc.served import ServedModel
 
 if TYPE_CHECKING:
     from sae_runtime import Dictionary
-    from sae_runtime.formats.manifest import Provenance
+    from sae_runtime.dictionary.manifest import Provenance
 
 
 class CatalogRpc:

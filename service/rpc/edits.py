@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sae_runtime.edits import Edit, InvalidEdit, check_edits
+from sae_runtime.edits.edit import MAX_AFTER_TEXT_BYTES, MAX_CONDITION_DEPTH, MAX_CONDITION_TERMS, Unit, terms
 from sae_runtime.errors import EditConflict
-from sae_runtime.interventions import Edit, InvalidEdit, check_edits
-from sae_runtime.interventions.data import MAX_AFTER_TEXT_BYTES, MAX_CONDITION_DEPTH, MAX_CONDITION_TERMS, Unit, terms
 from service.edits.messages import read_edit
 from service.engine.work import ExtractWork, Selection
 from service.pb.saeserve.v1 import common_pb2

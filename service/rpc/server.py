@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
-from sae_runtime.sites import LOCATIONS
+from sae_runtime.model.sites import LOCATIONS
+from sae_runtime.version import installed_version
 from service.engine.settings import EngineSettings
 from service.pb.saeserve.v1 import server_service_pb2 as pb
 from service.rpc.call import Call
@@ -21,8 +20,8 @@ class ServerRpc:
         backbone = served.backbone
         # Nothing of this changes while the replica lives.
         self._info = pb.GetServerInfoResponse(
-            version=_version("saeserve"),
-            library_versions={name: version for name in _LIBRARIES if (version := _version(name))},
+            version=installed_version("saeserve") or "",
+            library_versions={name: version for name in _LIBRARIES if (version := installed_version(name))},
             backbone=pb.Backbone(
                 name=backbone.name,
                 fingerprint=backbone.fingerprint,
@@ -49,10 +48,3 @@ class ServerRpc:
         reply = pb.GetServerInfoResponse(request_id=call.request_id)
         reply.MergeFrom(self._info)
         return reply
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -21,7 +21,7 @@ from service.pb.saeserve.v1 import (
 from service.rpc.call import CallWrapper, StreamHandler, UnaryHandler, tolerant_deserializer
 
 if TYPE_CHECKING:
-    from service.runtime import ServiceRuntime
+    from service.replica import ServiceRuntime
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 

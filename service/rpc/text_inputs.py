@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sae_runtime.tokenization import TokenizedText
+from sae_runtime.model.tokenization import TokenizedText
 from service.pb.saeserve.v1 import common_pb2
 from service.rpc.checks import Violations
 from service.rpc.limits import Limits

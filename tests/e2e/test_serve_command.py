@@ -22,7 +22,7 @@ BUILTIN = Path(sae_runtime.__file__).parent / "builtin" / "backbone"
 def alive(processes: list[object]) -> list[object]:
     import psutil
 
-    _, left = psutil.wait_procs(processes, timeout=5)
+    _, left = psutil.wait_procs(processes, timeout=60)
     return list(left)
 
 

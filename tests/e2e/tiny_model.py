@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_runtime import Backbone, Dictionary, load_dictionary, save_dictionary
-from sae_runtime.formats.manifest import BackboneReference
+from sae_runtime.dictionary.manifest import BackboneReference
 from tests.service.engine.models import VOCABULARY, byte_tokenizer, random_dictionary
 
 WIDTH = 32

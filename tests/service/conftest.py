@@ -16,9 +16,9 @@ from service.pb.saeserve.v1 import (
     intervention_service_pb2_grpc,
     server_service_pb2_grpc,
 )
+from service.replica import ReplicaSettings, ServiceRuntime
 from service.rpc.limits import Limits
 from service.rpc.servicers import add_to_grpc_server, build_handlers
-from service.runtime import ReplicaSettings, ServiceRuntime
 from tests.service.engine.models import small_backbone, small_dictionaries
 
 LIMITS = Limits(

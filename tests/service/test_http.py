@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 
 from service.http import build_http
-from service.runtime import ServiceRuntime
+from service.replica import ServiceRuntime
 from tests.service.conftest import Served
 
 

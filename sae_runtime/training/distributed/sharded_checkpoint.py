@@ -11,7 +11,6 @@ the whole run may be killed at any moment. The folder must be one that all worke
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Any
 
 import torch
 
+from sae_runtime.atomic import atomic_file
+from sae_runtime.training.activations.source import merge_source_states
 from sae_runtime.training.checkpoint import check_identity, load_checkpoint, save_checkpoint
 from sae_runtime.training.communicator import Communicator
-from sae_runtime.training.data_source import merge_source_states
 
 _LATEST = "latest.json"
 
@@ -99,14 +99,9 @@ class ShardedCheckpoint:
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:
-    """Writes a JSON file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes a JSON file that appears complete or not at all."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value).encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

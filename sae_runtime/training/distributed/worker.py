@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from sae_runtime.backbone import Backbone
-from sae_runtime.sites import Site
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.sites import Site
+from sae_runtime.training.activations.source import ActivationSource, open_activation_source
 from sae_runtime.training.checkpoint import load_checkpoint, run_identity, save_checkpoint
 from sae_runtime.training.communicator import Communicator
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.data_source import ActivationSource, open_activation_source
 from sae_runtime.training.distributed.sharded_checkpoint import ShardedCheckpoint
 from sae_runtime.training.distributed.sharded_topk_trainer import ShardedTopKTrainer, whole_export
 from sae_runtime.training.initialisation import MEDIAN_SAMPLES

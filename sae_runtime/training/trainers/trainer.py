@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from sae_runtime.normalization import normalize_rows
+from sae_runtime.dictionary.normalization import normalize_rows
 from sae_runtime.training.communicator import SINGLE, Communicator
 from sae_runtime.training.config import PENALISED, TrainingConfig
 from sae_runtime.training.initialisation import MEDIAN_SAMPLES, geometric_median

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from sae_runtime import Backbone, Dictionary, LatentStatistics
-from sae_runtime.autoencoder import Activation
+from sae_runtime.dictionary.dictionary import Activation
 
 N_LATENTS, K = 24, 5
 Replace = Callable[[Tensor, Tensor], Tensor]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
+from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.evaluation.logistic_probes import RIDGE
 
 MODULES = {"0.resid_post_mlp": ("transformer.h.0", 16), "1.mlp_post_act": ("transformer.h.1.mlp.act", 64)}

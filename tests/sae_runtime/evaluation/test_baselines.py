@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from sae_runtime.dictionary.features import InputStatistics
 from sae_runtime.evaluation.baselines import Baselines, fit_baselines
-from sae_runtime.features import InputStatistics
 from tests.sae_runtime.evaluation.reference import random_dictionary
 
 

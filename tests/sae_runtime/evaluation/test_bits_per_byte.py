@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sae_runtime import Backbone
+from sae_runtime.data.documents import Document
 from sae_runtime.evaluation.bits_per_byte import bits_per_byte
-from sae_runtime.training.text import Document
 
 DOCUMENTS = [
     Document("short", "prose"),

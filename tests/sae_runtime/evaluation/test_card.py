@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from sae_runtime.dictionary.manifest import Provenance
+from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.evaluation.card import render_card
 from sae_runtime.evaluation.dictionary_evaluation import DictionaryEvaluation
-from sae_runtime.formats.manifest import Provenance
-from sae_runtime.statistics import LatentStatistics
 from sae_runtime.training.card import render_card as render_training_card
 from tests.sae_runtime.evaluation.reference import random_dictionary
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.evaluation.density import DensityCounter, density_figures
-from sae_runtime.features import SparseFeatures
 
 
 def test_figures_equal_dense_counts() -> None:

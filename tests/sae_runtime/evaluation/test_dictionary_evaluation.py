@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae_runtime import Backbone
-from sae_runtime.autoencoder import Dictionary
+from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.evaluation.dictionary_evaluation import evaluate_dictionary, packed_passes, take_tokens
 
 SITES = {"0.resid_post_mlp": ("transformer.h.0", 16), "1.mlp_post_act": ("transformer.h.1.mlp.act", 64)}

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from sae_runtime import Backbone
+from sae_runtime.data.text_sample import read_sample
+from sae_runtime.dictionary.manifest import BackboneReference, Manifest, Provenance
 from sae_runtime.evaluation.dictionary_evaluation import evaluate_dictionary
 from sae_runtime.evaluation.evaluate import complete_settings, evaluate
 from sae_runtime.evaluation.figure_names import DESCRIPTIONS, describe
@@ -18,8 +20,6 @@ from sae_runtime.evaluation.plots import MissingPlotLibrary
 from sae_runtime.evaluation.progress import EvaluationProgress
 from sae_runtime.evaluation.report import EvaluationReport
 from sae_runtime.evaluation.settings import EvaluationSettings
-from sae_runtime.evaluation.text_sample import read_sample
-from sae_runtime.formats.manifest import BackboneReference, Manifest, Provenance
 from tests.sae_runtime.evaluation.reference import FAMILIES, random_dictionary
 
 README = Path(__file__).parents[3] / "sae_runtime" / "evaluation" / "README.md"

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sae_runtime import Backbone, Site
-from sae_runtime.autoencoder import Dictionary
+from sae_runtime.data.documents import Document
+from sae_runtime.data.text_sample import TextSample
+from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.evaluation.n2g import ActivationRecorder, Explanation, Firings, explain_latents, n2g_figures
 from sae_runtime.evaluation.ngram_trie import NgramTrie, Pattern
-from sae_runtime.evaluation.text_sample import TextSample
-from sae_runtime.training.text import Document
 from tests.sae_runtime.evaluation.reference import FAMILIES, random_dictionary
 
 SITE = "0.resid_post_mlp"

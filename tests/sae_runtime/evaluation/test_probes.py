@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from sae_runtime.data.documents import Document
+from sae_runtime.data.text_sample import TextSample
+from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.evaluation.probe_tasks import TOKEN_RULES, Task, chunk_tasks, cut_chunks, token_tasks
 from sae_runtime.evaluation.probes import ExampleBuilder, probe_figures
-from sae_runtime.evaluation.text_sample import TextSample
-from sae_runtime.features import SparseFeatures
-from sae_runtime.training.text import Document
 from tests.sae_runtime.evaluation.reference import fit_slowly
 
 LABELS = [

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from sae_runtime import Backbone, Site
-from sae_runtime.autoencoder import Dictionary
+from sae_runtime.data.documents import Document
+from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.evaluation.top_contexts import top_contexts
-from sae_runtime.packed import PackedTokens
-from sae_runtime.training.text import Document
+from sae_runtime.model.packed import PackedTokens
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_runtime import load_dictionary
-from sae_runtime.sites import Site
+from sae_runtime.model.sites import Site
+from sae_runtime.training.activations.source import ActivationSource
 from sae_runtime.training.checkpoint import load_checkpoint, save_checkpoint
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.data_source import ActivationSource
 from sae_runtime.training.progress import TrainingProgress
 from sae_runtime.training.run import TrainingStopped, run_training
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sae_runtime import Backbone
-from sae_runtime.sites import Site
-from sae_runtime.training.activation_cache import ActivationCache
-from sae_runtime.training.token_folder.reader import TokenFolder
+from sae_runtime.data.token_folder.reader import TokenFolder
+from sae_runtime.model.sites import Site
+from sae_runtime.training.activations.cache import ActivationCache
 from tests.sae_runtime.conftest import tiny_backbone_folder  # noqa: F401 (a fixture)
-from tests.sae_runtime.pull.file_server import FileServer, running
+from tests.sae_runtime.dictionary.pull.file_server import FileServer, running
 
 Saeserve = Callable[..., tuple[int, str, str]]
 

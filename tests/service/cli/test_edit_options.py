@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_runtime.interventions import AfterText, Edit, Reference
+from sae_runtime.edits import AfterText, Edit, Reference
 from service.edits.messages import edit_message
 from service.pb.saeserve.v1 import edits_pb2
 from tests.service.cli.conftest import Output

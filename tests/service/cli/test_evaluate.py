@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 
 from sae_runtime import Backbone
+from sae_runtime.dictionary.formats.published import save_dictionary
+from sae_runtime.dictionary.manifest import BackboneReference
+from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.evaluation.progress import EvaluationProgress
 from sae_runtime.evaluation.settings import EvaluationSettings
-from sae_runtime.formats.manifest import BackboneReference
-from sae_runtime.formats.published import save_dictionary
-from sae_runtime.statistics import LatentStatistics
 from service.cli.evaluate import StageDisplay
 from tests.sae_runtime.conftest import tiny_backbone_folder  # noqa: F401 (a fixture)
 from tests.sae_runtime.evaluation.reference import random_dictionary

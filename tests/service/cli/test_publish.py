@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from sae_runtime import load_dictionary
+from tests import golden
 from tests.sae_runtime.conftest import tiny_backbone_folder  # noqa: F401 (a fixture)
 
 Saeserve = Callable[..., tuple[int, str, str]]
-GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden"
+GOLDEN = golden.FOLDER
 
 
 def test_publish_with_statistics(saeserve: Saeserve, tmp_path: Path, tiny_backbone_folder: Path):  # noqa: F811

@@ -21,8 +21,8 @@ from service.client import (
     ablate_feature,
     set_feature,
 )
+from service.replica import ReplicaSettings, ServiceRuntime
 from service.rpc.servicers import add_to_grpc_server, build_handlers
-from service.runtime import ReplicaSettings, ServiceRuntime
 from tests.service.conftest import LIMITS, served_dictionaries
 from tests.service.engine.models import small_backbone
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae_runtime.interventions import AllOf, AnyOf, Condition
+from sae_runtime.edits import AllOf, AnyOf, Condition
 from service.edits.conditions import format_condition, parse_condition
 
 PARSED = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sae_runtime.interventions import AfterText, AllOf, Condition, Edit, Reference
+from sae_runtime.edits import AfterText, AllOf, Condition, Edit, Reference
 from service import client
 from service.edits.files import EditFileError, Preset, read_edits, read_presets
 from service.edits.messages import edit_message

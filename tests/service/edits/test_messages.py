@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sae_runtime.interventions import AfterText, AllOf, AnyOf, Condition, Edit, Reference
+from sae_runtime.edits import AfterText, AllOf, AnyOf, Condition, Edit, Reference
 from service.edits.messages import edit_message, read_edit
 from service.pb.saeserve.v1 import edits_pb2
 

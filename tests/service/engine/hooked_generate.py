@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.interventions import AfterText, AllOf, Condition, Edit, Where
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits import AfterText, AllOf, Condition, Edit, Where
 
 
 class HookedGenerator:

@@ -9,11 +9,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sae_runtime.autoencoder import Dictionary
-from sae_runtime.backbone import Backbone
-from sae_runtime.gpt2_weights import random_state
-from sae_runtime.interventions import Edit
-from sae_runtime.statistics import LatentStatistics
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.statistics import LatentStatistics
+from sae_runtime.edits import Edit
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.families.gpt2.weights import random_state
 
 N_LATENTS = 96
 VOCABULARY = 257

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from sae_runtime.dictionary.features import SparseFeatures
+from sae_runtime.edits import Edit, InvalidEdit
 from sae_runtime.errors import EditConflict, UnknownDictionary
-from sae_runtime.features import SparseFeatures
-from sae_runtime.interventions import Edit, InvalidEdit
 from service.engine.engine import Engine
 from service.engine.errors import EngineStopped, NonFiniteActivations, QueueFull
 from service.engine.settings import EngineSettings
@@ -305,7 +305,7 @@ class TestEncodeAndDecode:
 
     async def test_decoding_rows_of_any_form(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Entries in any order, empty rows, one long row among short ones, little memory for padding."""
-        monkeypatch.setattr("service.engine.execution.MAX_PADDED_ENTRIES", 100)
+        monkeypatch.setattr("service.engine.batch.MAX_PADDED_ENTRIES", 100)
         d = DICTIONARIES["mid"]
         generator = np.random.default_rng(0)
         counts = np.array([0, 3, 90, 1, 0, 5, 96, 2])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_runtime.features import SparseFeatures
+from sae_runtime.dictionary.features import SparseFeatures
 from service.engine.selection import RowRange, join_rows, select
 from service.engine.work import Csr, Selection
 

@@ -12,13 +12,13 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from sae_runtime import Edit
-from sae_runtime.interventions import resolve_references
+from sae_runtime.edits import resolve_references
 from service.edits.files import EditFileError
 from service.edits.messages import edit_message, read_edit
 from service.pb.saeserve.v1 import common_pb2, server_service_pb2
 from service.pb.saeserve.v1 import edits_pb2 as pb
 from service.pb.saeserve.v1 import intervention_service_pb2 as intervention_pb
-from service.runtime import ReplicaSettings, ServiceRuntime
+from service.replica import ReplicaSettings, ServiceRuntime
 from tests.service.conftest import LIMITS, Served, serve, served_dictionaries
 from tests.service.engine.models import SlowGenerator, small_backbone
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae_runtime import Dictionary, SparseFeatures
-from sae_runtime.features import InputStatistics
+from sae_runtime.dictionary.features import InputStatistics
 from service.arrays import (
     pack_input_statistics,
     pack_sparse_rows,

@@ -4,9 +4,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sae_runtime.sites import LOCATIONS
+from sae_runtime.model.sites import LOCATIONS
 from service.pb.saeserve.v1 import catalog_service_pb2, server_service_pb2
-from service.runtime import ReplicaSettings
+from service.replica import ReplicaSettings
 from tests.service.conftest import LIMITS, Served, serve
 
 Status = health_pb2.HealthCheckResponse

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_runtime.autoencoder import Dictionary
+from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.training.trainers import Trainer, new_trainer, penalised, restored_trainer
 from sae_runtime.training.trainers.batch_topk import BatchTopKTrainer
 from sae_runtime.training.trainers.matryoshka import MatryoshkaTrainer

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_runtime.autoencoder import Dictionary
+from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.training.initialisation import encoder_scale, geometric_median, tied_directions
 from sae_runtime.training.trainers.schedule import learning_rate_share
 from sae_runtime.training.trainers.topk import TopKTrainer

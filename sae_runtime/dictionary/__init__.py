@@ -1,0 +1,1 @@
+"""Sparse autoencoders: encode, decode, their files in and out."""

@@ -1,0 +1,119 @@
+"""Dictionary formats, one file each, and the loader that tells them apart."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae_runtime.builtin import DICTIONARIES
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.formats import dictionary_learning, openai, saelens, sparsify
+from sae_runtime.dictionary.formats.published import MANIFEST_FILE, load_published
+from sae_runtime.dictionary.formats.torch_file import read_torch_file
+from sae_runtime.errors import DictionaryFormatError, FingerprintMismatch, UnknownDictionary
+from sae_runtime.model.sites import Site
+
+if TYPE_CHECKING:
+    from sae_runtime.model.backbone import Backbone
+
+KNOWN_FORMATS = (
+    f"a published dictionary (a folder with {MANIFEST_FILE}), a folder of SAELens (cfg.json and "
+    f"{saelens.WEIGHTS_FILE}), sparsify (cfg.json and {sparsify.WEIGHTS_FILE}) or dictionary_learning "
+    f"({dictionary_learning.WEIGHTS_FILE}), or OpenAI's sparse_autoencoder (a .pt file)"
+)
+
+
+def list_builtin_dictionaries() -> list[str]:
+    """Names of the dictionaries that ship with the package, sorted."""
+    return sorted(path.parent.name for path in DICTIONARIES.glob(f"*/{MANIFEST_FILE}"))
+
+
+def load_dictionary(
+    path_or_name: str | os.PathLike[str],
+    *,
+    backbone: Backbone | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Dictionary:
+    """A dictionary from a folder or file of any supported format, or a builtin one ("builtin/NAME" or just NAME).
+
+    A file may be the weights or the configuration of a folder's format, or a .pt file of OpenAI or dictionary_learning.
+    Weights stored in any floating dtype are loaded as `dtype`. With a `backbone`, the dictionary must belong to it.
+    No code in a file is ever run.
+
+    UnknownDictionary: no builtin dictionary of that name. DictionaryFormatError: missing, unknown, truncated or
+    inconsistent files. FingerprintMismatch: made for another backbone or tokenizer.
+    """
+    dictionary = _read(_locate(path_or_name), dtype, device)
+    if backbone is not None:
+        check_backbone(dictionary, backbone)
+    return dictionary
+
+
+def check_backbone(dictionary: Dictionary, backbone: Backbone) -> None:
+    """FingerprintMismatch or DictionaryFormatError unless the dictionary fits this backbone; both are named."""
+    manifest = dictionary.manifest
+    if manifest is not None:
+        made_for = manifest.backbone
+        if made_for.fingerprint != backbone.fingerprint:
+            raise FingerprintMismatch(
+                f"dictionary {dictionary.name!r} was made for backbone {made_for.name!r} with weights "
+                f"{made_for.fingerprint}, found backbone {backbone.name!r} with weights {backbone.fingerprint}"
+            )
+        expected, found = made_for.tokenizer_fingerprint, backbone.tokenizer_fingerprint
+        if expected and found and expected != found:  # either may have come without a tokenizer
+            raise FingerprintMismatch(
+                f"dictionary {dictionary.name!r} was made for backbone {made_for.name!r} with tokenizer {expected}, "
+                f"found backbone {backbone.name!r} with tokenizer {found}"
+            )
+    if dictionary.site is not None:
+        try:
+            site = backbone.check_site(Site.parse(dictionary.site))
+        except ValueError as error:
+            raise DictionaryFormatError(
+                f"dictionary {dictionary.name!r} does not fit {backbone.name!r}: {error}"
+            ) from error
+        if (width := backbone.site_width(site)) != dictionary.d_in:
+            raise DictionaryFormatError(
+                f"dictionary {dictionary.name!r} reads {dictionary.d_in} values per token, "
+                f"site {site} of backbone {backbone.name!r} has {width}"
+            )
+
+
+def _read(path: Path, dtype: torch.dtype, device: str | torch.device) -> Dictionary:
+    """Find out the format, by the names in a folder and by the keys in a .pt file, and read it."""
+    if path.name in (MANIFEST_FILE, saelens.CONFIG_FILE, saelens.WEIGHTS_FILE, sparsify.WEIGHTS_FILE):
+        path = path.parent
+    if path.is_file():
+        state = read_torch_file(path, "OpenAI's or dictionary_learning's state dict")
+        foreign = {"pre_bias", "latent_bias"}.isdisjoint(state)
+        if foreign and ("ae" in state or {"W_dec", "decoder.weight"} & set(state)):
+            return dictionary_learning.load_dictionary_learning(path, dtype=dtype, device=device, state=state)
+        return openai.load_openai(path, dtype=dtype, device=device, state=state)
+    if (path / MANIFEST_FILE).is_file():
+        return load_published(path, dtype=dtype, device=device)
+    if (path / saelens.WEIGHTS_FILE).is_file():
+        return saelens.load_saelens(path, dtype=dtype, device=device)
+    if (path / sparsify.WEIGHTS_FILE).is_file():
+        return sparsify.load_sparsify(path, dtype=dtype, device=device)
+    if (path / dictionary_learning.WEIGHTS_FILE).is_file():
+        return dictionary_learning.load_dictionary_learning(path, dtype=dtype, device=device)
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    raise DictionaryFormatError(f"{path}: found {found}; expected {KNOWN_FORMATS}")
+
+
+def _locate(path_or_name: str | os.PathLike[str]) -> Path:
+    text = os.fspath(path_or_name)
+    path = Path(text)
+    if path.exists():
+        return path
+    name = text.removeprefix("builtin/")
+    if name in list_builtin_dictionaries():
+        return DICTIONARIES / name
+    known = ", ".join(list_builtin_dictionaries()) or "none"
+    if text.startswith("builtin/") or (isinstance(path_or_name, str) and path.name == text and not path.suffix):
+        raise UnknownDictionary(f"no builtin dictionary {name!r}, and no such file; builtin dictionaries: {known}")
+    raise DictionaryFormatError(f"{path}: no such file or folder; expected {KNOWN_FORMATS}")

@@ -1,0 +1,240 @@
+"""SAELens' folders (SAELens 6.54 and the shapes before 6.0): cfg.json, sae_weights.safetensors.
+
+    encode   z = act(x' W_enc + b_enc), x' the normalised input, less b_dec where apply_b_dec_to_input (the default)
+    decode   z W_dec + b_dec, un-normalised
+
+standard is ReLU; jumprelu has threshold [n]; gated has b_gate, r_mag and b_mag and no b_enc, its magnitudes are
+relu(x' W_enc exp(r_mag) + b_mag). BatchTopK and Matryoshka are stored as jumprelu. topk keeps k; with
+rescale_acts_by_decoder_norm latents are multiplied by the norms of the decoder rows before the top-k and divided by
+them when decoding, which is read as that factor in the encoder and its inverse in the decoder.
+
+normalize_activations: layer_norm and constant_norm_rescale act at inference; expected_average_only_in does not, because
+its factor is folded into the weights when training ends. Configurations before 6.0 have hook_point or hook_name at the
+top, activation_fn_str with activation_fn_kwargs.k (which makes "standard" a topk), a boolean normalize_activations, and
+lack what was the only possibility then. sparsity.safetensors, a table of firing rates, is not read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_runtime.atomic import atomic_folder
+from sae_runtime.dictionary.dictionary import Activation, Dictionary
+from sae_runtime.dictionary.formats.hooks import hook_of_site, site_of_hook
+from sae_runtime.dictionary.formats.origin import Origin
+from sae_runtime.dictionary.formats.weights import (
+    build_dictionary,
+    check_tensors,
+    convert,
+    integer,
+    latent_bias_without_pre_bias,
+    read_config,
+    read_safetensors,
+)
+from sae_runtime.dictionary.normalization import Normalization
+from sae_runtime.errors import DictionaryFormatError
+
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+SPARSITY_FILE = "sparsity.safetensors"
+EXPECTED = f"SAELens' folder ({CONFIG_FILE} and {WEIGHTS_FILE})"
+# The version whose loader has read what `save_saelens` writes; it decides how they read the configuration.
+WRITTEN_FOR = "6.54.12"
+_ACTIVATIONS: dict[str, Activation] = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
+_NORMALIZATIONS: dict[str, Normalization] = {
+    "none": "none",
+    "expected_average_only_in": "none",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "constant_norm",
+}
+_TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
+
+
+def load_saelens(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Dictionary:
+    """A dictionary from SAELens' folder; DictionaryFormatError says what is wrong with it."""
+    folder = Path(path)
+    file = folder / CONFIG_FILE
+    raw = read_config(file, EXPECTED)
+    metadata = raw.get("metadata", {})
+    if not isinstance(metadata, Mapping):
+        raise DictionaryFormatError(f"{file}: metadata is {metadata!r}, expected an object")
+    architecture, k = _architecture(file, raw)
+    normalize = raw.get("normalize_activations") or "none"
+    if normalize is True:
+        normalize = "expected_average_only_in"
+    if not isinstance(normalize, str) or normalize not in _NORMALIZATIONS:
+        known = ", ".join(_NORMALIZATIONS)
+        raise DictionaryFormatError(f"{file}: normalize_activations is {normalize!r}, expected one of {known}")
+    subtract = raw.get("apply_b_dec_to_input", True)
+    rescale = architecture == "topk" and raw.get("rescale_acts_by_decoder_norm", False)
+    for key, value in (("apply_b_dec_to_input", subtract), ("rescale_acts_by_decoder_norm", rescale)):
+        if not isinstance(value, bool):
+            raise DictionaryFormatError(f"{file}: {key} is {value!r}, expected true or false")
+    d_in, n_latents = integer(file, raw, "d_in"), integer(file, raw, "d_sae")
+    tensors = _tensors(folder / WEIGHTS_FILE, architecture, n_latents, d_in, rescale, dtype, device)
+    b_dec = tensors.pop("b_dec")
+    hook = metadata.get("hook_name") or raw.get("hook_name") or raw.get("hook_point")
+    return build_dictionary(
+        folder,
+        **tensors,
+        pre_bias=b_dec if subtract else torch.zeros_like(b_dec),
+        output_bias=None if subtract else b_dec,
+        activation=_ACTIVATIONS[architecture],
+        k=k,
+        normalization=_NORMALIZATIONS[normalize],
+        site=site_of_hook(hook) if isinstance(hook, str) else None,
+        name=folder.resolve().name,
+        origin=Origin.of(
+            "saelens",
+            hook=hook,
+            model=metadata.get("model_name") or raw.get("model_name"),
+            context_length=metadata.get("context_size") or raw.get("context_size"),
+            config=raw,
+        ),
+    )
+
+
+def save_saelens(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
+    """Write a dictionary as SAELens' folder, float32; it appears complete or not at all. FileExistsError.
+
+    A bias that is subtracted but not the one added (SAELens has one) is multiplied into b_enc. Firing rates, where they
+    are known, go into sparsity.safetensors as log10, as there. ValueError for what the format cannot say: groupmax, a
+    top-k without ReLU, a skip connection, a transcoder, a gate whose magnitude scale is 0.
+    """
+    _check_expressible(dictionary)
+    architecture = {activation: name for name, activation in _ACTIVATIONS.items()}[dictionary.activation]
+    subtract = dictionary.output_bias is None
+    latent_bias = dictionary.latent_bias if subtract else latent_bias_without_pre_bias(dictionary)
+    tensors = {"W_enc": dictionary.encoder.T, "W_dec": dictionary.decoder}
+    tensors["b_dec"] = dictionary.pre_bias if dictionary.output_bias is None else dictionary.output_bias
+    if dictionary.activation == "gated":
+        assert dictionary.magnitude_scale is not None
+        assert dictionary.magnitude_bias is not None
+        magnitude_bias = dictionary.magnitude_bias.double()
+        if not subtract:  # the same shift of the product, in the units of the magnitudes
+            magnitude_bias = magnitude_bias + (latent_bias - dictionary.latent_bias) * dictionary.magnitude_scale
+        tensors |= {"b_gate": latent_bias, "r_mag": dictionary.magnitude_scale.double().log(), "b_mag": magnitude_bias}
+    else:
+        tensors["b_enc"] = latent_bias
+    if dictionary.threshold is not None:
+        tensors["threshold"] = dictionary.threshold
+    with atomic_folder(Path(path)) as folder:
+        save_file({name: _stored(tensor) for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+        config = json.dumps(_config(dictionary, architecture, subtract), indent=1)
+        (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        if dictionary.statistics is not None:
+            sparsity = torch.log10(dictionary.statistics.firing_rate + 1e-10)
+            save_file({"sparsity": _stored(sparsity)}, folder / SPARSITY_FILE)
+
+
+def _architecture(file: Path, raw: Mapping[str, Any]) -> tuple[str, int | None]:
+    """SAELens' name of the architecture, and k of a topk."""
+    architecture = raw.get("architecture", "standard")
+    function = raw.get("activation_fn_str", raw.get("activation_fn"))
+    options = raw.get("activation_fn_kwargs") or {}
+    if function == "topk" and isinstance(options, Mapping) and architecture in ("standard", "topk"):
+        return "topk", integer(file, {"k": raw.get("k"), **options}, "k")  # as before version 6
+    if architecture in _TRAINING_ONLY:
+        raise DictionaryFormatError(
+            f"{file}: architecture is {architecture!r}, a training checkpoint; expected the inference form (jumprelu) "
+            "that save_inference_model writes"
+        )
+    if not isinstance(architecture, str) or architecture not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise DictionaryFormatError(f"{file}: architecture is {architecture!r}, expected one of {known}")
+    if architecture == "standard" and function not in (None, "relu"):
+        raise DictionaryFormatError(f"{file}: activation function is {function!r}, expected relu or topk")
+    return architecture, integer(file, raw, "k") if architecture == "topk" else None
+
+
+def _tensors(
+    file: Path,
+    architecture: str,
+    n_latents: int,
+    d_in: int,
+    rescale: bool,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> dict[str, Tensor]:
+    """Our tensors, and b_dec."""
+    weights = read_safetensors(file)
+    scaling = weights.pop("scaling_factor", None)
+    if scaling is not None and not torch.equal(scaling, torch.ones_like(scaling)):
+        raise DictionaryFormatError(f"{file}: scaling_factor is not all 1; expected a file without finetuning factors")
+    keys = {"encoder": "W_enc", "decoder": "W_dec", "b_dec": "b_dec", "latent_bias": "b_enc"}
+    if architecture == "jumprelu":
+        keys["threshold"] = "threshold"
+    elif architecture == "gated":
+        keys |= {"latent_bias": "b_gate", "magnitude_scale": "r_mag", "magnitude_bias": "b_mag"}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(keys.values(), (n_latents,))
+    shapes |= {"W_enc": (d_in, n_latents), "W_dec": (n_latents, d_in), "b_dec": (d_in,)}
+    check_tensors(file, weights, shapes)
+    if unknown := sorted(set(weights) - set(shapes)):
+        raise DictionaryFormatError(
+            f"{file}: unknown tensors {unknown}, expected {sorted(shapes)} of architecture {architecture}"
+        )
+    found = {name: weights[key] for name, key in keys.items()}
+    found["encoder"] = found["encoder"].T
+    if rescale:
+        norm = torch.linalg.vector_norm(found["decoder"].double(), dim=1)
+        found["encoder"] = found["encoder"] * norm[:, None]
+        found["latent_bias"] = found["latent_bias"] * norm
+        # A latent without direction has factor 0 and is never active.
+        found["decoder"] = found["decoder"] / norm.masked_fill(norm == 0, 1)[:, None]
+    if architecture == "gated":
+        found["magnitude_scale"] = found["magnitude_scale"].double().exp()
+    return {name: convert(tensor, dtype, device) for name, tensor in found.items()}
+
+
+def _check_expressible(dictionary: Dictionary) -> None:
+    unsaid = {
+        "groupmax": dictionary.activation == "groupmax",
+        "a top-k without ReLU": dictionary.postact != "relu",
+        "a skip connection": dictionary.skip is not None,
+        "a transcoder": dictionary.transcoder,
+        "a gate with a magnitude scale of 0": dictionary.magnitude_scale is not None
+        and not bool((dictionary.magnitude_scale > 0).all()),
+    }
+    if found := [name for name, present in unsaid.items() if present]:
+        raise ValueError(f"SAELens' format cannot say {' and '.join(found)}")
+
+
+def _config(dictionary: Dictionary, architecture: str, subtract: bool) -> dict[str, Any]:
+    origin, manifest = dictionary.origin, dictionary.manifest
+    hook = origin.hook if origin is not None and origin.format == "saelens" else None
+    if hook is None and dictionary.site is not None:
+        hook = hook_of_site(dictionary.site)
+    model = manifest.backbone.name if manifest is not None else origin.model if origin is not None else None
+    context = manifest.context_length if manifest is not None else origin.context_length if origin is not None else None
+    metadata = {"model_name": model, "hook_name": hook, "context_size": context}
+    config = {
+        "architecture": architecture,
+        "d_in": dictionary.d_in,
+        "d_sae": dictionary.n_latents,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": subtract,
+        "normalize_activations": {"constant_norm": "constant_norm_rescale"}.get(
+            dictionary.normalization, dictionary.normalization
+        ),
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": WRITTEN_FOR, "sae_lens_training_version": None}
+        | {key: value for key, value in metadata.items() if value is not None},
+    }
+    if dictionary.k is not None:
+        config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
+    return config
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()

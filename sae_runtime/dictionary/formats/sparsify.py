@@ -1,0 +1,90 @@
+"""sparsify's folders (github.com/EleutherAI/sparsify, 1.3.0, commit 9d3b136): <hookpoint>/cfg.json, sae.safetensors.
+
+    encode   z = act(encoder (x - b_dec) + encoder.bias); with `transcode` b_dec is not subtracted
+    decode   W_dec^T z + b_dec + W_skip x, the last only with a skip connection and of the raw x
+
+act is topk or groupmax, followed by ReLU. num_latents 0 means d_in * expansion_factor. Keys that cfg.json lacks take
+the project's defaults and keys that it does not know are dropped, as there. multi_topk and normalize_decoder are about
+training: nothing here follows from them. (With multi_topk the project's forward() returns the 4k reconstruction that
+its loss uses; encode and decode are as without it.) The folder's name is the hookpoint, for example "h.8.mlp": the
+output of that module is what the dictionary reads, or with `transcode` its input, and it then decodes to the output.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.formats.hooks import site_of_module
+from sae_runtime.dictionary.formats.origin import Origin
+from sae_runtime.dictionary.formats.weights import (
+    build_dictionary,
+    check_tensors,
+    convert,
+    integer,
+    read_config,
+    read_safetensors,
+)
+from sae_runtime.errors import DictionaryFormatError
+
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae.safetensors"
+EXPECTED = f"sparsify's folder ({CONFIG_FILE} and {WEIGHTS_FILE})"
+_DEFAULTS: dict[str, Any] = {
+    "activation": "topk",
+    "expansion_factor": 32,
+    "num_latents": 0,
+    "k": 32,
+    "skip_connection": False,
+    "transcode": False,
+}
+
+
+def load_sparsify(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Dictionary:
+    """A dictionary from a hookpoint's folder; DictionaryFormatError says what is wrong with it."""
+    folder = Path(path)
+    file = folder / CONFIG_FILE
+    raw = read_config(file, EXPECTED)
+    config: dict[str, Any] = _DEFAULTS | raw
+    for key in ("skip_connection", "transcode"):
+        if not isinstance(config[key], bool):
+            raise DictionaryFormatError(f"{file}: {key} is {config[key]!r}, expected true or false")
+    if config["activation"] not in ("topk", "groupmax"):
+        raise DictionaryFormatError(f"{file}: activation is {config['activation']!r}, expected topk or groupmax")
+    d_in = integer(file, config, "d_in")
+    n_latents = integer(file, config, "num_latents", minimum=0) or d_in * integer(file, config, "expansion_factor")
+    weights = read_safetensors(folder / WEIGHTS_FILE)
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (n_latents, d_in),
+        "encoder.bias": (n_latents,),
+        "W_dec": (n_latents, d_in),
+        "b_dec": (d_in,),
+    }
+    if config["skip_connection"]:
+        shapes["W_skip"] = (d_in, d_in)
+    check_tensors(folder / WEIGHTS_FILE, weights, shapes)
+    if unknown := sorted(set(weights) - set(shapes)):
+        raise DictionaryFormatError(f"{folder / WEIGHTS_FILE}: unknown tensors {unknown}, expected {sorted(shapes)}")
+    tensors = {key: convert(tensor, dtype, device) for key, tensor in weights.items()}
+    transcode = config["transcode"]
+    return build_dictionary(
+        folder,
+        encoder=tensors["encoder.weight"],
+        latent_bias=tensors["encoder.bias"],
+        decoder=tensors["W_dec"],
+        pre_bias=torch.zeros_like(tensors["b_dec"]) if transcode else tensors["b_dec"],
+        output_bias=tensors["b_dec"] if transcode else None,
+        skip=tensors.get("W_skip"),
+        activation=config["activation"],
+        k=integer(file, config, "k"),
+        transcoder=transcode,
+        site=site_of_module(folder.resolve().name, reads_input=transcode),
+        name=folder.resolve().name,
+        origin=Origin("sparsify", hook=folder.resolve().name, config=raw),
+    )

@@ -1,0 +1,44 @@
+"""What a dictionary does to each input row before it encodes, and undoes when it decodes.
+
+    none           x' = x
+    layer_norm     x' = (x - mean) / (std + eps)      std unbiased, eps = 1e-5 outside the root
+    constant_norm  x' = x / rms                       rms = |x| / sqrt(d_in), so that |x'| = sqrt(d_in)
+
+layer_norm is that of OpenAI's sparse_autoencoder and of SAELens, constant_norm is SAELens' constant_norm_rescale. Both
+are undone by y = mean + std * y', with mean 0 and std = rms for constant_norm; the eps is not put back, as in those
+projects. A row without spread (layer_norm) or without length (constant_norm, where SAELens divides by zero) becomes
+zero and decodes to its mean.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sae_runtime.dictionary.features import InputStatistics
+
+Normalization = Literal["none", "layer_norm", "constant_norm"]
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
+LAYER_NORM_EPS = 1e-5
+
+
+def normalize_rows(x: Tensor, normalization: Normalization) -> tuple[Tensor, InputStatistics | None]:
+    """Normalised rows of x [n, d_in], and what `restore_rows` needs; x itself and None for "none"."""
+    if normalization == "none":
+        return x, None
+    if normalization == "layer_norm":
+        mean = x.mean(dim=1, keepdim=True)
+        x = x - mean
+        # x.std takes several times longer.
+        std = torch.linalg.vector_norm(x, dim=1, keepdim=True) / (x.shape[1] - 1) ** 0.5
+        return x / (std + LAYER_NORM_EPS), InputStatistics(mean, std)
+    rms = torch.linalg.vector_norm(x, dim=1, keepdim=True) / x.shape[1] ** 0.5
+    # A row whose squares underflow counts as zero too: its own scale would be lost on the way back.
+    return torch.where(rms > 0, x / rms, 0), InputStatistics(torch.zeros_like(rms), rms)
+
+
+def restore_rows(x: Tensor, statistics: InputStatistics) -> Tensor:
+    """Normalised rows [n, d_in] in the units of the input, in the dtype of the statistics."""
+    return torch.addcmul(statistics.mean, x.to(statistics.std.dtype), statistics.std)

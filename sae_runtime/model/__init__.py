@@ -1,0 +1,1 @@
+"""The language model: sites, packed rows, tokenization, backbone, attention, key-value cache."""

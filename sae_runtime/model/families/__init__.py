@@ -1,0 +1,1 @@
+"""One place a model family: its settings, its weights."""

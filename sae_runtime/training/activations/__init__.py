@@ -1,0 +1,1 @@
+"""Activations for training: rows dealt to streams, read through the backbone, cached, shuffled."""

@@ -1,0 +1,230 @@
+"""Runs batches of extract, encode and decode work on the backbone and the dictionaries (model thread only)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.features import InputStatistics, SparseFeatures
+from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
+from service.engine.errors import NonFiniteActivations
+from service.engine.selection import RowRange, select
+from service.engine.work import Aggregation, Csr, DictionaryRows, Selection
+
+MAX_PADDED_ENTRIES = 1 << 22
+"""Entries of the padded features that decoding makes at once."""
+
+_RowFeatures = tuple[Csr, NDArray[np.float32] | None]
+"""Features and reconstruction error of one row in one dictionary."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractPart:
+    """Rows of one ExtractWork that run in one batch."""
+
+    rows: Sequence[tuple[int, ...]]
+    dictionaries: Sequence[tuple[str, Dictionary, Site]]
+    selection: Selection
+    aggregation: Aggregation
+    reconstruction_error: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodePart:
+    """Rows of one EncodeWork that run in one batch."""
+
+    dictionary: Dictionary
+    x: NDArray[np.float32]
+    selection: Selection
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Result of an EncodePart: as EncodeResult."""
+
+    features: Csr
+    mean: NDArray[np.float32] | None
+    std: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodePart:
+    """Rows of one DecodeWork that run in one batch."""
+
+    dictionary: Dictionary
+    features: Csr
+    mean: NDArray[np.float32] | None
+    std: NDArray[np.float32] | None
+
+
+def run_extract(backbone: Backbone, parts: Sequence[ExtractPart]) -> list[list[list[DictionaryRows]]]:
+    """One forward pass over all rows, up to the last site; then each dictionary on the tokens that asked for it.
+
+    Returns, for each part, one list a row, of one entry a dictionary.
+    """
+    rows = list(chain.from_iterable(part.rows for part in parts))
+    # Dictionaries are told apart by identity: a name may be loaded anew while older requests still wait.
+    site_of = {dictionary: site for part in parts for _, dictionary, site in part.dictionaries}
+    activations = backbone.forward(PackedTokens.from_rows(rows), capture=set(site_of.values())).activations
+
+    ends = list(accumulate(map(len, rows)))
+    spans: list[list[tuple[int, int]]] = []  # of each part's rows in the packed batch
+    row = 0
+    for part in parts:
+        spans.append(
+            [(end - len(tokens), end) for tokens, end in zip(part.rows, ends[row : row + len(part.rows)], strict=True)]
+        )
+        row += len(part.rows)
+
+    found: list[dict[Dictionary, list[_RowFeatures]]] = [{} for _ in parts]
+    for dictionary, site in site_of.items():
+        asking = [i for i, part in enumerate(parts) if any(asked is dictionary for _, asked, _ in part.dictionaries)]
+        outcome = _read_dictionary(
+            dictionary, activations[site], [parts[i] for i in asking], [spans[i] for i in asking]
+        )
+        for i, per_row in zip(asking, outcome, strict=True):
+            found[i][dictionary] = per_row
+    return [
+        [
+            [DictionaryRows(name, *own[dictionary][row]) for name, dictionary, _ in part.dictionaries]
+            for row in range(len(part.rows))
+        ]
+        for part, own in zip(parts, found, strict=True)
+    ]
+
+
+def _read_dictionary(
+    dictionary: Dictionary,
+    x: Tensor,
+    parts: Sequence[ExtractPart],
+    spans: Sequence[Sequence[tuple[int, int]]],
+) -> list[list[_RowFeatures]]:
+    """One dictionary on the packed activations x [N, width]: for each part, one entry a row."""
+    # Only the tokens that count are encoded: all of a row's, or its last.
+    wanted: list[tuple[int, int]] = []  # token ranges of x, one a row
+    ranges: list[RowRange] = []  # the same in the encoded tokens, as the selection sees them
+    errors: list[tuple[int, int] | None] = []  # the same, where the reconstruction error was asked for
+    n = 0
+    for part, part_spans in zip(parts, spans, strict=True):
+        last = part.aggregation == "last"
+        combine = "none" if part.aggregation == "none" or part.aggregation == "last" else part.aggregation
+        for start, end in part_spans:
+            if last and not part.reconstruction_error:
+                start = end - 1
+            wanted.append((start, end))
+            stop = n + end - start
+            ranges.append(RowRange(stop - 1 if last else n, stop, part.selection, combine))
+            errors.append((n, stop) if part.reconstruction_error else None)
+            n = stop
+    if n < len(x):
+        x = x[_token_index(wanted).to(x.device)]
+    features = _encode(dictionary, x)
+    rows = zip(select(features, ranges), _reconstruction_errors(dictionary, x, features, errors), strict=True)
+    return [list(islice(rows, len(part.rows))) for part in parts]
+
+
+def _encode(dictionary: Dictionary, x: Tensor) -> SparseFeatures:
+    try:
+        return dictionary.encode(x)
+    except ValueError as error:
+        # Shapes were checked before the work was queued; what is left is values out of range.
+        raise NonFiniteActivations(str(error)) from error
+
+
+def _reconstruction_errors(
+    dictionary: Dictionary, x: Tensor, features: SparseFeatures, spans: Sequence[tuple[int, int] | None]
+) -> list[NDArray[np.float32] | None]:
+    """|x - x'|^2 / |x|^2 of every token in the spans. A token whose activation is 0 has error 0 or infinity."""
+    asked = [span for span in spans if span is not None]
+    if not asked:
+        return [None] * len(spans)
+    n = sum(end - start for start, end in asked)
+    if n < len(x):
+        index = _token_index(asked).to(x.device)
+        x, features = x[index], features[index]
+    x = x.float()
+    size = x.square().sum(dim=1)
+    missed = (x - dictionary.decode(features).float()).square_().sum(dim=1)
+    error = torch.where(missed == 0, 0.0, missed / size).cpu().numpy()
+    found: list[NDArray[np.float32] | None] = []
+    start = 0
+    for span in spans:
+        if span is None:
+            found.append(None)
+        else:
+            end = start + span[1] - span[0]
+            found.append(error[start:end])
+            start = end
+    return found
+
+
+def _token_index(spans: Sequence[tuple[int, int]]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.arange(start, end) for start, end in spans]))
+
+
+def run_encode(parts: Sequence[EncodePart]) -> list[Encoded]:
+    """Encodes the rows of all parts, which are of one dictionary, at once."""
+    dictionary = parts[0].dictionary
+    x = torch.from_numpy(np.concatenate([part.x for part in parts]))
+    features = _encode(dictionary, x.to(dictionary.device))
+    ends = list(accumulate(len(part.x) for part in parts))
+    spans = list(zip([0, *ends], ends, strict=False))
+    rows = select(
+        features, [RowRange(start, end, part.selection) for (start, end), part in zip(spans, parts, strict=True)]
+    )
+    statistics = features.input_statistics
+    if statistics is None:
+        return [Encoded(own, None, None) for own in rows]
+    mean = statistics.mean.float().squeeze(1).cpu().numpy()
+    std = statistics.std.float().squeeze(1).cpu().numpy()
+    return [Encoded(own, mean[start:end], std[start:end]) for own, (start, end) in zip(rows, spans, strict=True)]
+
+
+def run_decode(parts: Sequence[DecodePart]) -> list[NDArray[np.float32]]:
+    """Decodes the rows of all parts, which are of one dictionary: float32 [n, d_in] each."""
+    return [_decode(part) for part in parts]
+
+
+def _decode(part: DecodePart) -> NDArray[np.float32]:
+    dictionary, csr = part.dictionary, part.features
+    splits = csr.row_splits.astype(np.int64)
+    counts = np.diff(splits)
+    n = len(counts)
+    mean = np.zeros(n, np.float32) if part.mean is None else part.mean
+    std = np.ones(n, np.float32) if part.std is None else part.std
+    x = np.empty((n, dictionary.d_in), np.float32)
+    # Rows of similar size together: one long row must not pad thousands of short ones.
+    order = np.argsort(-counts, kind="stable")
+    start = 0
+    while start < n:
+        width = max(int(counts[order[start]]), 1)
+        rows = order[start : start + max(MAX_PADDED_ENTRIES // width, 1)]
+        place = np.arange(width)
+        used = place < counts[rows, None]
+        source = (splits[rows, None] + place)[used]
+        indices = np.full((len(rows), width), -1, np.int64)
+        values = np.zeros((len(rows), width), np.float32)
+        indices[used], values[used] = csr.indices[source], csr.values[source]
+        features = SparseFeatures(
+            torch.from_numpy(indices).to(dictionary.device),
+            torch.from_numpy(values).to(dictionary.device),
+            dictionary.n_latents,
+            InputStatistics(
+                torch.from_numpy(mean[rows, None]).to(dictionary.device),
+                torch.from_numpy(std[rows, None]).to(dictionary.device),
+            )
+            if dictionary.normalizes_input
+            else None,
+        )
+        x[rows] = dictionary.decode(features).float().cpu().numpy()
+        start += len(rows)
+    return x

@@ -1,0 +1,187 @@
+"""A replica's parts, put together: backbone, dictionaries, engine, metrics, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sae_runtime.errors import DictionaryFormatError
+from service.engine.settings import EngineSettings
+from service.presets import Presets
+from service.rpc.limits import Limits
+from service.rpc.readiness import Readiness
+from service.rpc.served import ServedModel
+from service.rpc.text_inputs import TextInputReader
+
+if TYPE_CHECKING:
+    import torch
+
+    from sae_runtime import Backbone, Dictionary
+
+logger = logging.getLogger(__name__)
+
+
+class DictionarySettings(BaseModel):
+    """One dictionary to serve, where its files do not say all that is needed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    path: str
+    """A folder or file of any supported format, or the name of a builtin dictionary."""
+    name: str | None = None
+    """The name to serve it under; its own if not given."""
+    site: str | None = None
+    """Where its activations are read, such as "8.resid_post_mlp"; needed where its files do not say."""
+
+
+class ReplicaSettings(BaseModel):
+    """What one replica serves, and its bounds. An unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    backbone: str = "builtin"
+    """A Hugging Face folder, a hub name, or "builtin"."""
+    dictionaries: Literal["builtin"] | tuple[str | DictionarySettings, ...] = "builtin"
+    """Dictionaries to serve: paths or builtin names; "builtin" is all that ship with the package."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """The CPU, a GPU, or "auto": the first GPU if there is one, else the CPU."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type that the backbone and the dictionaries compute in."""
+    edit_presets: str = ""
+    """A YAML file of named sets of edits that requests can use (`presets` of Generate); empty: none."""
+    limits: Limits = Field(default_factory=Limits)
+    """What a request may ask for."""
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    """How requests are batched and how many may wait."""
+
+
+class ServiceRuntime:
+    """A replica's parts. `start` loads and starts them; the constructor takes ready-made ones (tests, benchmarks).
+
+    Belongs to the event loop that `start` or `open` runs on.
+    """
+
+    def __init__(self, backbone: Backbone, dictionaries: Mapping[str, Dictionary], settings: ReplicaSettings) -> None:
+        # Here, because they bring torch, and because Metrics reads PROMETHEUS_MULTIPROC_DIR when it is imported.
+        from service.engine.engine import Engine
+        from service.metrics import Metrics
+
+        self.settings = settings
+        presets = Presets.load(settings.edit_presets, dictionaries, backbone)
+        self.served = ServedModel(backbone, {name: dictionaries[name] for name in sorted(dictionaries)}, presets)
+        self.metrics = Metrics()
+        self.engine = Engine(backbone, self.served.dictionaries, settings.engine, self.metrics)
+        self.limits = settings.limits.for_context(backbone.context_length, self.engine.max_sequence_tokens)
+        self.text_reader = TextInputReader(backbone, self.limits)
+        self.readiness = Readiness()
+
+    @classmethod
+    async def start(cls, settings: ReplicaSettings) -> ServiceRuntime:
+        """Loads what the settings name, off the event loop, and starts serving it.
+
+        Raises:
+            DictionaryFormatError: a dictionary cannot be read, does not say its site, or shares its name with another;
+                FingerprintMismatch if it belongs to another backbone (both are named).
+            UnknownDictionary, FileNotFoundError, ValueError: there is no such dictionary, backbone or device.
+        """
+        began = time.perf_counter()
+        backbone, dictionaries = await asyncio.to_thread(_make_ready, settings)
+        runtime = cls(backbone, dictionaries, settings)
+        await runtime.open()
+        logger.info(
+            "serving %s with %d dictionaries on %s after %.1f s",
+            backbone.name,
+            len(dictionaries),
+            backbone.device,
+            time.perf_counter() - began,
+        )
+        return runtime
+
+    async def open(self) -> None:
+        """Starts the engine; calls are taken from now on."""
+        await self.engine.start()
+        self.metrics.loaded({name: str(dictionary.site) for name, dictionary in self.served.dictionaries.items()})
+        self.readiness.set("serving")
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls are taken and the engine can run them."""
+        return self.readiness.serving and self.engine.ready
+
+    def begin_drain(self) -> None:
+        """New calls are refused from now on, health says NOT_SERVING; running ones go on."""
+        self.readiness.set("draining")
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Drains for at most `drain_s` seconds and stops the engine."""
+        self.begin_drain()
+        await self.engine.stop(drain_s)
+        self.text_reader.close()
+
+    def note_load(self) -> None:
+        """Writes the engine's load to the metrics."""
+        snapshot = self.engine.snapshot()
+        self.metrics.queue_is(snapshot.queued_tokens, snapshot.active_generations)
+
+
+def _make_ready(settings: ReplicaSettings) -> tuple[Backbone, dict[str, Dictionary]]:
+    """`load_model`, and beside it the compilation of what edits on the CPU need."""
+    # All that both threads use is imported here: two threads that import at once can see half of a module.
+    from sae_runtime.edits.warm_up import compile_edits
+
+    with ThreadPoolExecutor(1) as beside:
+        compiled = beside.submit(compile_edits) if pick_device(settings.device).type == "cpu" else None
+        model = load_model(settings)
+        if compiled is not None:
+            compiled.result()
+    return model
+
+
+def load_model(settings: ReplicaSettings) -> tuple[Backbone, dict[str, Dictionary]]:
+    """The backbone and the dictionaries by name. Errors as `ServiceRuntime.start`."""
+    from sae_runtime import Backbone, list_builtin_dictionaries
+
+    device = pick_device(settings.device)
+    backbone = Backbone.load(settings.backbone, dtype=settings.dtype, device=device)
+    if backbone.has_tokenizer:
+        backbone.encode_text("The first text takes longer: tables are made.")
+    sources = list_builtin_dictionaries() if settings.dictionaries == "builtin" else settings.dictionaries
+    dictionaries: dict[str, Dictionary] = {}
+    for source in sources:
+        wanted = DictionarySettings(path=source) if isinstance(source, str) else source
+        name, dictionary = _load_dictionary(wanted, backbone)
+        if name in dictionaries:
+            raise DictionaryFormatError(f"two dictionaries are named {name!r}; give one of them another name")
+        dictionaries[name] = dictionary
+    return backbone, dictionaries
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that a setting names; "auto" is the first GPU if there is one."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda:0" if device == "cuda" else device)
+
+
+def _load_dictionary(wanted: DictionarySettings, backbone: Backbone) -> tuple[str, Dictionary]:
+    from dataclasses import replace
+
+    from sae_runtime import load_dictionary
+    from sae_runtime.dictionary.formats import check_backbone
+
+    dictionary = load_dictionary(wanted.path, dtype=backbone.dtype, device=backbone.device)
+    name = wanted.name or dictionary.name or Path(wanted.path).stem
+    dictionary = replace(dictionary, name=name, site=wanted.site or dictionary.site)
+    if dictionary.site is None:
+        raise DictionaryFormatError(f"dictionary {name!r} ({wanted.path}) does not say which site it reads; set `site`")
+    check_backbone(dictionary, backbone)
+    return name, dictionary.with_screen()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sae_runtime.data.text_sample import read_sample
 from sae_runtime.dictionary.dictionary import Dictionary
@@ -88,6 +92,52 @@ def measure_on_text(
         if progress is not None:
             progress(builder.n_tokens)
     return builder.build()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a dictionary reconstructs the activations of a backbone."""
+
+    nmse: float
+    """Mean squared error over that of always predicting the mean activation."""
+    l0: float
+    """Active latents per token."""
+    n_tokens: int
+
+
+@torch.no_grad()
+def measure_fit(
+    dictionary: Dictionary,
+    backbone: Backbone,
+    texts: Sequence[str | Path],
+    n_tokens: int,
+    *,
+    context_length: int | None = None,
+) -> Fit:
+    """Reconstruction on about `n_tokens` tokens of text files, in rows of at most the backbone's context length.
+
+    ValueError: no site, no text of two tokens, or a backbone without a tokenizer.
+    """
+    if dictionary.site is None:
+        raise ValueError("the dictionary does not say which site it reads")
+    site = backbone.check_site(Site.parse(dictionary.site))
+    length = min(context_length or backbone.context_length, backbone.context_length)
+    sample = read_sample(backbone, texts, n_tokens, context_length=length)
+    total = torch.zeros(dictionary.d_in, dtype=torch.float64)
+    squares = error = 0.0
+    n_active = n_read = 0
+    for packed in packed_passes(sample.rows, _TOKENS_PER_PASS):
+        x = backbone.forward(packed, capture=[site]).activations[site].float()
+        features = dictionary.encode(x)
+        wide = x.double().cpu()
+        total += wide.sum(0)
+        squares += float(wide.square().sum())
+        error += float((dictionary.decode(features).double().cpu() - wide).square().sum())
+        n_active += int((features.indices >= 0).sum())
+        n_read += len(x)
+    # Σ‖x − mean‖² = Σ‖x‖² − ‖Σx‖² / n
+    variation = squares - float(total.square().sum()) / n_read
+    return Fit(error / variation if variation > 0 else math.inf, n_active / n_read, n_read)
 
 
 def _converted(dictionary: Dictionary) -> Provenance:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from sae_runtime import Backbone, DictionaryFormatError, FingerprintMismatch, load_dictionary
-from sae_runtime.dictionary.publish import measure_on_text, publish
+from sae_runtime.data.text_sample import read_sample
+from sae_runtime.dictionary.publish import measure_fit, measure_on_text, publish
 from tests import golden
 
 GOLDEN = golden.FOLDER
@@ -69,3 +70,18 @@ def test_statistics_are_those_of_the_text(tiny_backbone: Backbone, tmp_path: Pat
     torch.testing.assert_close(statistics.firing_rate, (z > 0).float().mean(dim=0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(statistics.mean, z.mean(dim=0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(statistics.max, z.amax(dim=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["saelens_jumprelu_none_nosub", "saelens_topk_layernorm_nosub"])
+def test_the_fit_is_that_of_all_tokens_at_once(tiny_backbone: Backbone, tmp_path: Path, name: str) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over it and " * 8)
+    dictionary = load_dictionary(GOLDEN / name)
+    fit = measure_fit(dictionary, tiny_backbone, [tmp_path / "text.txt"], 96, context_length=64)
+    rows = read_sample(tiny_backbone, [tmp_path / "text.txt"], 96).rows
+    site = str(dictionary.site)
+    x = torch.cat([tiny_backbone.activations(torch.tensor([row]), sites=[site])[site][0] for row in rows]).double()
+    features = dictionary.encode(x.float())
+    error = (dictionary.decode(features).double() - x).square().sum()
+    assert fit.n_tokens == len(x) == 96
+    assert fit.nmse == pytest.approx(float(error / (x - x.mean(0)).square().sum()), rel=1e-5)
+    assert fit.l0 == pytest.approx(float((features.indices >= 0).sum(1).double().mean()))

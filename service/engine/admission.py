@@ -5,9 +5,10 @@ Limits and messages for users are the callers' business. Every check raises Valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits import Edit, InvalidEdit, check_edits
 from sae_runtime.model.backbone import Backbone
 from service.engine.work import DecodeWork, Selection
 
@@ -20,6 +21,16 @@ def check_row(row: Sequence[int], backbone: Backbone, limit: int) -> None:
     if low < 0 or high >= backbone.vocab_size:
         bad = low if low < 0 else high
         raise ValueError(f"token id {bad} is outside the vocabulary of {backbone.vocab_size}")
+
+
+def check_row_edits(
+    edits: Sequence[Edit], dictionaries: Mapping[str, Dictionary], prompt_length: int, backbone: Backbone
+) -> None:
+    """Edits that can run together on one row, their references resolved."""
+    check_edits(edits, dictionaries, prompt_length, backbone)
+    for index, edit in enumerate(edits):
+        if edit.reference is not None:
+            raise InvalidEdit("reference", "has not been run; see Engine.resolve_references", index)
 
 
 def split_rows(rows: Sequence[tuple[int, ...]], budget: int) -> list[Sequence[tuple[int, ...]]]:

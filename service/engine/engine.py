@@ -7,17 +7,17 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
-from sae_runtime.edits import check_edits
+from sae_runtime.edits import Edit
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
-from service.engine.admission import check_csr, check_row, check_selection, split_rows
+from service.engine.admission import check_csr, check_row, check_row_edits, check_selection, split_rows
 from service.engine.batch import (
     DecodePart,
     EncodePart,
@@ -269,6 +269,10 @@ class Engine:
             self._generating.discard(request)
             self._note_idle()
 
+    async def resolve_references(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """The edits as `score` and `generate` take them: every "resample" made a "set"; references are token ids."""
+        return await self._causal.resolve_references(edits)
+
     async def score(self, work: ScoreWork) -> ScoreResult:
         """Teacher-forced scores of rows, unedited and edited."""
         return await self._causal.score(work)
@@ -305,7 +309,7 @@ class Engine:
         for name in work.features.dictionaries if work.features else ():
             self._dictionary(name)
             self._site(name)
-        check_edits(work.edits, self.dictionaries, len(work.prompt))
+        check_row_edits(work.edits, self.dictionaries, len(work.prompt), self.backbone)
         self._running.check_fits(work)
 
     def _dictionary(self, name: str) -> Dictionary:

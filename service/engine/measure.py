@@ -40,11 +40,11 @@ from sae_runtime.causal.report import (
 from sae_runtime.causal.score import RowScore, ScoredRow, score_rows
 from sae_runtime.causal.suggestion import STRENGTH_FACTORS, at_strength, set_score, suggest_edit
 from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
-from sae_runtime.edits import Edit, check_edits
+from sae_runtime.edits import Edit, resolve_references
 from sae_runtime.edits.edit import terms
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
-from service.engine.admission import check_row, split_rows
+from service.engine.admission import check_row, check_row_edits, split_rows
 from service.engine.errors import NonFiniteActivations
 from service.engine.measure_work import (
     AblateResult,
@@ -60,7 +60,7 @@ from service.engine.scheduler import Part
 from service.engine.settings import EngineSettings
 from service.engine.work import Csr, DictionaryRows, ExtractResult, ExtractWork, Selection, WorkTiming
 
-KINDS = ("score", "ablate", "attribute")
+KINDS = ("score", "ablate", "attribute", "resample")
 """Names of the work that `run_measurements` runs."""
 BATCHES_AT_ONCE = 2
 """Batches of variants of one study that wait in the queue together."""
@@ -145,6 +145,20 @@ class Measurements:
     def __post_init__(self) -> None:
         self._budget = self.settings.max_batch_tokens
 
+    # Reference texts
+
+    async def resolve_references(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """The edits with every "resample" made a "set"; references are token ids. Errors: those of the engine."""
+        pieces = []
+        for edit in edits:
+            if edit.reference is not None:
+                text = edit.reference.text
+                assert isinstance(text, tuple), "references are token ids"
+                self._check_rows([text], 1)
+                pieces.append((len(text), partial(resolve_references, [edit], self.dictionaries, self.backbone)))
+        resolved = iter(await self._compute("resample", pieces, _Timer()))
+        return tuple(edit if edit.reference is None else next(resolved)[0] for edit in edits)
+
     # Score
 
     async def score(self, work: ScoreWork, *, under_way: bool = False) -> ScoreResult:
@@ -155,7 +169,7 @@ class Measurements:
         if len(edits) != len(work.rows):
             raise ValueError(f"there are edits of {len(edits)} rows, expected {len(work.rows)}")
         for row, own in zip(work.rows, edits, strict=True):
-            check_edits(own, self.dictionaries, len(row), self.backbone)
+            check_row_edits(own, self.dictionaries, len(row), self.backbone)
         edited = any(edits)
         named = {edit.dictionary for own in edits for edit in own}
         named |= {term.dictionary for own in edits for edit in own for term in terms(edit.condition) if term.dictionary}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits import CompiledEdits, Edit, resolve_references
+from sae_runtime.edits import CompiledEdits, Edit
 from sae_runtime.model.backbone import Backbone
 from service.engine.sampling import RowSampler, SampledToken
 from service.engine.work import EndReason, GeneratedTokens, GenerateWork, GenerationEnd, TokenFeatures, WorkTiming
@@ -39,12 +39,10 @@ class GenerateRequest:
             first.followers = self.sequences[-work.samples + 1 :] if work.samples > 1 else []
 
     def compile_edits(self, dictionaries: Mapping[str, Dictionary], backbone: Backbone) -> None:
-        """Makes the edits of all sequences ready; runs the reference texts of those that resample."""
+        """Makes the edits of all sequences ready."""
         edits = self.work.edits
         if not edits:
             return
-        if any(edit.reference is not None for edit in edits):
-            edits = resolve_references(edits, dictionaries, backbone)
         compiled = CompiledEdits(
             edits,
             dictionaries,

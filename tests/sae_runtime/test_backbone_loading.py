@@ -23,6 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sae_runtime import Backbone, gpt2_weights
 from sae_runtime.gpt2_config import GPT2Settings
 
+pytestmark = pytest.mark.any_cpu
+
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "hooks_gpt2_tiny"
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 SITE = "2.resid_post_mlp"

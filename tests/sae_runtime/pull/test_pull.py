@@ -17,6 +17,8 @@ from sae_runtime.pull.names import HubName, OpenAIName, parse_name
 from sae_runtime.pull.pull import PullSettings, pull
 from tests.sae_runtime.pull.file_server import FileServer, md5_header, put_hub_repository, running
 
+pytestmark = pytest.mark.any_cpu
+
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 OPENAI = "openai/gpt2-small/resid_post_mlp_v5_32k/8"
 OPENAI_PATH = "/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt"

@@ -22,6 +22,8 @@ from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.data_source import open_activation_source
 from tests.sae_runtime.training.test_data_source import assert_same, batches, corpus, settings
 
+pytestmark = pytest.mark.any_cpu
+
 __all__ = ["corpus", "settings"]  # fixtures
 SITES = [Site.parse("0.resid_pre"), Site.parse("1.resid_post_mlp")]
 ROWS = [[1, 2, 3], [4, 5]]

@@ -25,6 +25,8 @@ from sae_runtime.training.data_source import ActivationSource
 from sae_runtime.training.progress import TrainingProgress
 from sae_runtime.training.run import TrainingStopped, run_training
 
+pytestmark = pytest.mark.any_cpu
+
 
 @pytest.fixture(autouse=True)
 def _every_step_reports(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ from sae_runtime.training.token_folder.manifest import TokenManifest, read_manif
 from sae_runtime.training.token_folder.reader import TokenFolder
 from sae_runtime.training.token_folder.tokenize import TokenizeConfig, TokenizeProgress, tokenize
 
+pytestmark = pytest.mark.any_cpu
+
 END = 0
 
 

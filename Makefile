@@ -39,11 +39,13 @@ lint: install-dev ## formatting, lint, types, import contracts, protos
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 
-proto: install-dev ## write service/pb from protos/
+proto: install-dev ## write service/pb from protos/, and the blocking client from the asyncio one
 	$(BIN)/python protos/generate.py
+	$(BIN)/python protos/generate_sync.py
 
 proto-check: install-dev
 	$(BIN)/python protos/generate.py --check
+	$(BIN)/python protos/generate_sync.py --check
 
 bench: install ## measure the service against bare PyTorch; writes build/bench.json (10 to 15 minutes)
 	$(BIN)/python -m loadtests.bench --out build/bench.json

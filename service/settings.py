@@ -151,6 +151,7 @@ def add_setting_flags(parser: argparse._ActionsContainer) -> None:
             dest=name,
             metavar="VALUE",
             default=None,
+            nargs="+" if name in _LISTS else None,
             help=f"{shown} [{_shown(default)}]".replace("%", "%%"),
         )
 
@@ -176,8 +177,10 @@ def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, str
 
 def _assign(values: dict[str, Any], name: str, value: Any) -> None:
     """Sets a dotted name. Text becomes a list where the setting is one ("a,b"), unless it is one of its fixed words."""
-    if isinstance(value, str) and value not in _LISTS.get(name, {value}):
-        value = [part.strip() for part in value.split(",") if part.strip()]
+    if name in _LISTS:
+        texts = [value] if isinstance(value, str) else value
+        items = [item.strip() for text in texts for item in text.split(",") if item.strip()]
+        value = items[0] if len(items) == 1 and items[0] in _LISTS[name] else items
     *parents, leaf = name.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})

@@ -2,8 +2,9 @@
 
 Rows and latents are cut into tiles. Inside a tile the k largest are found in steps: the k best groups of neighbouring
 latents by their maximum contain the k best latents, so only those groups are looked at again, cut into smaller groups,
-until few candidates are left. Ties go to the lower latent index at every step, so the choice depends neither on the
-tiling nor on the other rows of a batch.
+until few candidates are left. Ties go to the lower latent index at every step, so the choice between given values
+depends neither on the tiling nor on the other rows of a batch. (The values do, in their last bits: a matrix product of
+another shape may add in another order.)
 
 Floats are compared through their bit patterns: as integers they are ordered the same way (negative ones after a
 flip), integer maxima are faster, and a bit pattern with a position below it makes one sortable key without ties.

@@ -216,7 +216,9 @@ class TrainingConfig(BaseModel):
     )
 
     # Execution
-    seed: int = Field(0, ge=0, description="Seed of everything random; the same seed gives the same weights.")
+    seed: int = Field(
+        0, ge=0, description="Seed of everything random; with the same CPU and threads it gives the same weights."
+    )
     device: str = Field("cpu", description="Device of the backbone and the dictionary, for example cpu or cuda:0.")
     threads: int | None = Field(None, ge=1, description="CPU threads of PyTorch; its own choice if not given.")
     compute_dtype: DTypeName = Field(

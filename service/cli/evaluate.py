@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
+from rich.text import Text
 from yaml import YAMLError
 
 from sae_runtime.dictionary.dictionary import Dictionary
@@ -20,10 +21,10 @@ from sae_runtime.evaluation.report import EvaluationReport
 from sae_runtime.evaluation.settings import EvaluationSettings
 from sae_runtime.model.backbone import Backbone
 from service.cli.command_error import CommandError
-from service.cli.fact_table import fact_table
 from service.cli.job_progress import ProgressDisplay
 from service.cli.json_output import print_json
 from service.cli.setting_flags import add_setting_flags, given_settings, problem
+from service.cli.tables import fact_table, print_table
 
 _SHOWN = (
     "nmse",
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     out = settings.out or Path(f"{dictionary.name or Path(arguments.dictionary).stem}-evaluation")
     provenance = dictionary.manifest.provenance if dictionary.manifest else None
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     code = 0
     try:
         report.write(out, provenance)
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"dictionary": arguments.dictionary, "path": str(out), "figures": report.figures})
     else:
-        _print_figures(Console(highlight=False), report.figures, out)
+        _print_figures(Console(highlight=False, markup=False), report.figures, out)
     return code
 
 
@@ -117,11 +118,11 @@ def _measure(name: str, settings: EvaluationSettings) -> tuple[Dictionary, Evalu
 
 
 def _print_figures(console: Console, figures: dict[str, Any], out: Path) -> None:
-    rows = {}
+    rows: dict[str, str | Text] = {}
     for name in _SHOWN:
         value = figures.get(name)
         if value is not None:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            rows[name] = f"{shown:>9}  [dim]{describe(name)}[/dim]"
-    console.print(fact_table(rows))
+            rows[name] = Text.assemble(f"{shown:>9}  ", (describe(name), "dim"))
+    print_table(console, fact_table(rows))
     console.print(f"Everything is in {out}; start with CARD.md", soft_wrap=True, markup=False)

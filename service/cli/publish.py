@@ -16,8 +16,8 @@ from sae_runtime.figures.statistics import measure_on_text
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
 from service.cli.command_error import CommandError
-from service.cli.fact_table import fact_table
 from service.cli.json_output import print_json
+from service.cli.tables import fact_table, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,5 +90,5 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     facts["latents"] = f"{manifest.n_latents:,}"
     facts["statistics"] = "none" if measured is None else f"over {measured.n_tokens:,} tokens"
-    Console(highlight=False).print(fact_table(facts))
+    print_table(Console(highlight=False, markup=False), fact_table(facts))
     return 0

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from service.cli.parser import YesOrNo
+
 
 def add_setting_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
     """One flag for each field, named and described as the field."""
@@ -57,7 +59,7 @@ def _form(field: FieldInfo) -> dict[str, Any]:
     """How argparse reads a field. Values stay text: the settings object converts and checks them, as for a file."""
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
     if kinds == [bool]:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"action": YesOrNo}
     if any(typing.get_origin(kind) is Literal for kind in kinds):
         return {"choices": [value for kind in kinds for value in typing.get_args(kind)]}
     for kind in kinds:

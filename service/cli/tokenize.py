@@ -17,9 +17,9 @@ from sae_runtime.data.token_folder.manifest import TokenManifest
 from sae_runtime.data.token_folder.reader import TokenFolder
 from sae_runtime.data.token_folder.tokenize import TokenizeConfig, TokenizeProgress, tokenize
 from service.cli.command_error import CommandError
-from service.cli.fact_table import fact_table
 from service.cli.json_output import print_json
 from service.cli.setting_flags import add_setting_flags, given_settings, problem
+from service.cli.tables import fact_table, print_table
 
 _LOG_INTERVAL_S = 10.0
 
@@ -57,10 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"path": str(path), **figures})
         return 0
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(f"{'Verified' if arguments.check else 'Wrote'} {path}", soft_wrap=True)
     rows = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in figures.items()}
-    console.print(fact_table(rows))
+    print_table(console, fact_table(rows))
     if not arguments.check:
         console.print(f"Train on it: saeserve train --data {path} ...", soft_wrap=True)
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from rich.console import Console
+from rich.text import Text
 from yaml import YAMLError
 
 from sae_runtime.dictionary.manifest import Manifest
@@ -18,10 +19,10 @@ from sae_runtime.training.distributed.sharded_checkpoint import workers_folder
 from sae_runtime.training.run import run_training
 from sae_runtime.training.stop_signals import TrainingStopped
 from service.cli.command_error import CommandError
-from service.cli.fact_table import fact_table
 from service.cli.job_progress import ProgressDisplay
 from service.cli.json_output import print_json
 from service.cli.setting_flags import add_setting_flags, given_settings, problem
+from service.cli.tables import fact_table, print_table
 from service.cli.train_workers import add_worker_flags, train_on_workers
 
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = read_config(arguments)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     try:
         with ProgressDisplay(console) as display:
             if arguments.workers is None:
@@ -87,11 +88,11 @@ def _summary(path: Path, manifest: Manifest) -> dict[str, object]:
 
 
 def _print_result(path: Path, manifest: Manifest) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(f"Published {manifest.name} in {path}", soft_wrap=True)
-    rows = {}
+    rows: dict[str, str | Text] = {}
     for name, value in manifest.evaluation.items():
         shown = f"{value:,.0f}" if name == "n_tokens" else f"{value:.4f}"
-        rows[name] = f"{shown:>9}  [dim]{describe(name)}[/dim]"
-    console.print(fact_table(rows))
+        rows[name] = Text.assemble(f"{shown:>9}  ", (describe(name), "dim"))
+    print_table(console, fact_table(rows))
     console.print(f"Serve it: saeserve serve --dictionaries {path}", soft_wrap=True)

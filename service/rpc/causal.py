@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from sae_runtime.causal.ablation import FeatureId, Replacement
-from sae_runtime.causal.ablation_report import RankBy
-from service.engine.causal_work import AblateWork, AttributeWork, ContrastWork, ScoreWork
+from sae_runtime.causal.report import Ablation, FeatureId, RankBy
+from service.edits.messages import edit_message
 from service.engine.errors import NonFiniteActivations
+from service.engine.measure_work import AblateWork, AttributeWork, ContrastWork, ScoreWork
 from service.pb.saeserve.v1 import causal_pb2 as pb
 from service.pb.saeserve.v1 import common_pb2, edits_pb2, feature_service_pb2
 from service.rpc import causal_replies as replies
@@ -30,7 +30,7 @@ DEFAULT_COUNT = 20
 IS_TRANSCODER = "TRANSCODER"
 """Type of the PreconditionFailure violations of dictionaries that decode to another site than they read."""
 
-_REPLACEMENTS: dict[int, Replacement] = {
+_ABLATIONS: dict[int, Ablation] = {
     edits_pb2.ABLATION_UNSPECIFIED: "zero",
     edits_pb2.ABLATION_ZERO: "zero",
     edits_pb2.ABLATION_MEAN: "mean",
@@ -82,8 +82,8 @@ class CausalRpc:
         except NonFiniteActivations as error:
             raise _out_of_range("edits" if has_edits else "inputs", error) from error
         reply = pb.ScoreResponse(request_id=call.request_id, logit_token_ids=tokens)
-        for row, scored in zip(rows, result.rows, strict=True):
-            entry = replies.input_score(scored)
+        for row, score in zip(rows, result.rows, strict=True):
+            entry = replies.input_score(score)
             entry.n_tokens, entry.truncated_tokens = len(row.ids), row.truncated
             if request.include_tokens:
                 entry.tokens.CopyFrom(replies.tokens(self._reader, row))
@@ -135,33 +135,33 @@ class CausalRpc:
             count = len(features)
         for place, ablation in enumerate(request.ablations):
             violations.check_enum(f"ablations[{place}]", ablation, edits_pb2.Ablation.values())
-        replacements = tuple(_REPLACEMENTS.get(ablation, "zero") for ablation in request.ablations) or ("zero",)
-        repeated = first_repeated(replacements)
+        ablations = tuple(_ABLATIONS.get(number, "zero") for number in request.ablations) or ("zero",)
+        repeated = first_repeated(ablations)
         if repeated is not None:
             violations.add(f"ablations[{repeated}]", "is named twice")
         violations.check_enum("rank_by", request.rank_by, _RANKINGS)
         tokens = self._read_tokens(request.logit_tokens, "logit_tokens", violations)
         rows = await self._read_texts(request.inputs, "inputs", request.overflow, violations)
         n_tokens = sum(len(row.ids) for row in rows)
-        variants = n_tokens * count * len(replacements) * (1 + request.single_tokens)
+        variants = n_tokens * count * len(ablations) * (1 + request.single_tokens)
         if variants > limits.max_variant_tokens:
             violations.add(
                 "inputs",
-                f"have {n_tokens} tokens, and times {count} features, {len(replacements)} ablations and "
+                f"have {n_tokens} tokens, and times {count} features, {len(ablations)} ablations and "
                 f"(1 + {request.single_tokens}) that is {variants}, more than "
                 f"max_variant_tokens = {limits.max_variant_tokens}",
             )
         violations.raise_if_any()
         self._require(dictionaries or tuple(dict.fromkeys(feature.dictionary for feature in features)), "features")
         self._require_features(features)
-        if "mean" in replacements:
+        if "mean" in ablations:
             self._require_statistics(dictionaries or [feature.dictionary for feature in features])
         return rows, AblateWork(
             rows=tuple(row.ids for row in rows),
             features=features,
             strongest=count if dictionaries else 0,
             dictionaries=dictionaries,
-            replacements=replacements,
+            ablations=ablations,
             logit_tokens=tokens,
             single_tokens=request.single_tokens,
             rank_by=_RANKINGS[request.rank_by],
@@ -301,7 +301,7 @@ class CausalRpc:
             features=[replies.contrast(each) for each in listed[: request.count or DEFAULT_COUNT]],
             n_tested=len(result.features),
             n_found=sum(each.q_value <= 0.05 for each in result.features),
-            suggestion=[replies.edit(each) for each in result.suggestion],
+            suggestion=[edit_message(edit) for edit in result.suggestion],
             trials=[replies.trial(each) for each in result.trials],
             truncated_tokens=[row.truncated for row in a + b],
             timing=call.timing(result.timing, submitted),

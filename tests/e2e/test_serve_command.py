@@ -12,7 +12,7 @@ import pytest
 
 import sae_runtime
 from service.client import Client
-from service.local_ray import free_ports
+from service.ports import free_ports
 from tests.e2e.running_service import RunningService, run_serve, start_service
 from tests.e2e.tiny_model import TinyModel
 
@@ -22,7 +22,7 @@ BUILTIN = Path(sae_runtime.__file__).parent / "builtin" / "backbone"
 def alive(processes: list[object]) -> list[object]:
     import psutil
 
-    _, left = psutil.wait_procs(processes, timeout=5)
+    _, left = psutil.wait_procs(processes, timeout=60)
     return list(left)
 
 

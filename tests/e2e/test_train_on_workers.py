@@ -105,7 +105,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_right(settings: dict[str, 
     assert err.count("prepare 0 of") == 2, f"workers were not started twice:\n{err}"
     assert f"train {STEPS * 256:,} of {STEPS * 256:,}" in err
     # Nothing is left but the dictionary.
-    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
     assert not workers_folder(config).exists()
 
     found = weights(config.out)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from service.cli.main import _parser
 from service.settings import (
     AppSettings,
     ServeSettings,
@@ -39,13 +40,20 @@ def test_flags_win_over_the_environment_and_it_over_the_file(tmp_path: Path) -> 
     assert (settings.engine.max_batch_tokens, settings.engine.batch_window_ms) == (9, 0)
 
 
+def test_dictionaries_of_several_flags_are_gathered() -> None:
+    parser, _ = _parser("serve")
+    given = vars(parser.parse_args(["serve", "--dictionaries", "a,b", "--dictionaries", "c", "d"]))
+    assert load_settings(flags={"dictionaries": given["dictionaries"]}, environment={}).dictionaries == tuple("abcd")
+    assert load_settings(flags={"dictionaries": ["builtin"]}, environment={}).dictionaries == "builtin"
+
+
 def test_every_setting_has_a_flag_a_variable_and_a_description() -> None:
     parser = argparse.ArgumentParser()
     add_setting_flags(parser)
     for name, default, description in setting_fields():
         assert description, name
         given = parser.parse_args([flag_of(name), "x"])
-        assert getattr(given, name) == "x"
+        assert getattr(given, name) in ("x", ["x"])
         variable = "SAESERVE_" + name.replace(".", "__").upper()
         text = ",".join(map(str, default)) if isinstance(default, (tuple, list)) else str(default)
         settings = load_settings(environment={variable: text})

@@ -246,8 +246,8 @@ class TestExtract:
     async def test_one_bad_item_fails_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Token 256 is made to overflow: batches with it raise, and only its own request may fail."""
         gate = Gate(monkeypatch)
-        good = BACKBONE._weights.wte[256].clone()
-        BACKBONE._weights.wte[256] = float("inf")
+        good = BACKBONE._model._weights.wte[256].clone()
+        BACKBONE._model._weights.wte[256] = float("inf")
         try:
             async with running() as engine:
                 first = await gate.occupy(engine)
@@ -257,7 +257,7 @@ class TestExtract:
                 await first
                 fine, bad, also_fine = await asyncio.gather(*tasks, return_exceptions=True)
         finally:
-            BACKBONE._weights.wte[256] = good
+            BACKBONE._model._weights.wte[256] = good
         assert isinstance(bad, NonFiniteActivations)
         for work, result in ((works[0], fine), (works[2], also_fine)):
             assert_same(result.inputs[0][0].features, library(work.rows[0], "mid")[1].to_dense())  # type: ignore[union-attr]
@@ -305,7 +305,7 @@ class TestEncodeAndDecode:
 
     async def test_decoding_rows_of_any_form(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Entries in any order, empty rows, one long row among short ones, little memory for padding."""
-        monkeypatch.setattr("service.engine.execution.MAX_PADDED_ENTRIES", 100)
+        monkeypatch.setattr("service.engine.batch.MAX_PADDED_ENTRIES", 100)
         d = DICTIONARIES["mid"]
         generator = np.random.default_rng(0)
         counts = np.array([0, 3, 90, 1, 0, 5, 96, 2])

@@ -43,7 +43,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def settings(server: FileServer, backbone: str) -> PullSettings:
-    quick = DownloadSettings(timeout_s=2.0, least_bytes=100, attempts=3, sleep=lambda _: None)
+    quick = DownloadSettings(timeout_s=60, least_bytes=100, attempts=3, sleep=lambda _: None)
     return PullSettings(openai_base=server.address, hub_base=server.address, backbone=backbone, download=quick)
 
 

@@ -55,7 +55,9 @@ SAMPLE = activations(500, seed=1000)
 
 
 def batch(step: int) -> Tensor:
-    return activations(BATCH, seed=step)
+    """Seeds without near ties, which rounding would decide: the least that parts a token's k-th largest pre-activation
+    from the next, in any step and case below, is 1.2e-5 of it."""
+    return activations(BATCH, seed=1100 + step)
 
 
 def weaken(encoder: Tensor) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.text_stream import TextStream
+from service.engine.sequence import TextStream
 
 TEXT = st.text(alphabet="abé€😀\n", max_size=30)
 

@@ -1,4 +1,4 @@
-"""GPT-2's weights as plain tensors: from a Hugging Face folder or hub name, or random."""
+"""GPT-2's weights as plain tensors: from a Hugging Face folder, or random."""
 
 from __future__ import annotations
 
@@ -9,29 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_runtime.builtin import BACKBONE
 from sae_runtime.kernels.products import Linear
-from sae_runtime.model.families.gpt2_config import ACTIVATIONS, GPT2Settings
+from sae_runtime.model.families.gpt2.config import ACTIVATIONS, GPT2Settings
+from sae_runtime.model.folders import read_safetensors
 
 _MASKS = (".attn.bias", ".attn.masked_bias")
 """Ends of the names of causal masks, which old files hold."""
-
-# Everything a backbone needs from a hub repository; pickled weights are never fetched.
-_HUB_FILES = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-)
-
 
 _LAYER_NORMS = ("ln_1", "ln_2")
 _MATRICES = ("attn_c_attn", "attn_c_proj", "mlp_c_fc", "mlp_c_proj")
@@ -109,37 +94,6 @@ def fingerprint(state: Mapping[str, Tensor], settings: GPT2Settings) -> str:
     return digest.hexdigest()
 
 
-def find_folder(name_or_path: str) -> Path:
-    """The folder of "builtin", of a path, or of a hub name (downloaded, or from the hub's local cache).
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ConnectionError: a hub name that is not cached, and the hub cannot be reached or does not have it.
-    """
-    if name_or_path == "builtin":
-        if not (BACKBONE / "config.json").exists():
-            raise FileNotFoundError(f"the builtin backbone is missing from this installation ({BACKBONE})")
-        return BACKBONE
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise FileNotFoundError(f"backbone folder {name_or_path!r} does not exist")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(name_or_path, allow_patterns=list(_HUB_FILES)))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"backbone {name_or_path!r} is neither a folder nor a hub name: {error}") from error
-    except Exception as error:  # the hub's client raises its own, httpx's and OS errors alike
-        raise ConnectionError(
-            f"backbone {name_or_path!r} is no folder here, and could not be had from the Hugging Face hub: it is not "
-            f"in the local cache, and the hub is offline from here or has no such model ({type(error).__name__}). "
-            "Download it where there is a network, and give the folder's path."
-        ) from error
-
-
 def read_folder(folder: Path) -> tuple[GPT2Settings, dict[str, Tensor]]:
     """Reads config.json and safetensors weights as they are stored, under GPT2LMHeadModel's names.
 
@@ -151,13 +105,8 @@ def read_folder(folder: Path) -> tuple[GPT2Settings, dict[str, Tensor]]:
         ValueError: not a GPT-2, pickled weights only, or weights that do not fit config.json.
     """
     settings = GPT2Settings.from_folder(folder)
-    state: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        try:
-            state |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read (truncated?): {error}") from error
-    state = {_full_name(name): tensor for name, tensor in state.items() if not name.endswith(_MASKS)}
+    stored = read_safetensors(folder)
+    state = {_full_name(name): tensor for name, tensor in stored.items() if not name.endswith(_MASKS)}
     shapes = expected_shapes(settings)
     if settings.tie_word_embeddings:
         state.pop("lm_head.weight", None)
@@ -177,26 +126,6 @@ def read_folder(folder: Path) -> tuple[GPT2Settings, dict[str, Tensor]]:
         found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
         raise ValueError(f"the weights in {folder} do not fit its config.json: {found}")
     return settings, state
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
-        if wrong := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-            raise ValueError(f"{index} names {wrong[0]!r}, expected safetensors files beside it")
-        return [folder / name for name in names]
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
-        raise ValueError(
-            f"{folder} has pickled weights (pytorch_model.bin) but no model.safetensors. Pickles can run code when "
-            "they are read, so they are refused: convert them with transformers' save_pretrained()."
-        )
-    raise FileNotFoundError(f"{folder} has no model.safetensors")
 
 
 def _full_name(name: str) -> str:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from sae_runtime.causal.report import (
+    Ablation,
+    AblationReport,
+    AttributionReport,
+    FeatureContrast,
+    FeatureId,
+    RankBy,
+    SuggestionTrial,
+    TextScore,
+)
+from sae_runtime.edits.edit import Edit
 from service.engine.work import WorkTiming
-
-if TYPE_CHECKING:
-    from sae_runtime.causal.ablation import FeatureId, Replacement
-    from sae_runtime.causal.ablation_report import AblationReport, RankBy
-    from sae_runtime.causal.attribution import AttributionReport
-    from sae_runtime.causal.contrast import FeatureContrast
-    from sae_runtime.causal.suggestion import Trial
-    from sae_runtime.edits import Edit
 
 Rows = tuple[tuple[int, ...], ...]
 """Token ids, one row a text."""
@@ -36,30 +36,8 @@ class ScoreWork:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ScoreArrays:
-    """The predictions on one row of T tokens; entry i is made after token i."""
-
-    loss: NDArray[np.float32]
-    """[T - 1] nats."""
-    correct: NDArray[np.bool_]
-    """[T - 1]."""
-    target_logits: NDArray[np.float32]
-    """[T - 1]."""
-    token_logits: NDArray[np.float32]
-    """[T, m]."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ScoredRow:
-    unedited: ScoreArrays
-    edited: ScoreArrays | None
-    kl: NDArray[np.float32] | None
-    """[T], with edits."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class ScoreResult:
-    rows: list[ScoredRow]
+    rows: list[TextScore]
     timing: WorkTiming
 
 
@@ -74,7 +52,7 @@ class AblateWork:
     strongest: int = 0
     """How many of the strongest features of `dictionaries`, if no features are given."""
     dictionaries: tuple[str, ...] = ()
-    replacements: tuple[Replacement, ...] = ("zero",)
+    ablations: tuple[Ablation, ...] = ("zero",)
     logit_tokens: tuple[int, ...] = ()
     single_tokens: int = 0
     rank_by: RankBy = "kl"
@@ -126,5 +104,5 @@ class ContrastResult:
     features: list[FeatureContrast]
     """All that were tested, the surest first."""
     suggestion: tuple[Edit, ...]
-    trials: list[Trial]
+    trials: list[SuggestionTrial]
     timing: WorkTiming

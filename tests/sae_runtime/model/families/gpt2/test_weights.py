@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_runtime import Backbone
-from sae_runtime.model.families import gpt2_weights
-from sae_runtime.model.families.gpt2_config import GPT2Settings
+from sae_runtime.model import folders
+from sae_runtime.model.families.gpt2.config import GPT2Settings
 from tests import golden
 
 GOLDEN = golden.FOLDER / "hooks_gpt2_tiny"
@@ -214,11 +214,11 @@ def test_missing_folders_and_files(tmp_path: Path) -> None:
 
 
 def test_builtin_is_a_folder_of_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, golden: Backbone) -> None:
-    monkeypatch.setattr(gpt2_weights, "BACKBONE", GOLDEN)
+    monkeypatch.setattr(folders, "BACKBONE", GOLDEN)
     loaded = Backbone.load()
     assert loaded.name == "builtin"
     assert same(loaded, golden)
-    monkeypatch.setattr(gpt2_weights, "BACKBONE", tmp_path)
+    monkeypatch.setattr(folders, "BACKBONE", tmp_path)
     with pytest.raises(FileNotFoundError, match="builtin backbone is missing"):
         Backbone.load("builtin")
 

@@ -17,7 +17,6 @@ import torch
 
 from sae_runtime.causal.ablation import (
     AblationStudy,
-    FeatureId,
     Variant,
     VariantEffect,
     in_batches,
@@ -25,37 +24,44 @@ from sae_runtime.causal.ablation import (
     total_activation,
 )
 from sae_runtime.causal.ablation_report import StudyResult, summarize
-from sae_runtime.causal.attribution import Attribution, AttributionStudy, Target
-from sae_runtime.causal.contrast import FeatureContrast, contrast_features
+from sae_runtime.causal.attribution import AttributionStudy, Target
+from sae_runtime.causal.contrast import contrast_features
 from sae_runtime.causal.predictions import Predictions
-from sae_runtime.causal.score import RowScore, score_rows
-from sae_runtime.causal.score import ScoredRow as RowToScore
-from sae_runtime.causal.suggestion import STRENGTH_FACTORS, SetScores, Trial, at_strength, set_scores, suggest_edit
+from sae_runtime.causal.report import (
+    Attribution,
+    FeatureAttribution,
+    FeatureContrast,
+    FeatureId,
+    SetScore,
+    SuggestionTrial,
+    TextScore,
+    TokenScores,
+)
+from sae_runtime.causal.score import RowScore, ScoredRow, score_rows
+from sae_runtime.causal.suggestion import STRENGTH_FACTORS, at_strength, set_score, suggest_edit
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.edits import Edit, check_edits
 from sae_runtime.edits.edit import terms
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 from service.engine.admission import check_row, site_of, split_rows
-from service.engine.causal_work import (
+from service.engine.errors import NonFiniteActivations, UnknownDictionary
+from service.engine.measure_work import (
     AblateResult,
     AblateWork,
     AttributeResult,
     AttributeWork,
     ContrastResult,
     ContrastWork,
-    ScoreArrays,
-    ScoredRow,
     ScoreResult,
     ScoreWork,
 )
-from service.engine.errors import NonFiniteActivations, UnknownDictionary
 from service.engine.scheduler import Part
 from service.engine.settings import EngineSettings
 from service.engine.work import Csr, DictionaryRows, ExtractResult, ExtractWork, Selection, WorkTiming
 
 KINDS = ("score", "ablate", "attribute")
-"""Names of the work that `run_causal` runs."""
+"""Names of the work that `run_measurements` runs."""
 BATCHES_AT_ONCE = 2
 """Batches of variants of one study that wait in the queue together."""
 
@@ -72,7 +78,7 @@ class Extract(Protocol):
 class ScorePart:
     """Rows to score; those of several requests run together."""
 
-    rows: list[RowToScore]
+    rows: list[ScoredRow]
     dictionaries: Mapping[str, Dictionary]
 
 
@@ -83,7 +89,7 @@ class Computation:
     run: Callable[[], Any]
 
 
-def run_causal(backbone: Backbone, parts: Sequence[ScorePart | Computation]) -> list[Any]:
+def run_measurements(backbone: Backbone, parts: Sequence[ScorePart | Computation]) -> list[Any]:
     """The results of parts of one kind (model thread only)."""
     try:
         computations = [part for part in parts if isinstance(part, Computation)]
@@ -95,7 +101,7 @@ def run_causal(backbone: Backbone, parts: Sequence[ScorePart | Computation]) -> 
             dictionaries |= part.dictionaries
         # The same name stands for different dictionaries where one was loaded anew meanwhile.
         if any(dictionaries[name] is not each for part in scores for name, each in part.dictionaries.items()):
-            return [run_causal(backbone, [part])[0] for part in scores]
+            return [run_measurements(backbone, [part])[0] for part in scores]
         found = iter(score_rows(backbone, [row for part in scores for row in part.rows], dictionaries))
         return [[_scored(next(found)) for _ in part.rows] for part in scores]
     except ValueError as error:
@@ -125,7 +131,7 @@ class _Timer:
 
 
 @dataclass(slots=True)
-class CausalEngine:
+class Measurements:
     """The part of the engine that measures effects. Belongs to its event loop."""
 
     backbone: Backbone
@@ -159,7 +165,7 @@ class CausalEngine:
         parts, at = [], 0
         for rows in pieces:
             scored = [
-                RowToScore(row, own, work.logit_tokens, work.max_relative_change)
+                ScoredRow(row, own, work.logit_tokens, work.max_relative_change)
                 for row, own in zip(rows, edits[at : at + len(rows)], strict=True)
             ]
             at += len(rows)
@@ -185,7 +191,7 @@ class CausalEngine:
             if not 0 <= feature.feature < n_latents:
                 raise ValueError(f"feature {feature.feature} is outside the {n_latents} of {feature.dictionary!r}")
         for name, dictionary in dictionaries.items():
-            if "mean" in work.replacements and dictionary.statistics is None:
+            if "mean" in work.ablations and dictionary.statistics is None:
                 raise ValueError(f"dictionary {name!r} has no statistics, which the ablation to the mean needs")
 
         def begin(rows: Sequence[tuple[int, ...]]) -> AblationStudy:
@@ -194,7 +200,7 @@ class CausalEngine:
                 dictionaries,
                 rows,
                 features,
-                work.replacements,
+                work.ablations,
                 tokens=work.logit_tokens,
                 single_tokens=work.single_tokens,
             )
@@ -212,7 +218,7 @@ class CausalEngine:
         report = await asyncio.to_thread(
             summarize,
             features,
-            work.replacements,
+            work.ablations,
             results,
             n_chosen=len(work.logit_tokens),
             rank_by=work.rank_by,
@@ -273,7 +279,7 @@ class CausalEngine:
             )
         features = await asyncio.to_thread(self._contrasts, work, inputs)
         edits: tuple[Edit, ...] = ()
-        trials: list[Trial] = []
+        trials: list[SuggestionTrial] = []
         if work.suggest:
             edits = await self._suggest(work, features, timer)
         if edits and work.validate:
@@ -314,8 +320,8 @@ class CausalEngine:
             edits.append(suggest_edit(each, peaks, maximum))
         return tuple(edits)
 
-    async def _try(self, work: ContrastWork, edits: tuple[Edit, ...], timer: _Timer) -> Trial:
-        async def scores(rows: Sequence[tuple[int, ...]]) -> SetScores:
+    async def _try(self, work: ContrastWork, edits: tuple[Edit, ...], timer: _Timer) -> SuggestionTrial:
+        async def score(rows: Sequence[tuple[int, ...]]) -> SetScore:
             long_enough = tuple(row for row in rows if len(row) > 1)
             result = await self.score(ScoreWork(long_enough, (edits,) * len(long_enough)), under_way=timer.under_way)
             timer.add(result.timing)
@@ -325,9 +331,10 @@ class CausalEngine:
                 assert row.kl is not None
                 change = float((row.edited.loss.astype(float) - row.unedited.loss).sum())
                 losses.append((change, float(row.kl.sum(dtype=float)), len(row.unedited.loss), len(row.kl)))
-            return set_scores(losses)
+            return set_score(losses)
 
-        return Trial(edits, await scores(work.a), await scores(work.b))
+        a, b = await score(work.a), await score(work.b)
+        return SuggestionTrial(edits, a, b, shift=b.delta_loss - a.delta_loss)
 
     # Rounds
 
@@ -386,7 +393,9 @@ def _variants(study: AblationStudy, batch: Sequence[Variant]) -> tuple[int, Call
     return sum(variant.length for variant in batch), lambda: study.run(batch)
 
 
-def _ablations(study: AttributionStudy, batch: Sequence[Attribution]) -> tuple[int, Callable[[], list[Attribution]]]:
+def _ablations(
+    study: AttributionStudy, batch: Sequence[Attribution]
+) -> tuple[int, Callable[[], list[FeatureAttribution]]]:
     return len(batch) * study.length, lambda: study.run(batch)
 
 
@@ -406,19 +415,22 @@ def _dense(rows: Sequence[Csr], active: Sequence[int]) -> torch.Tensor:
     return dense
 
 
-def _scored(score: RowScore) -> ScoredRow:
-    return ScoredRow(
-        _arrays(score.unedited),
-        None if score.edited is None else _arrays(score.edited),
+def _scored(score: RowScore) -> TextScore:
+    return TextScore(
+        _token_scores(score.unedited),
+        None if score.edited is None else _token_scores(score.edited),
         None if score.kl is None else score.kl.float().cpu().numpy(),
     )
 
 
-def _arrays(predictions: Predictions) -> ScoreArrays:
+def _token_scores(predictions: Predictions) -> TokenScores:
     """Without the entry after the last token, where no token follows."""
-    return ScoreArrays(
-        predictions.loss[:-1].float().cpu().numpy(),
-        predictions.correct[:-1].cpu().numpy(),
-        predictions.target_logit[:-1].float().cpu().numpy(),
-        predictions.token_logits.float().cpu().numpy(),
+    loss, correct = predictions.loss[:-1].float().cpu().numpy(), predictions.correct[:-1].cpu().numpy()
+    return TokenScores(
+        loss=loss,
+        correct=correct,
+        target_logits=predictions.target_logit[:-1].float().cpu().numpy(),
+        token_logits=predictions.token_logits.float().cpu().numpy(),
+        mean_loss=float(loss.mean(dtype=float)),
+        accuracy=float(correct.mean()),
     )

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from sae_runtime import Edit, EditConflict, InvalidEdit, UnknownDictionary
-from sae_runtime.causal.ablation import FeatureId
-from service.engine.causal_work import AblateWork, AttributeWork, ContrastWork, ScoreWork
+from sae_runtime.causal.report import FeatureId
 from service.engine.engine import Engine
 from service.engine.errors import EngineStopped, NonFiniteActivations, QueueFull
+from service.engine.measure_work import AblateWork, AttributeWork, ContrastWork, ScoreWork
 from service.engine.settings import EngineSettings
 from service.engine.work import ExtractWork
 from tests.service.engine.models import random_rows, small_backbone, small_dictionaries
@@ -96,7 +96,7 @@ async def test_a_study_takes_turns_with_other_work() -> None:
 
 async def test_a_study_that_is_under_way_goes_on_where_a_new_call_is_refused() -> None:
     async with running(max_batch_tokens=32, max_queued_tokens=40) as engine:
-        work = AblateWork(ROWS, features=(FeatureId("mid", 3), FeatureId("mid", 8)), replacements=("mean",))
+        work = AblateWork(ROWS, features=(FeatureId("mid", 3), FeatureId("mid", 8)), ablations=("mean",))
         quiet = await engine.ablate(work)
 
         refused = 0

@@ -35,7 +35,7 @@ def run_training(config: TrainingConfig, progress: ProgressCallback | None = Non
         torch.set_num_threads(config.threads)
     try:
         meter = ProgressMeter(progress)
-        results = publish_run(config, _train(config, meter), meter)
+        results = publish_run(*_train(config, meter), meter)
         config.checkpoint_path.unlink(missing_ok=True)
         return results
     finally:
@@ -56,8 +56,8 @@ def check_paths(config: TrainingConfig) -> None:
             raise FileNotFoundError(f"no text file at {path}")
 
 
-def _train(config: TrainingConfig, meter: ProgressMeter) -> dict[Site, dict[str, Any]]:
-    """Trains to the last step; what the trainers export."""
+def _train(config: TrainingConfig, meter: ProgressMeter) -> tuple[TrainingConfig, dict[Site, dict[str, Any]]]:
+    """Trains to the last step; the settings as they are recorded, and what the trainers export."""
     meter.begin("prepare", config.buffer_tokens)
     worker = Worker(config, FileCheckpoint(config.checkpoint_path))
     try:
@@ -70,6 +70,6 @@ def _train(config: TrainingConfig, meter: ProgressMeter) -> dict[Site, dict[str,
                 raise
             if not finished and stop.received is not None:
                 raise TrainingStopped(stop.received)
-        return worker.exports()
+        return worker.config, worker.exports()
     finally:
         worker.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sae_runtime.kernels.products import default_compute_dtype
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
 from sae_runtime.progress import ProgressMeter
@@ -24,6 +26,7 @@ from sae_runtime.training.initialisation import MEDIAN_SAMPLES
 from sae_runtime.training.run_log import RunLog
 from sae_runtime.training.trainers import StepMetrics, Trainer, new_trainer, restored_trainer
 
+_DTYPES = (torch.float32, torch.bfloat16)
 _GO_ON, _SAVE, _STOP = 0, 1, 2
 
 
@@ -56,15 +59,16 @@ class Worker:
             ValueError: the data, a site or the checkpoint does not fit.
         """
         check_distribution(config, communicator.data_parallel_size * communicator.n_shards, communicator.n_shards)
-        self.config = config
-        self.is_first = communicator.data_rank == 0 and communicator.shard_rank == 0
         self._checkpoint = checkpoint
         self._communicator = communicator
+        self.is_first = communicator.data_rank == 0 and communicator.shard_rank == 0
+        before = checkpoint.identity()
+        self.config = config = self._with_dtypes(config, {} if before is None else before.get("settings", {}))
+        """The settings as they are recorded: without an `auto` that decides the weights."""
         backbone = Backbone.load(config.backbone, dtype=config.backbone_dtype, device=config.reading_device)
         self.sites = [backbone.check_site(site) for site in config.all_sites]
         self._identity = run_identity(config, backbone)
         # A checkpoint that does not fit is refused before any text is read.
-        before = checkpoint.identity()
         if before is not None:
             check_identity(before, self._identity, checkpoint.path)
         self._source = open_activation_source(config, backbone, self.sites, communicator)
@@ -153,6 +157,25 @@ class Worker:
             raise FloatingPointError(f"{error}{kept}") from error
         self._between_steps = True
         return metrics
+
+    def _with_dtypes(self, config: TrainingConfig, before: Mapping[str, Any]) -> TrainingConfig:
+        """Puts in place of an `auto` dtype the one that the run began with, or else the one fast on worker 0's device.
+
+        Results differ by the rounding of a dtype, so all workers, and all parts of an interrupted run, have the same.
+        """
+        chosen: dict[str, str] = {}
+        for name, device in (("compute_dtype", config.device), ("backbone_dtype", config.reading_device)):
+            if getattr(config, name) != "auto":
+                continue
+            fast = _DTYPES.index(default_compute_dtype(device))
+            here = str(_DTYPES[int(self._communicator.broadcast(torch.tensor([fast])))]).removeprefix("torch.")
+            chosen[name] = before.get(name, here)
+            if chosen[name] != here and self.is_first:
+                warnings.warn(
+                    f"the run goes on with {name} {chosen[name]}, as it began; this machine is faster in {here}",
+                    stacklevel=2,
+                )
+        return config.model_copy(update=chosen)
 
     def _part(self, site: Site, shard: int) -> Path:
         return workers_folder(self.config) / f"export-{site}-{shard}.pt"

@@ -64,7 +64,7 @@ def _train_and_publish(config: TrainingConfig, latent_shards: int, folder: Path)
     finally:
         worker.close()
     if exports:
-        publish_run(config, exports, meter)
+        publish_run(worker.config, exports, meter)
 
 
 class _Reporter:

@@ -13,7 +13,7 @@ from sae_runtime.dictionary.manifest import Manifest
 from sae_runtime.errors import DictionaryFormatError
 from sae_runtime.evaluation.figure_names import describe
 from sae_runtime.training.config import TrainingConfig, preset_names
-from sae_runtime.training.distributed.worker import workers_folder
+from sae_runtime.training.distributed.sharded_checkpoint import workers_folder
 from sae_runtime.training.run import run_training
 from sae_runtime.training.stop_signals import TrainingStopped
 from service.cli.command_error import CommandError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_runtime.kernels import products as module
-from sae_runtime.kernels.products import Linear, few_rows_linear
+from sae_runtime.kernels.products import Linear, cpu_kind, default_compute_dtype, few_rows_linear
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 16, 64, 65, 200])
@@ -42,3 +42,27 @@ def test_gradients_reach_the_input() -> None:
     linear = Linear(torch.randn(8, 6), torch.zeros(6))
     linear(x).sum().backward()
     torch.testing.assert_close(x.grad, linear.weight.sum(0).expand(5, 8))
+
+
+@pytest.mark.parametrize(
+    ("capability", "amx", "bfloat16", "kind", "dtype"),
+    [
+        ("AVX512", True, True, "amx", torch.bfloat16),
+        ("AVX512", False, True, "avx512_bf16", torch.bfloat16),
+        ("AVX512", False, False, "avx512", torch.float32),
+        ("AVX2", True, True, "avx2", torch.float32),  # as ATEN_CPU_CAPABILITY=avx2 makes any CPU
+        ("DEFAULT", False, False, "other", torch.float32),
+    ],
+)
+def test_bfloat16_is_the_default_only_where_the_cpu_has_units_for_it(
+    monkeypatch: pytest.MonkeyPatch, capability: str, amx: bool, bfloat16: bool, kind: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    cpu_kind.cache_clear()
+    try:
+        assert cpu_kind() == kind
+        assert default_compute_dtype("cpu") == dtype
+    finally:
+        cpu_kind.cache_clear()

@@ -10,9 +10,9 @@ from typing import Any
 
 from sae_runtime.atomic import atomic_file
 from sae_runtime.dictionary.manifest import Provenance
-from sae_runtime.evaluation.card import render_card
 from sae_runtime.evaluation.n2g import Explanation
 from sae_runtime.evaluation.plots import MissingPlotLibrary, draw_plots
+from sae_runtime.figures.card import render_card
 
 FIGURES_FILE = "evaluation.json"
 EXPLANATIONS_FILE = "explanations.json"

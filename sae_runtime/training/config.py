@@ -221,11 +221,15 @@ class TrainingConfig(BaseModel):
     )
     device: str = Field("cpu", description="Device of the backbone and the dictionary, for example cpu or cuda:0.")
     threads: int | None = Field(None, ge=1, description="CPU threads of PyTorch; its own choice if not given.")
-    compute_dtype: DTypeName = Field(
-        "bfloat16", description="Type of the large matrix product x @ encoder; weights and gradients stay float32."
+    compute_dtype: DTypeName | Literal["auto"] = Field(
+        "auto",
+        description="Type of the large matrix product x @ encoder; weights and gradients stay float32. auto: bfloat16 "
+        "where the device is fast in it, else float32; a run that goes on keeps the type that it began with.",
     )
-    backbone_dtype: DTypeName = Field(
-        "bfloat16", description="Type the backbone runs in while training; evaluation always runs in float32."
+    backbone_dtype: DTypeName | Literal["auto"] = Field(
+        "auto",
+        description="Type the backbone runs in while training; evaluation always runs in float32. auto: as "
+        "compute_dtype.",
     )
 
     # Logging

@@ -9,8 +9,8 @@ from itertools import product
 from typing import Any
 
 from sae_runtime.dictionary.formats.published import read_manifest
+from sae_runtime.progress import ProgressCallback
 from sae_runtime.training.config import PENALISED, TrainingConfig
-from sae_runtime.training.progress import ProgressCallback
 from sae_runtime.training.run import run_training
 from sae_runtime.training.scaling_fit import ScalingFit, SweepPoint, fit_scaling_law
 from sae_runtime.training.sweep_plot import draw_sweep
@@ -93,8 +93,10 @@ def run_sweep(
 
 def _point(config: TrainingConfig) -> SweepPoint:
     manifest = read_manifest(config.out)
-    settings = {name: value for name, value in config.provenance().items() if name not in _FREE}
-    found = {name: value for name, value in manifest.provenance.config.items() if name not in _FREE}
+    provenance = config.provenance()
+    free = _FREE | {name for name, value in provenance.items() if value == "auto"}  # a run records what it chose
+    settings = {name: value for name, value in provenance.items() if name not in free}
+    found = {name: value for name, value in manifest.provenance.config.items() if name not in free}
     if found != settings:
         wrong = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
         raise ValueError(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from sae_runtime.dictionary.dictionary import Dictionary
@@ -17,17 +15,15 @@ from sae_runtime.errors import DictionaryFormatError, FingerprintMismatch, Unkno
 from sae_runtime.evaluation.evaluate import complete_settings, evaluate
 from sae_runtime.evaluation.figure_names import describe
 from sae_runtime.evaluation.plots import MissingPlotLibrary
-from sae_runtime.evaluation.progress import EvaluationProgress
 from sae_runtime.evaluation.report import EvaluationReport
 from sae_runtime.evaluation.settings import EvaluationSettings
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.settings import read_settings
 from service.cli.command_error import CommandError
+from service.cli.job_progress import ProgressDisplay
 from service.cli.json_output import print_json
 from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
 from service.cli.tables import fact_table, print_table
-
-_LOG_INTERVAL_S = 10.0
 
 _SHOWN = (
     "nmse",
@@ -96,44 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-class StageDisplay:
-    """A progress bar for each stage; on something that is no terminal, a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bars = Progress(
-            TextColumn("{task.description:<13}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeRemainingColumn(),
-            TextColumn("{task.completed:,.0f} {task.fields[unit]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._stage = ""
-        self._line_at = 0.0
-
-    def __enter__(self) -> StageDisplay:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def show(self, event: EvaluationProgress) -> None:
-        """Shows a moment of the evaluation."""
-        if event.stage != self._stage:
-            self._task = self._bars.add_task(event.stage, total=event.total, unit=event.unit)
-            self._stage, self._line_at = event.stage, 0.0
-        assert self._task is not None
-        self._bars.update(self._task, completed=event.done)
-        done = event.done >= event.total
-        if not self._console.is_terminal and (done or time.monotonic() - self._line_at > _LOG_INTERVAL_S):
-            self._line_at = time.monotonic()
-            self._console.print(f"{event.stage} {event.done:,} of {event.total:,} {event.unit}", soft_wrap=True)
-
-
 def _measure(name: str, settings: EvaluationSettings) -> tuple[Dictionary, EvaluationReport]:
     dictionary = load_dictionary(name, device=settings.device)
     if complete_settings(settings, dictionary).site is None:
@@ -143,7 +101,7 @@ def _measure(name: str, settings: EvaluationSettings) -> tuple[Dictionary, Evalu
         settings.backbone or (manifest.backbone.name if manifest else "builtin"), device=settings.device
     )
     check_backbone(dictionary, backbone)
-    with StageDisplay(Console(stderr=True, highlight=False)) as display:
+    with ProgressDisplay(Console(stderr=True, highlight=False)) as display:
         return dictionary, evaluate(backbone, dictionary, settings, display.show)
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from sae_runtime.builtin import HELD_OUT
+from sae_runtime.data.text_sample import read_sample
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.formats import check_backbone, load_dictionary
 from sae_runtime.dictionary.formats.published import STORED_DTYPES, read_statistics
-from sae_runtime.dictionary.publish import Fit, measure_fit, measure_on_text, publish
+from sae_runtime.dictionary.publish import publish
 from sae_runtime.errors import DictionaryFormatError, UnknownDictionary
+from sae_runtime.figures.held_out import held_out_figures
+from sae_runtime.figures.statistics import measure_on_text
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
 from service.cli.command_error import CommandError
@@ -69,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             statistics = read_statistics(arguments.statistics)
         elif arguments.data:
             statistics = measure_on_text(
-                placed, backbone, arguments.data, arguments.tokens, context_length=arguments.context_length
+                backbone, placed, arguments.data, arguments.tokens, context_length=arguments.context_length
             )
         manifest = publish(
             placed,
@@ -97,13 +101,13 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(
             facts
             | {"latents": manifest.n_latents, "statistics_tokens": None if measured is None else measured.n_tokens}
-            | {"fit": None if fit is None else asdict(fit)}
+            | {"fit": fit or None}
         )
         return 0
     facts["latents"] = f"{manifest.n_latents:,}"
-    if fit is not None:
-        facts["NMSE"] = f"{fit.nmse:.4f} over {fit.n_tokens:,} tokens (1 is predicting the mean)"
-        facts["L0"] = f"{fit.l0:.1f} active latents per token"
+    if fit:
+        facts["NMSE"] = f"{fit['nmse']:.4f} over {fit['n_tokens']:,} tokens (1 is predicting the mean)"
+        facts["L0"] = f"{fit['l0']:.1f} active latents per token"
     facts["statistics"] = "none" if measured is None else f"over {measured.n_tokens:,} tokens"
     print_table(Console(highlight=False, markup=False), fact_table(facts))
     return 0
@@ -111,28 +115,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_fit(
     dictionary: Dictionary, backbone: Backbone, arguments: argparse.Namespace
-) -> tuple[Fit | None, list[str]]:
-    """How well the dictionary fits the backbone, and what speaks against it."""
+) -> tuple[dict[str, float], list[str]]:
+    """Held-out figures of how well the dictionary fits the backbone (none if unknown), and what speaks against it."""
     warnings = []
     origin = dictionary.origin
     if origin is not None and origin.model and _plain_name(origin.model) != _plain_name(backbone.name):
         warnings.append(f"its file says that it was made for {origin.model}; the backbone is {backbone.name}")
-    if dictionary.site is None:
-        return None, warnings  # publishing it fails
+    if dictionary.site is None or dictionary.transcoder:
+        return {}, warnings  # without a site publishing fails; a transcoder does not reconstruct what it reads
     recorded = origin.context_length if origin is not None else None
+    length = min(arguments.context_length or recorded or backbone.context_length, backbone.context_length)
     try:
-        fit = measure_fit(
-            dictionary,
-            backbone,
-            arguments.data or [HELD_OUT],
-            _FIT_TOKENS,
-            context_length=arguments.context_length or recorded,
-        )
+        sample = read_sample(backbone, arguments.data or [HELD_OUT], _FIT_TOKENS, context_length=length)
+        figures = held_out_figures(backbone, dictionary, sample.rows)
     except ValueError as error:
-        return None, [*warnings, f"its reconstruction cannot be measured: {error}"]
-    if not fit.nmse < 1:
+        return {}, [*warnings, f"its reconstruction cannot be measured: {error}"]
+    fit = {str(name): figures[name] for name in ("nmse", "l0", "loss_recovered", "n_tokens") if name in figures}
+    nmse = fit.get("nmse", math.inf)  # undefined where all activations are equal
+    if not nmse < 1:
         warnings.append(
-            f"its NMSE is {fit.nmse:.2f}, which is worse than predicting the mean activation: it seems to belong to "
+            f"its NMSE is {nmse:.2f}, which is worse than predicting the mean activation: it seems to belong to "
             f"another model, another site than {dictionary.site}, or inputs of another scale"
         )
     return fit, warnings

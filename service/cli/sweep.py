@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Column
 
 from sae_runtime.errors import DictionaryFormatError
+from sae_runtime.progress import ProgressCallback
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.progress import ProgressCallback
 from sae_runtime.training.sweep import PLOT, REPORT, SweepResult, run_sweep
 from service.cli import train
 from service.cli.command_error import CommandError
+from service.cli.job_progress import ProgressDisplay
 from service.cli.json_output import print_json
 from service.cli.tables import data_table, print_table
 
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def begin(index: int, total: int, config: TrainingConfig) -> ProgressCallback:
         console.print(f"run {index + 1} of {total}: n_latents {config.n_latents}, k {config.k}")
-        return train.ProgressDisplay(console).show
+        return ProgressDisplay(console).show
 
     try:
         result = run_sweep(base, arguments.grid_n_latents, arguments.grid_k, begin=begin)

@@ -13,8 +13,15 @@ from sae_runtime import Backbone, Site
 from sae_runtime.data.documents import Document
 from sae_runtime.data.text_sample import TextSample
 from sae_runtime.evaluation.baselines import Moments, to_inner
-from sae_runtime.evaluation.splice import choose_windows, splice_single_tokens, splice_tokens
-from sae_runtime.evaluation.splice_figures import baseline_figures, kind_figures, overall_figures, position_figures
+from sae_runtime.evaluation.splice import (
+    baseline_figures,
+    choose_windows,
+    kind_figures,
+    overall_figures,
+    position_figures,
+    splice_single_tokens,
+)
+from sae_runtime.figures.held_out import splice_tokens
 from tests.sae_runtime.evaluation.reference import (
     FAMILIES,
     MODULES,

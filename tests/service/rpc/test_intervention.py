@@ -201,7 +201,7 @@ async def test_a_call_that_ends_early_frees_its_slots_within_one_step(
             async for _ in call:
                 pass
         assert await call.code() == code
-        while engine._continuations:  # noqa: ASYNC110  # until the server's side of the call has ended as well
+        while engine._generating:  # noqa: ASYNC110  # until the server's side of the call has ended as well
             await asyncio.sleep(0)
         if reached.is_set():
             break

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.manifest import Provenance
+from sae_runtime.dictionary.statistics import LatentStatistics
+from sae_runtime.figures.density import density_figures
 
 _BAR = 40  # characters of the longest bar
 _SHOWN_EXPLANATIONS = 8
@@ -41,6 +44,26 @@ _MAIN = (
     ("ce_spliced", "Cross-entropy, spliced", ".4f", "every token's activation replaced by its reconstruction"),
     ("ce_ablated", "Cross-entropy, ablated", ".4f", "every token's activation replaced by zeros"),
 )
+
+
+def describe_dictionary(dictionary: Dictionary, backbone: str) -> dict[str, Any]:
+    """The figures that say what was measured and not how good it is."""
+    return {
+        "dictionary": dictionary.name,
+        "site": dictionary.site,
+        "backbone": backbone,
+        "activation": dictionary.activation,
+        "normalization": dictionary.normalization,
+        "d_in": dictionary.d_in,
+        "n_latents": dictionary.n_latents,
+        "k": dictionary.k,
+    }
+
+
+def density_figures_of(statistics: LatentStatistics) -> dict[str, Any]:
+    """What a card says of densities, as a DensityCounter has it that saw the statistics' tokens."""
+    fired = (statistics.firing_rate.double() * statistics.n_tokens).round().long().numpy()
+    return {"feature_tokens": statistics.n_tokens, **density_figures(fired, statistics.n_tokens)}
 
 
 def render_card(

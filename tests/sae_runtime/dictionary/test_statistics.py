@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_runtime.dictionary.features import SparseFeatures
-from sae_runtime.evaluation.latent_statistics import LatentStatisticsBuilder
+from sae_runtime.dictionary.statistics import LatentStatisticsBuilder
 
 
 def test_they_equal_the_dense_computation() -> None:

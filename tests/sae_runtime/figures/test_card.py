@@ -5,9 +5,7 @@ import torch
 
 from sae_runtime.dictionary.manifest import Provenance
 from sae_runtime.dictionary.statistics import LatentStatistics
-from sae_runtime.evaluation.card import render_card
-from sae_runtime.evaluation.dictionary_evaluation import DictionaryEvaluation
-from sae_runtime.training.card import render_card as render_training_card
+from sae_runtime.figures.card import density_figures_of, describe_dictionary, render_card
 from tests.sae_runtime.evaluation.reference import random_dictionary
 
 
@@ -35,22 +33,22 @@ def test_the_card_of_a_training_run(family: str, normalization: str, title: str)
         quantile_levels=torch.tensor([0.5]),
         n_tokens=1000,
     )
-    evaluation = DictionaryEvaluation(
-        nmse=0.12345,
-        relative_error=0.1,
-        nmse_normalized=0.2,
-        l0=6.0,
-        dead_fraction=8 / 48,
-        dense_fraction=1 / 48,
-        ce_clean=4.0,
-        ce_spliced=4.25,
-        ce_ablated=9.0,
-        loss_recovered=0.95,
-        n_tokens=2048,
-        firing_rate=rate,
-    )
+    figures = {
+        "nmse": 0.12345,
+        "relative_error": 0.1,
+        "nmse_normalized": 0.2,
+        "l0": 6.0,
+        "dead_fraction": 8 / 48,
+        "dense_fraction": 1 / 48,
+        "ce_clean": 4.0,
+        "ce_spliced": 4.25,
+        "ce_ablated": 9.0,
+        "loss_recovered": 0.95,
+        "n_tokens": 2048,
+    }
     provenance = Provenance("saeserve 1", {"k": 6, "data": ["a", "b"]}, 3, 4096, "a.txt (12 bytes)", "2026-01-01")
-    card = render_training_card(dictionary, evaluation, statistics, provenance, "builtin")
+    figures |= describe_dictionary(dictionary, "builtin") | density_figures_of(statistics)
+    card = render_card(figures, provenance=provenance)
     assert card.startswith(f"# random-{family}\n\n{title}")
     assert ("layer-normalised" in card.split("\n\n")[1]) == (normalization == "layer_norm")
     assert "| NMSE | 0.1235 |" in card or "| NMSE | 0.1234 |" in card

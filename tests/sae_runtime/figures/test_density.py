@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae_runtime.dictionary.features import SparseFeatures
-from sae_runtime.evaluation.density import DensityCounter, density_figures
+from sae_runtime.figures.density import DensityCounter, density_figures
 
 
 def test_figures_equal_dense_counts() -> None:

@@ -17,7 +17,6 @@ from sae_runtime.causal.predictions import Predictions, compare, next_tokens, pr
 from sae_runtime.causal.prefix import Change, SharedPrefix
 from sae_runtime.causal.report import Ablation, FeatureId
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits.latent_reader import LatentReader
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
@@ -100,7 +99,7 @@ class AblationStudy:
         self.backbone = backbone
         self.features = tuple(features)
         names = sorted({each.dictionary for each in features})
-        self._site = {name: _site(dictionaries[name]) for name in names}
+        self._site = {name: dictionaries[name].require_site() for name in names}
         self._dictionaries = {name: dictionaries[name] for name in names}
         self._prefix = SharedPrefix(backbone, rows, set(self._site.values()))
         packed = self._prefix.packed
@@ -113,12 +112,10 @@ class AblationStudy:
         for name, dictionary in self._dictionaries.items():
             places = [i for i, each in enumerate(features) if each.dictionary == name]
             wanted = torch.tensor([features[i].feature for i in places], device=dictionary.device)
-            ascending, column = torch.unique(wanted, return_inverse=True)
             x = self._prefix.paused[self._site[name]].activation
-            z, statistics = LatentReader(dictionary, ascending).read(x)
+            self._latents |= dict(zip(places, dictionary.encode_features(x, wanted).unbind(1), strict=True))
+            _, statistics = dictionary.prepare(x)
             self._scale[name] = None if statistics is None else statistics.std
-            for i, at in zip(places, column.tolist(), strict=True):
-                self._latents[i] = z[:, at]
         self.activity = [self._activity(i) for i in range(len(features))]
         self.variants = tuple(self._variants(ablations, single_tokens))
 
@@ -231,7 +228,7 @@ def total_activation(
     Float64 [n_latents] on the host, by name. That is the length of its part of the reconstruction (|d| of the decoder
     row, std as in `Dictionary.decode`), so that features of dictionaries of any normalisation compare.
     """
-    sites = {name: _site(dictionary) for name, dictionary in dictionaries.items()}
+    sites = {name: dictionary.require_site() for name, dictionary in dictionaries.items()}
     activations = backbone.forward(PackedTokens.from_rows(rows), capture=set(sites.values())).activations
     totals = {}
     for name, dictionary in dictionaries.items():
@@ -271,12 +268,6 @@ def in_batches(variants: Sequence[Variant], max_tokens: int) -> list[list[Varian
         batches[-1].append(variant)
         size += variant.length
     return batches
-
-
-def _site(dictionary: Dictionary) -> Site:
-    if dictionary.site is None:
-        raise ValueError(f"dictionary {dictionary.name!r} does not say which site it reads")
-    return Site.parse(dictionary.site)
 
 
 def _figures(before: Predictions, after: Predictions, kl: Tensor, known: Tensor) -> Tensor:

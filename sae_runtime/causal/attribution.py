@@ -66,7 +66,7 @@ class AttributionStudy:
         """
         self._backbone, self._target = backbone, target
         self._dictionaries = dictionaries
-        self._sites = {name: Site.parse(str(dictionary.site)) for name, dictionary in dictionaries.items()}
+        self._sites = {name: dictionary.require_site() for name, dictionary in dictionaries.items()}
         with torch.inference_mode(False), torch.no_grad():
             self._prefix = SharedPrefix(backbone, [list(row)], set(self._sites.values()))
             self.metric = float(self._metric(self._prefix.final[-1:]))

@@ -27,7 +27,6 @@ from sae_runtime.causal.report import FeatureContrast, FeatureId
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
-from sae_runtime.model.sites import Site
 
 TextAggregation = Literal["max", "mean"]
 MIN_TEXTS = 2
@@ -130,7 +129,7 @@ def aggregate_texts(
 
     A feature counts as 0 on tokens where it is silent.
     """
-    sites = {name: Site.parse(str(dictionary.site)) for name, dictionary in dictionaries.items()}
+    sites = {name: dictionary.require_site() for name, dictionary in dictionaries.items()}
     results = {name: torch.zeros(len(rows), dictionary.n_latents) for name, dictionary in dictionaries.items()}
     for batch in _batches(rows, tokens_per_pass):
         packed = PackedTokens.from_rows([rows[i] for i in batch]).to(backbone.device)

@@ -16,33 +16,33 @@ latents (SAELens' rescale_acts_by_decoder_norm) is multiplied into the encoder a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sae_runtime.dictionary.features import InputStatistics, SparseFeatures
-from sae_runtime.dictionary.finite import all_finite
+from sae_runtime.dictionary.features import InputStatistics, SparseFeatures, all_finite
 from sae_runtime.dictionary.normalization import NORMALIZATIONS, Normalization, normalize_rows, restore_rows
 from sae_runtime.dictionary.statistics import LatentStatistics
+from sae_runtime.errors import UnknownDictionary
 from sae_runtime.kernels.active import tiled_active
-from sae_runtime.kernels.byte_encoder import MOST_INPUTS, ByteEncoder, bytes_are_fast
 from sae_runtime.kernels.decode import sparse_decode
 from sae_runtime.kernels.groupmax import tiled_groupmax
 from sae_runtime.kernels.latent_activation import LatentActivation
-from sae_runtime.kernels.products import Linear
 from sae_runtime.kernels.screened_topk import Screen, can_screen, screened_topk, screening_is_fast
 from sae_runtime.kernels.topk import tiled_topk
+from sae_runtime.model.sites import Site
 
 if TYPE_CHECKING:
     from sae_runtime.dictionary.formats.origin import Origin
     from sae_runtime.dictionary.manifest import Manifest
+    from sae_runtime.model.backbone import Backbone
 
 Activation = Literal["topk", "relu", "jumprelu", "gated", "groupmax"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
-CHOOSING = ("topk", "groupmax")  # a latent's value depends on the other latents of its row
+COMPETING = ("topk", "groupmax")  # a latent's value depends on the other latents of its row
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Tensors that a dictionary may have besides encoder, decoder, pre_bias and latent_bias; and whose they are.
 OPTIONAL_TENSORS = ("output_bias", "threshold", "magnitude_scale", "magnitude_bias", "skip")
@@ -72,8 +72,7 @@ class Dictionary:
     manifest: Manifest | None = None  # of a published dictionary
     origin: Origin | None = None  # of a file of another project: what it says beyond the weights
     statistics: LatentStatistics | None = None
-    screen: Screen | None = None  # see `with_screen`
-    in_bytes: ByteEncoder | None = None  # the same
+    screen: Screen | None = None  # see `with_fast_encoder`
 
     def __post_init__(self) -> None:
         """ValueError names the tensor or field at fault, what was found and what was expected."""
@@ -99,12 +98,12 @@ class Dictionary:
             if (name in tensors) != (self.activation == activation):
                 lack = "lacks" if self.activation == activation else "has"
                 raise ValueError(f"the activation is {self.activation!r} and {lack} {name}, which {activation!r} needs")
-        if self.activation in CHOOSING and (self.k is None or not 1 <= self.k <= n_latents):
+        if self.activation in COMPETING and (self.k is None or not 1 <= self.k <= n_latents):
             raise ValueError(f"k is {self.k}, expected 1 to n_latents = {n_latents}")
         if self.activation == "groupmax" and n_latents % (self.k or 1):
             raise ValueError(f"k is {self.k}, expected a divisor of n_latents = {n_latents} for groupmax")
-        if self.activation not in CHOOSING and self.k is not None:
-            raise ValueError(f"k is {self.k}, but it belongs to the activations {' and '.join(CHOOSING)}")
+        if self.activation not in COMPETING and self.k is not None:
+            raise ValueError(f"k is {self.k}, but it belongs to the activations {' and '.join(COMPETING)}")
         if self.activation != "topk" and self.postact != "relu":
             raise ValueError(f"postact is {self.postact!r}, but only the activation 'topk' has another than 'relu'")
         if self.normalization not in NORMALIZATIONS:
@@ -139,6 +138,37 @@ class Dictionary:
         """Whether decoding needs the `InputStatistics` that encoding returns."""
         return self.normalization != "none"
 
+    def require_site(self) -> Site:
+        """The site that the dictionary reads. ValueError: it does not say."""
+        if self.site is None:
+            hook = None if self.origin is None else self.origin.hook
+            called = f" (the file calls it {hook!r})" if hook else ""
+            raise ValueError(f"{self} does not say which site it reads{called}; give one, such as 8.resid_post_mlp")
+        return Site.parse(self.site)
+
+    def site_in(self, backbone: Backbone, site: Site | str | None = None) -> Site:
+        """The site of a backbone that the dictionary reads: its own unless another is given.
+
+        ValueError: no site is known, or the backbone lacks it or has it with another width.
+        """
+        site = backbone.check_site(self.require_site() if site is None else site)
+        if (width := backbone.site_width(site)) != self.d_in:
+            raise ValueError(
+                f"{self} reads {self.d_in} values per token, site {site} of backbone {backbone.name!r} has {width}"
+            )
+        return site
+
+    def check_latents(self, latents: Tensor | Sequence[int]) -> None:
+        """ValueError unless the dictionary has all of these latents."""
+        numbers = torch.as_tensor(latents, dtype=torch.int64)
+        if numbers.numel():
+            low, high = (int(bound) for bound in numbers.aminmax())
+            if low < 0 or high >= self.n_latents:
+                raise ValueError(f"latent {low if low < 0 else high} is outside 0..{self.n_latents - 1} of {self}")
+
+    def __str__(self) -> str:
+        return f"dictionary {self.name!r}" if self.name else "the dictionary"
+
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Dictionary:
         """The same dictionary elsewhere; statistics stay float32 on the host."""
         names = ("encoder", "decoder", "pre_bias", "latent_bias", *OPTIONAL_TENSORS)
@@ -148,21 +178,17 @@ class Dictionary:
             for name, tensor in tensors.items()
             if not (self.tied and name == "decoder")
         }
-        return replace(self, **({"screen": None, "in_bytes": None, "decoder": moved["encoder"]} | moved))
+        return replace(self, **({"screen": None, "decoder": moved["encoder"]} | moved))
 
-    def with_screen(self) -> Dictionary:
-        """The same dictionary, with copies of the encoder by which the exact float32 top-k is found faster here.
+    def with_fast_encoder(self) -> Dictionary:
+        """The same dictionary with a bfloat16 copy of the encoder, by which the exact float32 top-k is found faster.
 
-        For "topk" on a CPU with matrix units (AMX): one in bfloat16 that encoding reads (kernels/screened_topk.py) and
-        one in bytes that edits read (kernels/byte_encoder.py), together three quarters of the encoder's memory again.
-        Elsewhere the dictionary itself is returned. `to` leaves the copies behind.
+        For "topk" in float32 on a CPU with bfloat16 matrix units (AMX), see kernels/screened_topk.py; the copy takes
+        half of the encoder's memory. Elsewhere the dictionary itself is returned. `to` leaves the copy behind.
         """
         if self.activation != "topk" or self.dtype != torch.float32 or self.device.type != "cpu":
             return self
-        screen = Screen.of(self.encoder, self.latent_bias) if screening_is_fast() else None
-        as_bytes = self.d_in <= MOST_INPUTS and bytes_are_fast()
-        in_bytes = ByteEncoder.of(self.encoder, self.latent_bias) if as_bytes else None
-        return replace(self, screen=screen, in_bytes=in_bytes) if screen or in_bytes else self
+        return replace(self, screen=Screen.of(self.encoder, self.latent_bias)) if screening_is_fast() else self
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseFeatures:
@@ -194,7 +220,7 @@ class Dictionary:
     @torch.no_grad()
     def encode_dense(self, x: Tensor) -> Tensor:
         """All latents of each row, x [n, d_in] -> [n, n_latents]. Errors as `encode`."""
-        if self.activation in CHOOSING:
+        if self.activation in COMPETING:
             return self.encode(x).to_dense()
         x, _ = self.prepare(x)
         z = self.latent_activation.before_relu(x, self.encoder).relu_()
@@ -208,11 +234,8 @@ class Dictionary:
         relu, jumprelu and gated compute only these latents; topk and groupmax must see all to know which are kept.
         ValueError as `encode`, and for a feature outside the dictionary.
         """
-        if features.numel():
-            low, high = (int(bound) for bound in features.aminmax())
-            if low < 0 or high >= self.n_latents:
-                raise ValueError(f"feature {low if low < 0 else high} is outside 0..{self.n_latents - 1}")
-        if self.activation in CHOOSING:
+        self.check_latents(features)
+        if self.activation in COMPETING:
             return self.encode(x).select(features)
         x, _ = self.prepare(x)
         z = self.latent_activation[features].before_relu(x, self.encoder[features]).relu_()
@@ -249,11 +272,6 @@ class Dictionary:
     def latent_activation(self) -> LatentActivation:
         return LatentActivation(self.latent_bias, self.threshold, self.magnitude_scale, self.magnitude_bias)
 
-    @cached_property
-    def linear_encoder(self) -> Linear:
-        """Pre-activations [n, n_latents] of prepared rows [n, d_in]."""
-        return Linear(self.encoder.t(), self.latent_bias)
-
     def prepare(self, x: Tensor) -> tuple[Tensor, InputStatistics | None]:
         """Check, normalise (in float32 or better) and centre the input; returns it in the dictionary's dtype."""
         if x.ndim != 2 or x.shape[1] != self.d_in:
@@ -278,3 +296,11 @@ class Dictionary:
             raise ValueError(
                 f"the activations overflow {self.dtype} while being encoded; load the dictionary with a wider dtype"
             )
+
+
+def find_dictionary(name: str, dictionaries: Mapping[str, Dictionary]) -> Dictionary:
+    """The dictionary of that name. UnknownDictionary: there is none; the message tells which there are."""
+    dictionary = dictionaries.get(name)
+    if dictionary is None:
+        raise UnknownDictionary(f"no dictionary {name!r}; loaded: {', '.join(sorted(dictionaries)) or 'none'}")
+    return dictionary

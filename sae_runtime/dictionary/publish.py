@@ -38,10 +38,7 @@ def publish(
     ValueError: no site is known, or what `save_dictionary` refuses. DictionaryFormatError: the dictionary does not fit
     the backbone. FingerprintMismatch: it was published for another one. FileExistsError.
     """
-    if dictionary.site is None:
-        hook = dictionary.origin.hook if dictionary.origin is not None else None
-        called = f" (the file calls it {hook!r})" if hook else ""
-        raise ValueError(f"the dictionary does not say which site it reads{called}; give one, such as 8.resid_post_mlp")
+    dictionary.require_site()
     check_backbone(dictionary, backbone)
     manifest, origin = dictionary.manifest, dictionary.origin
     recorded = manifest.context_length if manifest else origin.context_length if origin else None

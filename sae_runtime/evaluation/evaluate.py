@@ -78,14 +78,7 @@ def complete_settings(settings: EvaluationSettings, dictionary: Dictionary) -> E
 
 
 def _check(backbone: Backbone, dictionary: Dictionary, settings: EvaluationSettings) -> Site:
-    if settings.site is None:
-        raise ValueError("the dictionary does not say which site it belongs to; give `site`")
-    site = backbone.check_site(settings.site)
-    if (width := backbone.site_width(site)) != dictionary.d_in:
-        raise ValueError(
-            f"the dictionary reads {dictionary.d_in} values per token, site {site} of backbone {backbone.name!r} "
-            f"has {width}"
-        )
+    site = dictionary.site_in(backbone, settings.site)
     if dictionary.transcoder:
         raise ValueError(
             "the dictionary is a transcoder: what it decodes belongs at another site than its input, and cannot be "

@@ -15,7 +15,6 @@ from sae_runtime.data.documents import Document
 from sae_runtime.data.rows import encode_texts, packed_passes
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import SparseFeatures
-from sae_runtime.figures.held_out import site_of
 from sae_runtime.model.backbone import Backbone
 
 Array = npt.NDArray[Any]
@@ -58,7 +57,7 @@ def top_contexts(
     Raises:
         ValueError: the dictionary does not say which site it belongs to, or the backbone has no tokenizer.
     """
-    site = site_of(dictionary, backbone)
+    site = dictionary.site_in(backbone)
     best = _Table(dictionary.n_latents, n_contexts, window)
     kinds: list[str] = []
     for batch in _batches(backbone, documents, tokens_per_pass):

@@ -213,22 +213,11 @@ def held_out_figures(
     Raises:
         ValueError: the dictionary's site is not known, or there are no rows with at least two tokens.
     """
-    site = site_of(dictionary, backbone)
+    site = dictionary.site_in(backbone)
     tokens = splice_tokens(backbone, dictionary, site, rows, tokens_per_pass=tokens_per_pass, progress=progress)
     if not tokens.predicts.any():
         raise ValueError("held-out figures need at least one row of two tokens or more")
     return {name: float(value) for name, value in tokens.figures().items() if value is not None}
-
-
-def site_of(dictionary: Dictionary, backbone: Backbone) -> Site:
-    """Where the dictionary is read.
-
-    Raises:
-        ValueError: it does not say so, or the backbone has no such site.
-    """
-    if dictionary.site is None:
-        raise ValueError("the dictionary does not say which site it reads")
-    return backbone.check_site(dictionary.site)
 
 
 def log_probabilities(backbone: Backbone, packed: PackedTokens, site: Site, replacement: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from sae_runtime.data.rows import packed_passes
 from sae_runtime.data.text_sample import read_sample
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.statistics import LatentStatistics, LatentStatisticsBuilder
-from sae_runtime.figures.held_out import site_of
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.progress import ProgressMeter
 
@@ -30,7 +29,7 @@ def measure_statistics(
     Raises:
         ValueError: the dictionary's site is not known, or there are no rows.
     """
-    site = site_of(dictionary, backbone)
+    site = dictionary.site_in(backbone)
     builder = LatentStatisticsBuilder(dictionary.n_latents)
     for packed in packed_passes(rows, tokens_per_pass):
         builder.add(dictionary.encode(backbone.forward(packed, capture=[site]).activations[site]))
@@ -54,6 +53,6 @@ def measure_on_text(
         FileNotFoundError: there is no such file.
         ValueError: the dictionary's site is not known, or there is no text.
     """
-    site_of(dictionary, backbone)  # before text is read
+    dictionary.site_in(backbone)  # before text is read
     sample = read_sample(backbone, texts, n_tokens, context_length=context_length, seed=seed)
     return measure_statistics(backbone, dictionary, sample.rows)

@@ -7,17 +7,17 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits import check_edits
+from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
+from sae_runtime.edits import Edit
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
-from service.engine.admission import check_csr, check_row, check_selection, site_of, split_rows
+from service.engine.admission import check_csr, check_row, check_row_edits, check_selection, split_rows
 from service.engine.batch import (
     DecodePart,
     EncodePart,
@@ -25,7 +25,7 @@ from service.engine.batch import (
     run_decode,
     run_encode,
 )
-from service.engine.errors import EngineStopped, UnknownDictionary
+from service.engine.errors import EngineStopped
 from service.engine.generation import RunningBatch, StepOutcome
 from service.engine.lanes import Lanes, extract_in_lanes
 from service.engine.measure import KINDS, Measurements, run_measurements
@@ -115,7 +115,7 @@ class Engine:
         self.dictionaries = dict(dictionaries)
         self.settings = settings
         self._observer = observer
-        self._sites = {name: site_of(name, d, backbone) for name, d in self.dictionaries.items() if d.site is not None}
+        self._sites = {name: d.site_in(backbone) for name, d in self.dictionaries.items() if d.site is not None}
         self._max_sequence_tokens = min(
             settings.max_sequence_tokens or sys.maxsize, settings.max_cache_tokens, backbone.context_length
         )
@@ -269,6 +269,10 @@ class Engine:
             self._generating.discard(request)
             self._note_idle()
 
+    async def resolve_references(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """The edits as `score` and `generate` take them: every "resample" made a "set"; references are token ids."""
+        return await self._causal.resolve_references(edits)
+
     async def score(self, work: ScoreWork) -> ScoreResult:
         """Teacher-forced scores of rows, unedited and edited."""
         return await self._causal.score(work)
@@ -305,21 +309,14 @@ class Engine:
         for name in work.features.dictionaries if work.features else ():
             self._dictionary(name)
             self._site(name)
-        check_edits(work.edits, self.dictionaries, len(work.prompt))
+        check_row_edits(work.edits, self.dictionaries, len(work.prompt), self.backbone)
         self._running.check_fits(work)
 
     def _dictionary(self, name: str) -> Dictionary:
-        dictionary = self.dictionaries.get(name)
-        if dictionary is None:
-            known = ", ".join(sorted(self.dictionaries)) or "none"
-            raise UnknownDictionary(f"no dictionary {name!r}; loaded: {known}")
-        return dictionary
+        return find_dictionary(name, self.dictionaries)
 
     def _site(self, name: str) -> Site:
-        site = self._sites.get(name)
-        if site is None:
-            raise ValueError(f"dictionary {name!r} does not say which site it reads")
-        return site
+        return self._sites.get(name) or self._dictionary(name).require_site()
 
     # Event loop
 

@@ -39,13 +39,13 @@ from sae_runtime.causal.report import (
 )
 from sae_runtime.causal.score import RowScore, ScoredRow, score_rows
 from sae_runtime.causal.suggestion import STRENGTH_FACTORS, at_strength, set_score, suggest_edit
-from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits import Edit, check_edits
+from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
+from sae_runtime.edits import Edit, resolve_references
 from sae_runtime.edits.edit import terms
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
-from service.engine.admission import check_row, site_of, split_rows
-from service.engine.errors import NonFiniteActivations, UnknownDictionary
+from service.engine.admission import check_row, check_row_edits, split_rows
+from service.engine.errors import NonFiniteActivations
 from service.engine.measure_work import (
     AblateResult,
     AblateWork,
@@ -60,7 +60,7 @@ from service.engine.scheduler import Part
 from service.engine.settings import EngineSettings
 from service.engine.work import Csr, DictionaryRows, ExtractResult, ExtractWork, Selection, WorkTiming
 
-KINDS = ("score", "ablate", "attribute")
+KINDS = ("score", "ablate", "attribute", "resample")
 """Names of the work that `run_measurements` runs."""
 BATCHES_AT_ONCE = 2
 """Batches of variants of one study that wait in the queue together."""
@@ -145,6 +145,20 @@ class Measurements:
     def __post_init__(self) -> None:
         self._budget = self.settings.max_batch_tokens
 
+    # Reference texts
+
+    async def resolve_references(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """The edits with every "resample" made a "set"; references are token ids. Errors: those of the engine."""
+        pieces = []
+        for edit in edits:
+            if edit.reference is not None:
+                text = edit.reference.text
+                assert isinstance(text, tuple), "references are token ids"
+                self._check_rows([text], 1)
+                pieces.append((len(text), partial(resolve_references, [edit], self.dictionaries, self.backbone)))
+        resolved = iter(await self._compute("resample", pieces, _Timer()))
+        return tuple(edit if edit.reference is None else next(resolved)[0] for edit in edits)
+
     # Score
 
     async def score(self, work: ScoreWork, *, under_way: bool = False) -> ScoreResult:
@@ -155,7 +169,7 @@ class Measurements:
         if len(edits) != len(work.rows):
             raise ValueError(f"there are edits of {len(edits)} rows, expected {len(work.rows)}")
         for row, own in zip(work.rows, edits, strict=True):
-            check_edits(own, self.dictionaries, len(row), self.backbone)
+            check_row_edits(own, self.dictionaries, len(row), self.backbone)
         edited = any(edits)
         named = {edit.dictionary for own in edits for edit in own}
         named |= {term.dictionary for own in edits for edit in own for term in terms(edit.condition) if term.dictionary}
@@ -187,9 +201,7 @@ class Measurements:
         names = sorted({feature.dictionary for feature in features})
         dictionaries = {name: self._dictionary(name) for name in names}
         for feature in features:
-            n_latents = dictionaries[feature.dictionary].n_latents
-            if not 0 <= feature.feature < n_latents:
-                raise ValueError(f"feature {feature.feature} is outside the {n_latents} of {feature.dictionary!r}")
+            dictionaries[feature.dictionary].check_latents([feature.feature])
         for name, dictionary in dictionaries.items():
             if "mean" in work.ablations and dictionary.statistics is None:
                 raise ValueError(f"dictionary {name!r} has no statistics, which the ablation to the mean needs")
@@ -369,15 +381,10 @@ class Measurements:
                 raise ValueError(f"token id {token} is outside the vocabulary of {self.backbone.vocab_size}")
 
     def _dictionary(self, name: str) -> Dictionary:
-        dictionary = self.dictionaries.get(name)
-        if dictionary is None:
-            known = ", ".join(sorted(self.dictionaries)) or "none"
-            raise UnknownDictionary(f"no dictionary {name!r}; loaded: {known}")
-        if dictionary.site is None:
-            raise ValueError(f"dictionary {name!r} does not say which site it reads")
+        dictionary = find_dictionary(name, self.dictionaries)
+        dictionary.site_in(self.backbone)
         if dictionary.transcoder:
             raise ValueError(f"dictionary {name!r} is a transcoder: it decodes to another site than it reads")
-        site_of(name, dictionary, self.backbone)
         return dictionary
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from sae_runtime.edits import Edit, InvalidEdit, check_edits
 from sae_runtime.edits.edit import MAX_AFTER_TEXT_BYTES, MAX_CONDITION_DEPTH, MAX_CONDITION_TERMS, Unit, terms
 from sae_runtime.errors import EditConflict
 from service.edits.messages import read_edit
-from service.engine.work import ExtractWork, Selection
 from service.pb.saeserve.v1 import common_pb2
 from service.pb.saeserve.v1 import edits_pb2 as pb
 from service.rpc.checks import Violations, first_repeated
@@ -129,15 +126,17 @@ class EditReader:
         rows = await self._read_references()
         if self._violations:
             return ()
-        values = await asyncio.gather(*(self._run_reference(rows[i], self._edits[i]) for i in rows))
-        resolved = list(self._edits)
-        for index, z in zip(rows, values, strict=True):
-            resolved[index] = self._edits[index].with_reference_values(z)
-            strength = resolved[index].values or (resolved[index].value,)
-            largest = max(strength, key=abs)
+        unresolved = list(self._edits)
+        for index, ids in rows.items():
+            edit = self._edits[index]
+            assert edit.reference is not None
+            unresolved[index] = replace(edit, reference=replace(edit.reference, text=ids))
+        resolved = await self._engine.resolve_references(unresolved)
+        for index in rows:
             edit, where = resolved[index], f"{self._fields[index]}.resample"
+            largest = max(edit.values or (edit.value,), key=abs)
             self._check_strength(largest, "raw", edit.feature, self._served.dictionaries[edit.dictionary], where)
-        return tuple(resolved)
+        return resolved
 
     async def _read_references(self) -> dict[int, tuple[int, ...]]:
         """Token ids of the reference texts, by edit."""
@@ -161,15 +160,6 @@ class EditReader:
                 f"reference texts have {total} tokens together, more than max_tokens_per_request = {limit}",
             )
         return rows
-
-    async def _run_reference(self, tokens: tuple[int, ...], edit: Edit) -> tuple[float, ...]:
-        """The feature on each token; the engine runs those of one request together."""
-        selection = Selection("features", features=(edit.feature,))
-        result = await self._engine.extract(ExtractWork((tokens,), (edit.dictionary,), selection))
-        csr = result.inputs[0][0].features
-        z = np.zeros(len(tokens))
-        z[csr.row_splits[1:] > csr.row_splits[:-1]] = csr.values  # a row holds the one feature, or nothing
-        return tuple(z.tolist())
 
     # One message
 

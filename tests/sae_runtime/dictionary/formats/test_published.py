@@ -107,7 +107,7 @@ def test_half_precision_files_load_as_asked(dtype: str, tmp_path: Path) -> None:
 
 
 def test_publishing_needs_site_and_range(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs the dictionary's site"):
+    with pytest.raises(ValueError, match="does not say which site it reads"):
         publish(tmp_path / "d", replace(make_dictionary(), site=None))
     with pytest.raises(ValueError, match="dtype is 'int8', expected one of float16"):
         publish(tmp_path / "d", dtype="int8")

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -92,7 +91,7 @@ class ServiceRuntime:
             UnknownDictionary, FileNotFoundError, ValueError: there is no such dictionary, backbone or device.
         """
         began = time.perf_counter()
-        backbone, dictionaries = await asyncio.to_thread(_make_ready, settings)
+        backbone, dictionaries = await asyncio.to_thread(load_model, settings)
         runtime = cls(backbone, dictionaries, settings)
         await runtime.open()
         logger.info(
@@ -129,19 +128,6 @@ class ServiceRuntime:
         """Writes the engine's load to the metrics."""
         snapshot = self.engine.snapshot()
         self.metrics.queue_is(snapshot.queued_tokens, snapshot.active_generations)
-
-
-def _make_ready(settings: ReplicaSettings) -> tuple[Backbone, dict[str, Dictionary]]:
-    """`load_model`, and beside it the compilation of what edits on the CPU need."""
-    # All that both threads use is imported here: two threads that import at once can see half of a module.
-    from sae_runtime.edits.warm_up import compile_edits
-
-    with ThreadPoolExecutor(1) as beside:
-        compiled = beside.submit(compile_edits) if pick_device(settings.device).type == "cpu" else None
-        model = load_model(settings)
-        if compiled is not None:
-            compiled.result()
-    return model
 
 
 def load_model(settings: ReplicaSettings) -> tuple[Backbone, dict[str, Dictionary]]:
@@ -186,4 +172,4 @@ def _load_dictionary(wanted: DictionarySettings, backbone: Backbone) -> tuple[st
     except ValueError as error:
         raise DictionaryFormatError(f"{wanted.path}: {error}") from None
     check_backbone(dictionary, backbone)
-    return name, dictionary.with_screen()
+    return name, dictionary.with_fast_encoder()

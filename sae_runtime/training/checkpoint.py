@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -59,6 +59,56 @@ def check_identity(found: dict[str, Any], expected: dict[str, Any], path: Path) 
     raise ValueError(
         f"{path} belongs to another run: {difference}; restore the settings, or remove the checkpoint to start anew"
     )
+
+
+class Checkpoint(Protocol):
+    """Where a run keeps its last checkpoint."""
+
+    path: Path
+
+    def exists(self) -> bool: ...
+
+    def identity(self) -> dict[str, Any] | None:
+        """`run_identity` of the run that the checkpoint is of; None if there is no checkpoint.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """States of the trainers by site, and of the source of activations. Asked once, after `identity`."""
+        ...
+
+    def save(self, identity: dict[str, Any], step: int, trainers: dict[str, Any], source: dict[str, Any]) -> None:
+        """Replaces the checkpoint.
+
+        Raises:
+            OSError: it cannot be written; the last one is as it was.
+        """
+
+
+class FileCheckpoint:
+    """The checkpoint of a run in one process: one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._state: dict[str, Any] = {}
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def identity(self) -> dict[str, Any] | None:
+        if not self.exists():
+            return None
+        self._state = load_checkpoint(self.path)
+        return dict(self._state.get("identity", {}))
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        state, self._state = self._state, {}
+        return state["trainers"], state["source"]
+
+    def save(self, identity: dict[str, Any], step: int, trainers: dict[str, Any], source: dict[str, Any]) -> None:
+        save_checkpoint({"identity": identity, "source": source, "trainers": trainers}, self.path)
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:

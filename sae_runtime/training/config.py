@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from sae_runtime.model.sites import Site
+from sae_runtime.settings import SettingsError, SettingValues, read_mapping
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Family = Literal["topk", "batch_topk", "matryoshka", "relu", "relu_decoder_norm", "jumprelu", "gated"]
@@ -221,11 +221,15 @@ class TrainingConfig(BaseModel):
     )
     device: str = Field("cpu", description="Device of the backbone and the dictionary, for example cpu or cuda:0.")
     threads: int | None = Field(None, ge=1, description="CPU threads of PyTorch; its own choice if not given.")
-    compute_dtype: DTypeName = Field(
-        "bfloat16", description="Type of the large matrix product x @ encoder; weights and gradients stay float32."
+    compute_dtype: DTypeName | Literal["auto"] = Field(
+        "auto",
+        description="Type of the large matrix product x @ encoder; weights and gradients stay float32. auto: bfloat16 "
+        "where the device is fast in it, else float32; a run that goes on keeps the type that it began with.",
     )
-    backbone_dtype: DTypeName = Field(
-        "bfloat16", description="Type the backbone runs in while training; evaluation always runs in float32."
+    backbone_dtype: DTypeName | Literal["auto"] = Field(
+        "auto",
+        description="Type the backbone runs in while training; evaluation always runs in float32. auto: as "
+        "compute_dtype.",
     )
 
     # Logging
@@ -294,17 +298,19 @@ class TrainingConfig(BaseModel):
         and overrides are all there is.
 
         Raises:
-            ValueError: the file is not a mapping, or a setting is unknown, missing or wrong (pydantic's message).
+            SettingsError: the file cannot be read or is not a mapping, there is no such preset, or a setting is
+                unknown, missing or wrong.
         """
-        settings = {} if path is None else _read_mapping(Path(path))
-        named = settings.pop("preset", None)
+        given = SettingValues.of_file(path)
+        named = given.values.pop("preset", None)
+        given.set_flags(overrides)
         chosen = preset or named
-        given = {**settings, **overrides}
         defaults = {} if chosen is None else read_preset(chosen)
         for one, other in (("site", "sites"), ("sites", "site"), *_EITHER):
-            if given.get(one) is not None:
+            if given.values.get(one) is not None:
                 defaults.pop(other, None)  # two forms of one setting: what wins must not meet the other
-        return cls(**{**defaults, **given})
+        given.values = defaults | given.values
+        return given.build(cls)
 
     @property
     def all_sites(self) -> tuple[str, ...]:
@@ -401,15 +407,8 @@ def read_preset(name: str) -> dict[str, Any]:
     """Settings of a preset, a YAML file of the package.
 
     Raises:
-        ValueError: there is no such preset.
+        SettingsError: there is no such preset.
     """
     if name not in preset_names():
-        raise ValueError(f"no preset {name!r}, expected one of {', '.join(preset_names())}")
-    return _read_mapping(PRESETS / f"{name}.yaml")
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    settings = yaml.safe_load(path.read_text()) or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: found {type(settings).__name__}, expected a mapping of settings")
-    return settings
+        raise SettingsError(f"no preset {name!r}, expected one of {', '.join(preset_names())}")
+    return read_mapping(PRESETS / f"{name}.yaml")

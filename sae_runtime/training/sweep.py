@@ -93,8 +93,10 @@ def run_sweep(
 
 def _point(config: TrainingConfig) -> SweepPoint:
     manifest = read_manifest(config.out)
-    settings = {name: value for name, value in config.provenance().items() if name not in _FREE}
-    found = {name: value for name, value in manifest.provenance.config.items() if name not in _FREE}
+    provenance = config.provenance()
+    free = _FREE | {name for name, value in provenance.items() if value == "auto"}  # a run records what it chose
+    settings = {name: value for name, value in provenance.items() if name not in free}
+    found = {name: value for name, value in manifest.provenance.config.items() if name not in free}
     if found != settings:
         wrong = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
         raise ValueError(

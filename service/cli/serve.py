@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
 from service.local_ray import StartError, check_ports, local_ray, ray_is_silent, uses_haproxy
-from service.settings import ServeSettings, SettingsError, add_setting_flags, load_settings, setting_fields
+from service.settings import ServeSettings, load_settings
 
 APP_NAME = "saeserve"
 _POLL_S = 0.1
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings.")
     parser.add_argument("--verbose", action="store_true", help="Show the logs of Ray and of the replicas.")
-    add_setting_flags(parser.add_argument_group("settings"))
+    add_setting_flags(parser, ServeSettings)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,10 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns the exit code: 0 after Ctrl-C or SIGTERM, 1 if the service could not start or has died.
     """
-    given = vars(arguments)
-    verbose: bool = given["verbose"]
+    verbose: bool = arguments.verbose
+    with settings_errors():
+        settings = load_settings(arguments.config, given_settings(arguments, ServeSettings))
     try:
-        settings = load_settings(given["config"], {name: given.get(name) for name, _, _ in setting_fields()})
         check_ports(settings)
         _stop_on_signals()
         with local_ray(settings, verbose=verbose) as directory:
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     except (_Stop, KeyboardInterrupt, SystemExit):  # Ray turns what a signal handler raises into the others
         return 0
-    except (SettingsError, StartError) as error:
+    except StartError as error:
         print(f"saeserve: {error}", file=sys.stderr)
         return 1
     except Exception as error:  # Ray's, of many kinds, with the traces of several processes

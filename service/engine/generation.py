@@ -136,7 +136,7 @@ class RunningBatch:
                     break
                 self._next = None
                 try:
-                    request.compile_edits(self._dictionaries, self._backbone)
+                    request.prepare_edits(self._dictionaries, self._backbone)
                 except Exception as error:
                     failed.append((request, error))
                     continue

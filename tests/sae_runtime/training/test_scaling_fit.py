@@ -9,6 +9,8 @@ import torch
 
 from sae_runtime.training.scaling_fit import PARAMETERS, ScalingFit, SweepPoint, fit_scaling_law
 
+pytestmark = pytest.mark.any_cpu
+
 # Near the paper's for GPT-4: losses between 0.1 and 0.6 on the grid below.
 TRUE = dict(zip(PARAMETERS, (0.5, 0.2, -0.15, -0.02, -2.4, -0.1), strict=True))
 GRID = [(n, k) for n in (512, 1024, 2048, 4096, 8192, 16384) for k in (8, 16, 32, 64)]

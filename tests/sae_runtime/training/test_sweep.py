@@ -14,6 +14,8 @@ from sae_runtime.training import sweep
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.sweep import run_sweep, sweep_configs
 
+pytestmark = pytest.mark.any_cpu
+
 N_LATENTS, K = [32, 64, 128], [2, 4]
 
 

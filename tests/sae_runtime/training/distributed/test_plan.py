@@ -21,6 +21,8 @@ from sae_runtime.training.distributed.traffic import CountingCommunicator, Meeti
 from tests.sae_runtime.training.distributed.test_sharded_topk_trainer import settings
 from tests.sae_runtime.training.distributed.worker_processes import WorkerProcesses
 
+pytestmark = pytest.mark.any_cpu
+
 D_IN, BATCH = 24, 96
 
 

@@ -6,9 +6,6 @@ It so counts everything: temporary tensors, the packing buffers of the matrix pr
 
 Speed: `Dictionary.encode` and dense pre-activations with torch.topk take turns on the same rows; rows/s are from the
 median of each, and the ratio is between those medians, so that a busy machine slows both.
-
-Membership: `kept_in_topk`, by which edits read, of 16 rows as a decoding step has, each asking for a latent of rank 1
-to 2k; ms from the median of each way, which take turns.
 """
 
 from __future__ import annotations
@@ -29,7 +26,6 @@ from torch import Tensor
 
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.kernels.screened_topk import screening_is_fast
-from sae_runtime.kernels.topk_membership import kept_in_topk
 
 SPEED_SIZES = {  # name -> rows per turn, latents, width
     "131k_d768": (128, 131_072, 768),
@@ -37,14 +33,12 @@ SPEED_SIZES = {  # name -> rows per turn, latents, width
     "4k_d256": (2048, 4_096, 256),
 }
 TURNS = 3
-STEP_ROWS = 16
 
 
 def measure_tiled_topk() -> dict[str, float]:
-    """Peak extra memory (MB, 10^6 bytes) at 4,096 rows x 131,072 latents x d 768, rows/s against dense top-k, and what
-    edits take to read."""
+    """Peak extra memory (MB, 10^6 bytes) at 4,096 rows x 131,072 latents x d 768, and rows/s against dense top-k."""
     (peak,) = measure_peak(rows=4096, n_latents=131_072, d_in=768, k=32)
-    return {"tiled_topk_peak_extra_mb": peak} | measure_speed() | measure_membership()
+    return {"tiled_topk_peak_extra_mb": peak} | measure_speed()
 
 
 def measure_peak(*, rows: int, n_latents: int, d_in: int, k: int, dense: bool = False) -> list[float]:
@@ -64,7 +58,7 @@ def measure_speed() -> dict[str, float]:
             partial(dictionary.encode, x),
             partial(_dense_topk, dictionary, x),
             partial(_product, dictionary, x),
-            partial(dictionary.with_screen().encode, x),
+            partial(dictionary.with_fast_encoder().encode, x),
         )
         figures[f"tiled_topk_rows_per_s.{name}"] = rows / tiled
         figures[f"dense_topk_rows_per_s.{name}"] = rows / dense
@@ -72,25 +66,6 @@ def measure_speed() -> dict[str, float]:
         figures[f"tiled_topk_selection_share.{name}"] = max(0.0, 1 - product / tiled)
         if screening_is_fast():
             figures[f"screened_topk_vs_dense.{name}"] = dense / screened
-    return figures
-
-
-def measure_membership() -> dict[str, float]:
-    """ms of `kept_in_topk` with the encoder in float32 and, where the CPU has AMX, with its copy in bytes."""
-    figures: dict[str, float] = {}
-    for name in ("32k_d768", "4k_d256"):
-        _, n_latents, d_in = SPEED_SIZES[name]
-        dictionary, x = _example(STEP_ROWS, n_latents, d_in, k=32)
-        dictionary = dictionary.with_screen()
-        prepared, _ = dictionary.prepare(x)
-        values, order = _product(dictionary, x).topk(64)
-        ranks = torch.arange(STEP_ROWS)[:, None] * 37 % 64
-        arguments = (order.gather(1, ranks)[:, 0].numpy(), values.gather(1, ranks)[:, 0].numpy())
-        ask = partial(kept_in_topk, prepared, dictionary.linear_encoder, 32, *arguments)
-        in_float32, in_bytes = _take_turns(ask, partial(ask, dictionary.in_bytes), turns=20)
-        figures[f"membership_float32_ms.{name}"] = 1e3 * in_float32
-        if dictionary.in_bytes is not None:
-            figures[f"membership_bytes_ms.{name}"] = 1e3 * in_bytes
     return figures
 
 
@@ -122,9 +97,9 @@ def _product(dictionary: Dictionary, x: Tensor) -> Tensor:
     return torch.addmm(dictionary.latent_bias, prepared, dictionary.encoder.T)
 
 
-def _take_turns(*functions: Callable[[], object], turns: int = TURNS) -> list[float]:
+def _take_turns(*functions: Callable[[], object]) -> list[float]:
     times: list[list[float]] = [[] for _ in functions]
-    for turn in range(turns + 1):
+    for turn in range(TURNS + 1):
         for function, taken in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()

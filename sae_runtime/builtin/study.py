@@ -39,7 +39,7 @@ from sae_runtime.causal.score import ScoredRow, score_rows
 from sae_runtime.causal.suggestion import STRENGTH_FACTORS, at_strength, set_score, suggest_edit
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.formats import list_builtin_dictionaries, load_dictionary
-from sae_runtime.edits import Edit, RowEdits, plan_edits
+from sae_runtime.edits import BatchEdits, BatchRow, Edit, RowEdits
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 
@@ -399,9 +399,9 @@ def _log_probabilities(
     backbone: Backbone, row: Row, edits: Sequence[Edit], dictionaries: Mapping[str, Dictionary]
 ) -> torch.Tensor:
     """Of the next token after each of the row's, [T, vocab], from one whole forward."""
-    plan = plan_edits([RowEdits(edits, len(row), 0, len(row), row)], dictionaries)
+    batch = BatchEdits([BatchRow(RowEdits(edits, dictionaries, len(row)), 0, len(row), row)])
     packed = PackedTokens.from_rows([row])
-    logits = backbone.forward(packed, edit=plan.apply, edit_sites=plan.sites, logits="all").logits
+    logits = backbone.forward(packed, edit=batch.apply, edit_sites=batch.sites, logits="all").logits
     assert logits is not None
     return logits.log_softmax(-1)
 

@@ -17,7 +17,6 @@ from sae_runtime.causal.predictions import Predictions, compare, next_tokens, pr
 from sae_runtime.causal.prefix import Change, SharedPrefix
 from sae_runtime.causal.report import Ablation, FeatureId
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits.latent_reader import LatentReader
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
@@ -113,12 +112,10 @@ class AblationStudy:
         for name, dictionary in self._dictionaries.items():
             places = [i for i, each in enumerate(features) if each.dictionary == name]
             wanted = torch.tensor([features[i].feature for i in places], device=dictionary.device)
-            ascending, column = torch.unique(wanted, return_inverse=True)
             x = self._prefix.paused[self._site[name]].activation
-            z, statistics = LatentReader(dictionary, ascending).read(x)
+            self._latents |= dict(zip(places, dictionary.encode_features(x, wanted).unbind(1), strict=True))
+            _, statistics = dictionary.prepare(x)
             self._scale[name] = None if statistics is None else statistics.std
-            for i, at in zip(places, column.tolist(), strict=True):
-                self._latents[i] = z[:, at]
         self.activity = [self._activity(i) for i in range(len(features))]
         self.variants = tuple(self._variants(ablations, single_tokens))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_runtime.causal.predictions import Predictions, compare, next_tokens, predict
 from sae_runtime.causal.prefix import last_site
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits import CompiledEdits, Edit, RowEdits, plan_edits
+from sae_runtime.edits import BatchEdits, BatchRow, Edit, RowEdits
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 
@@ -51,9 +51,9 @@ def score_rows(backbone: Backbone, rows: Sequence[ScoredRow], dictionaries: Mapp
     device = backbone.device
     packed = PackedTokens.from_rows([row.tokens for row in rows]).to(device)
     edited_rows = [i for i, row in enumerate(rows) if row.edits]
-    plan = plan_edits([_row_edits(backbone, rows[i], dictionaries) for i in edited_rows], dictionaries)
+    edits = BatchEdits([_row_edits(backbone, rows[i], dictionaries) for i in edited_rows])
     last = last_site(backbone)
-    result = backbone.forward(packed, capture=[last], pause=plan.sites[:1])
+    result = backbone.forward(packed, capture=[last], pause=edits.sites[:1])
     final = result.activations[last]
     targets = next_tokens([row.tokens for row in rows]).to(device)
     columns = sorted({token for row in rows for token in row.logit_tokens})
@@ -66,13 +66,13 @@ def score_rows(backbone: Backbone, rows: Sequence[ScoredRow], dictionaries: Mapp
         spans = _spans(packed)
         place = torch.cat([torch.arange(*spans[i]) for i in edited_rows]).to(device)
         changed = final[place]
-        if plan:
+        if edits:
             copies = PackedTokens.from_rows([rows[i].tokens for i in edited_rows]).to(device)
             changed = backbone.forward(
                 copies,
-                start=result.paused[plan.sites[0]].take(place),
-                edit=plan.apply,
-                edit_sites=plan.sites,
+                start=result.paused[edits.sites[0]].take(place),
+                edit=edits.apply,
+                edit_sites=edits.sites,
                 capture=[last],
             ).activations[last]
         edited, kl = compare(backbone, final, changed, place, targets, tokens)
@@ -90,16 +90,16 @@ def score_rows(backbone: Backbone, rows: Sequence[ScoredRow], dictionaries: Mapp
     return scores
 
 
-def _row_edits(backbone: Backbone, row: ScoredRow, dictionaries: Mapping[str, Dictionary]) -> RowEdits:
+def _row_edits(backbone: Backbone, row: ScoredRow, dictionaries: Mapping[str, Dictionary]) -> BatchRow:
     n = len(row.tokens)
-    compiled = CompiledEdits(
+    edits = RowEdits(
         row.edits,
         dictionaries,
         n,
         token_bytes=backbone.token_bytes if backbone.has_tokenizer else None,
         max_relative_change=row.max_relative_change,
     )
-    return RowEdits(compiled, n, 0, n, row.tokens)
+    return BatchRow(edits, 0, n, row.tokens)
 
 
 def _spans(packed: PackedTokens) -> list[tuple[int, int]]:

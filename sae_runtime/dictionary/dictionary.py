@@ -18,23 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sae_runtime.dictionary.features import InputStatistics, SparseFeatures
-from sae_runtime.dictionary.finite import all_finite
+from sae_runtime.dictionary.features import InputStatistics, SparseFeatures, all_finite
 from sae_runtime.dictionary.normalization import NORMALIZATIONS, Normalization, normalize_rows, restore_rows
 from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.errors import UnknownDictionary
 from sae_runtime.kernels.active import tiled_active
-from sae_runtime.kernels.byte_encoder import MOST_INPUTS, ByteEncoder, bytes_are_fast
 from sae_runtime.kernels.decode import sparse_decode
 from sae_runtime.kernels.groupmax import tiled_groupmax
 from sae_runtime.kernels.latent_activation import LatentActivation
-from sae_runtime.kernels.products import Linear
 from sae_runtime.kernels.screened_topk import Screen, can_screen, screened_topk, screening_is_fast
 from sae_runtime.kernels.topk import tiled_topk
 from sae_runtime.model.sites import Site
@@ -46,7 +42,7 @@ if TYPE_CHECKING:
 
 Activation = Literal["topk", "relu", "jumprelu", "gated", "groupmax"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
-CHOOSING = ("topk", "groupmax")  # a latent's value depends on the other latents of its row
+COMPETING = ("topk", "groupmax")  # a latent's value depends on the other latents of its row
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Tensors that a dictionary may have besides encoder, decoder, pre_bias and latent_bias; and whose they are.
 OPTIONAL_TENSORS = ("output_bias", "threshold", "magnitude_scale", "magnitude_bias", "skip")
@@ -76,8 +72,7 @@ class Dictionary:
     manifest: Manifest | None = None  # of a published dictionary
     origin: Origin | None = None  # of a file of another project: what it says beyond the weights
     statistics: LatentStatistics | None = None
-    screen: Screen | None = None  # see `with_screen`
-    in_bytes: ByteEncoder | None = None  # the same
+    screen: Screen | None = None  # see `with_fast_encoder`
 
     def __post_init__(self) -> None:
         """ValueError names the tensor or field at fault, what was found and what was expected."""
@@ -103,12 +98,12 @@ class Dictionary:
             if (name in tensors) != (self.activation == activation):
                 lack = "lacks" if self.activation == activation else "has"
                 raise ValueError(f"the activation is {self.activation!r} and {lack} {name}, which {activation!r} needs")
-        if self.activation in CHOOSING and (self.k is None or not 1 <= self.k <= n_latents):
+        if self.activation in COMPETING and (self.k is None or not 1 <= self.k <= n_latents):
             raise ValueError(f"k is {self.k}, expected 1 to n_latents = {n_latents}")
         if self.activation == "groupmax" and n_latents % (self.k or 1):
             raise ValueError(f"k is {self.k}, expected a divisor of n_latents = {n_latents} for groupmax")
-        if self.activation not in CHOOSING and self.k is not None:
-            raise ValueError(f"k is {self.k}, but it belongs to the activations {' and '.join(CHOOSING)}")
+        if self.activation not in COMPETING and self.k is not None:
+            raise ValueError(f"k is {self.k}, but it belongs to the activations {' and '.join(COMPETING)}")
         if self.activation != "topk" and self.postact != "relu":
             raise ValueError(f"postact is {self.postact!r}, but only the activation 'topk' has another than 'relu'")
         if self.normalization not in NORMALIZATIONS:
@@ -183,21 +178,17 @@ class Dictionary:
             for name, tensor in tensors.items()
             if not (self.tied and name == "decoder")
         }
-        return replace(self, **({"screen": None, "in_bytes": None, "decoder": moved["encoder"]} | moved))
+        return replace(self, **({"screen": None, "decoder": moved["encoder"]} | moved))
 
-    def with_screen(self) -> Dictionary:
-        """The same dictionary, with copies of the encoder by which the exact float32 top-k is found faster here.
+    def with_fast_encoder(self) -> Dictionary:
+        """The same dictionary with a bfloat16 copy of the encoder, by which the exact float32 top-k is found faster.
 
-        For "topk" on a CPU with matrix units (AMX): one in bfloat16 that encoding reads (kernels/screened_topk.py) and
-        one in bytes that edits read (kernels/byte_encoder.py), together three quarters of the encoder's memory again.
-        Elsewhere the dictionary itself is returned. `to` leaves the copies behind.
+        For "topk" in float32 on a CPU with bfloat16 matrix units (AMX), see kernels/screened_topk.py; the copy takes
+        half of the encoder's memory. Elsewhere the dictionary itself is returned. `to` leaves the copy behind.
         """
         if self.activation != "topk" or self.dtype != torch.float32 or self.device.type != "cpu":
             return self
-        screen = Screen.of(self.encoder, self.latent_bias) if screening_is_fast() else None
-        as_bytes = self.d_in <= MOST_INPUTS and bytes_are_fast()
-        in_bytes = ByteEncoder.of(self.encoder, self.latent_bias) if as_bytes else None
-        return replace(self, screen=screen, in_bytes=in_bytes) if screen or in_bytes else self
+        return replace(self, screen=Screen.of(self.encoder, self.latent_bias)) if screening_is_fast() else self
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseFeatures:
@@ -229,7 +220,7 @@ class Dictionary:
     @torch.no_grad()
     def encode_dense(self, x: Tensor) -> Tensor:
         """All latents of each row, x [n, d_in] -> [n, n_latents]. Errors as `encode`."""
-        if self.activation in CHOOSING:
+        if self.activation in COMPETING:
             return self.encode(x).to_dense()
         x, _ = self.prepare(x)
         z = self.latent_activation.before_relu(x, self.encoder).relu_()
@@ -244,7 +235,7 @@ class Dictionary:
         ValueError as `encode`, and for a feature outside the dictionary.
         """
         self.check_latents(features)
-        if self.activation in CHOOSING:
+        if self.activation in COMPETING:
             return self.encode(x).select(features)
         x, _ = self.prepare(x)
         z = self.latent_activation[features].before_relu(x, self.encoder[features]).relu_()
@@ -280,11 +271,6 @@ class Dictionary:
     @property
     def latent_activation(self) -> LatentActivation:
         return LatentActivation(self.latent_bias, self.threshold, self.magnitude_scale, self.magnitude_bias)
-
-    @cached_property
-    def linear_encoder(self) -> Linear:
-        """Pre-activations [n, n_latents] of prepared rows [n, d_in]."""
-        return Linear(self.encoder.t(), self.latent_bias)
 
     def prepare(self, x: Tensor) -> tuple[Tensor, InputStatistics | None]:
         """Check, normalise (in float32 or better) and centre the input; returns it in the dictionary's dtype."""

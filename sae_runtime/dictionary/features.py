@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -83,3 +84,9 @@ class SparseFeatures:
             input_statistics=statistics,
             skip_input=None if self.skip_input is None else self.skip_input[rows],
         )
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether all of x (any shape, floating) is finite; quicker than looking at each number."""
+    # A sum with an infinity or NaN in it is one; a sum of finite numbers may overflow.
+    return math.isfinite(float(x.sum())) or bool(x.isfinite().all())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-from sae_runtime.dictionary.dictionary import CHOOSING, Activation
+from sae_runtime.dictionary.dictionary import COMPETING, Activation
 from sae_runtime.dictionary.normalization import Normalization
 from sae_runtime.errors import DictionaryFormatError
 
@@ -93,11 +93,11 @@ class Manifest:
         for name in ("d_in", "n_latents"):
             if getattr(self, name) < 1:
                 raise DictionaryFormatError(f"manifest.{name} is {getattr(self, name)}, expected a positive integer")
-        choosing = self.architecture in CHOOSING
-        if choosing and (self.k is None or not 1 <= self.k <= self.n_latents):
+        competing = self.architecture in COMPETING
+        if competing and (self.k is None or not 1 <= self.k <= self.n_latents):
             wanted = f"1 to n_latents = {self.n_latents} for {self.architecture}"
             raise DictionaryFormatError(f"manifest.k is {self.k}, expected {wanted}")
-        if not choosing and self.k is not None:
+        if not competing and self.k is not None:
             raise DictionaryFormatError(f"manifest.k is {self.k}, expected null for {self.architecture}")
 
 

@@ -15,19 +15,18 @@ To run edits once (a prompt, a text to score):
 
     check_edits(edits, dictionaries, prompt_length, backbone)
     edits = resolve_references(edits, dictionaries, backbone)        # only for "resample"
-    plan = plan_edits([RowEdits(edits, prompt_length, past=0, length=n)], dictionaries)
-    backbone.forward(packed, edit=plan.apply, edit_sites=plan.sites, ...)
+    row = RowEdits(edits, dictionaries, prompt_length, token_bytes=backbone.token_bytes)
+    batch = BatchEdits([BatchRow(row, past=0, length=n, tokens=tokens), ...])    # edits None: a row without any
+    backbone.forward(packed, edit=batch.apply, edit_sites=batch.sites, ...)
 
-In decoding, each request's edits are compiled when it arrives, and one planner serves the running batch. Its `plan` is
-to be called at every step; while the batch and what its edits cover stay the same it returns the very plan of the step
-before, without touching the device:
+In decoding, the edits of a row are made ready when it arrives, and those of the running batch follow it step by step:
 
-    compiled = CompiledEdits(edits, dictionaries, prompt_length, token_bytes=backbone.token_bytes)
-    planner = EditPlanner()
-    plan = planner.plan([RowEdits(compiled, prompt_length, past, n, tokens), ...])  # () of a row without edits
+    batch = batch.for_step([BatchRow(row, past, 1, tokens), ...])
 
-`tokens`, the row's ids so far, is needed only by edits after a text. A plan with `not plan` edits nothing: run the
-forward without it. EditOutOfRange names the rows of the batch whose edits overflow; the others can run again.
+While the batch and what its edits cover stay the same this is the very object of the step before, and nothing is sent
+to the device. `tokens`, the row's ids so far, is needed only by edits after a text. A batch with `not batch` edits
+nothing: run the forward without it. EditOutOfRange names the rows of the batch whose edits overflow; the others can run
+again. Others that read the same dictionaries in the same forward share its `Readings` (dictionary/readings.py).
 """
 
 from __future__ import annotations
@@ -37,10 +36,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_runtime.edits.apply import EditOutOfRange as EditOutOfRange
-    from sae_runtime.edits.batch import EditPlan as EditPlan
-    from sae_runtime.edits.batch import EditPlanner as EditPlanner
-    from sae_runtime.edits.batch import RowEdits as RowEdits
-    from sae_runtime.edits.batch import plan_edits as plan_edits
+    from sae_runtime.edits.batch import BatchEdits as BatchEdits
+    from sae_runtime.edits.batch import BatchRow as BatchRow
     from sae_runtime.edits.checks import check_edits as check_edits
     from sae_runtime.edits.edit import AfterText as AfterText
     from sae_runtime.edits.edit import AllOf as AllOf
@@ -53,27 +50,25 @@ if TYPE_CHECKING:
     from sae_runtime.edits.edit import Reference as Reference
     from sae_runtime.edits.edit import Where as Where
     from sae_runtime.edits.references import resolve_references as resolve_references
-    from sae_runtime.edits.row import CompiledEdits as CompiledEdits
+    from sae_runtime.edits.row import RowEdits as RowEdits
 
 # Imported on first use: clients describe edits, and must not wait for torch.
 _MODULE_OF = {
     "AfterText": "edit",
     "AllOf": "edit",
     "AnyOf": "edit",
-    "CompiledEdits": "row",
+    "BatchEdits": "batch",
+    "BatchRow": "batch",
     "Condition": "edit",
     "Edit": "edit",
     "EditOutOfRange": "apply",
-    "EditPlan": "batch",
-    "EditPlanner": "batch",
     "InvalidEdit": "edit",
     "Operation": "edit",
     "Positions": "edit",
     "Reference": "edit",
-    "RowEdits": "batch",
+    "RowEdits": "row",
     "Where": "edit",
     "check_edits": "checks",
-    "plan_edits": "batch",
     "resolve_references": "references",
 }
 

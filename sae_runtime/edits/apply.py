@@ -1,8 +1,7 @@
-"""The arithmetic of edits at one site of a packed batch, on the device."""
+"""The arithmetic of edits at one site of a packed batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.dictionary.finite import all_finite
-from sae_runtime.edits.latent_reader import LatentReader
-from sae_runtime.edits.layout import DictionaryLayout, Indices, SiteLayout
+from sae_runtime.dictionary.dictionary import COMPETING, Dictionary
+from sae_runtime.dictionary.features import all_finite
+from sae_runtime.dictionary.readings import Places, Readings
+from sae_runtime.kernels.latent_activation import LatentActivation
+from sae_runtime.model.sites import Site
 
 
 class EditOutOfRange(ValueError):
@@ -26,84 +26,146 @@ class EditOutOfRange(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class _DictionaryEdits:
-    """What one dictionary reads and changes at a site: see DictionaryLayout, whose arrays are here tensors."""
+class DictionaryEdits:
+    """What one dictionary reads and changes at a site: latents z [T, F] of T tokens and F latents.
+
+    A pair of a token and a latent is written as its place in z, row by row:
+
+                     latents
+                     3   17   40
+        tokens   0   0    1    2
+                 7   3    4    5
+
+    A pair's edit is a column of `arithmetic` [4, P]:
+
+        z'[pairs[p]] = min(max(scale[p] * z[pairs[p]] + shift[p], minimum[p]), maximum[p])
+
+    and only where its condition holds. Conditions are places in `holds`, see SiteEdits.
+    """
 
     dictionary: Dictionary
-    tokens: Tensor | None  # int64 [T]; None: all of the site's
-    features: Tensor  # int64 [F]
-    wanted: Tensor  # bool [T, F], latents that anything reads
-    pairs: Tensor  # int64 [P]
-    arithmetic: Tensor  # [4, P]
-    gates: Tensor | None  # int64 [P]
-    terms: Tensor  # int64 [L]
-    thresholds: Tensor  # [L]
-    signs: Tensor  # [L]
-    replaced: Tensor  # int64 [R]
-    replaced_gates: Tensor | None  # int64 [R]
+    tokens: Places
+    """[T] places in the packed batch."""
+    at_site: Tensor | None
+    """int64 [T], the tokens' places among those of the site; None: they are all of these."""
+    latents: Tensor
+    """int64 [F], ascending."""
+    looked_at: Tensor
+    """bool [T, F]: the latents whose value matters. Others may be read as 0: an edit that only adds needs none."""
+
+    pairs: Tensor
+    """int64 [P], without repeats."""
+    arithmetic: Tensor
+    """[4, P]: scale, shift, minimum, maximum."""
+    clamps: bool
+    """Whether any minimum or maximum is finite."""
+    conditions: Tensor | None
+    """int64 [P]; None: there are none."""
+
+    threshold_pairs: Tensor
+    """int64 [L], the pairs that conditions look at."""
+    thresholds: Tensor
+    """[2, L]: sign * threshold, and sign: 1 for "above", -1 for "at most"."""
+
+    replaced: Tensor
+    """int64 [R], the tokens, as places in `tokens`, that the dictionary's reconstruction replaces."""
+    replaced_conditions: Tensor | None
+    """int64 [R]."""
+
+    @cached_property
+    def encoder(self) -> Tensor:
+        """Encoder rows of the latents, [F, width]."""
+        return self.dictionary.encoder[self.latents]
+
+    @cached_property
+    def activation(self) -> LatentActivation:
+        """That of the latents."""
+        return self.dictionary.latent_activation[self.latents]
 
     @cached_property
     def decoder(self) -> Tensor:
         """Decoder rows of the latents, [F, width], in the dtype of the arithmetic."""
-        return self.dictionary.decoder[self.features].to(self.arithmetic.dtype)
+        return self.dictionary.decoder[self.latents].to(self.arithmetic.dtype)
 
     @cached_property
-    def reader(self) -> LatentReader:
-        return LatentReader(self.dictionary, self.features, self.wanted)
-
-    @cached_property
-    def is_clamped(self) -> bool:
-        return bool(self.arithmetic[2:].isfinite().any())
+    def rows_looked_at(self) -> Tensor:
+        """int64, on the host: the rows of z with a latent that matters."""
+        return self.looked_at.any(dim=1).nonzero().squeeze(1).cpu()
 
     @property
     def changes(self) -> bool:
+        """Whether anything is edited; conditions of later sites only read."""
         return self.pairs.numel() > 0 or self.replaced.numel() > 0
 
-    def read(self, h: Tensor) -> _Reading:
-        """Encodes the site's tokens h [N_s, width]."""
-        x = h if self.tokens is None else h[self.tokens]
+    def read(self, x: Tensor, site_x: Tensor, readings: Readings) -> LatentValues:
+        """Latents of the packed batch's activation x [N, width], of which site_x [S, width] are the site's tokens."""
+        token_x = site_x if self.at_site is None else site_x[self.at_site]
+        prepared, statistics = self.dictionary.prepare(token_x)
         reconstruction = None
         if self.replaced.numel():
-            encoded = self.dictionary.encode(x)
-            z, statistics = encoded.select_ascending(self.features), encoded.input_statistics
-            reconstruction = self.dictionary.decode(encoded[self.replaced])
+            readings.want(self.dictionary, self.tokens)
+            features = readings.read(self.dictionary, x).rows(self.tokens)
+            z = features.select_ascending(self.latents)
+            reconstruction = self.dictionary.decode(features[self.replaced])
         else:
-            z, statistics = self.reader.read(x)
+            z = self._read_latents(x, prepared, readings)
         z = z.to(self.arithmetic.dtype)
-        return _Reading(x, z, None if statistics is None else statistics.std, reconstruction)
+        return LatentValues(token_x, z, None if statistics is None else statistics.std, reconstruction)
 
-    def truth(self, reading: _Reading) -> Tensor:
-        """Whether each of the thresholds is passed: 1 or 0, [L]."""
-        values = reading.z.view(-1)[self.terms] * self.signs
+    def _read_latents(self, x: Tensor, prepared: Tensor, readings: Readings) -> Tensor:
+        """z [T, F], right where it is looked at."""
+        dictionary = self.dictionary
+        competing = dictionary.activation in COMPETING
+        shared = readings.covers(dictionary, self.tokens)
+        if not competing and not shared:
+            z = self.activation.before_relu(prepared, self.encoder).relu_()
+            dictionary.check_overflow(z)
+            return z
+        rows = self.rows_looked_at
+        if not shared and dictionary.postact == "relu" and x.device.type == "cpu":
+            # A latent whose pre-activation is not positive is 0, whichever are kept. (NaN is not known to be.)
+            silent = self.activation.before_relu(prepared, self.encoder) <= 0
+            rows = (~silent & self.looked_at).any(dim=1).nonzero().squeeze(1)
+        z = prepared.new_zeros(self.looked_at.shape)
+        if len(rows):
+            tokens = self.tokens[rows.numpy()]
+            readings.want(dictionary, tokens)
+            values = readings.read(dictionary, x).rows(tokens).select_ascending(self.latents)
+            z = values if len(rows) == len(z) else z.index_copy_(0, rows.to(z.device), values)
+        return z
+
+    def thresholds_hold(self, values: LatentValues) -> Tensor:
+        """Whether each of the thresholds holds: 1 or 0, [L]."""
+        bounds, signs = self.thresholds
+        z = values.z.view(-1)[self.threshold_pairs] * signs
         # "At most" is the opposite of "above", so it holds where they are equal.
-        return torch.where(self.signs > 0, values > self.thresholds, values >= self.thresholds).to(values.dtype)
+        return torch.where(signs > 0, z > bounds, z >= bounds).to(z.dtype)
 
-    def delta(self, reading: _Reading, truth: Tensor) -> Tensor:
-        """What to add to the dictionary's tokens, [T, width]; truth holds every slot."""
-        z = reading.z
-        old = z.view(-1)[self.pairs]
+    def change(self, values: LatentValues, holds: Tensor) -> Tensor:
+        """What to add to the dictionary's tokens, [T, width]: std (z' - z) @ decoder, and x^ - x for replaced ones."""
+        old = values.z.view(-1)[self.pairs]
         scale, shift, minimum, maximum = self.arithmetic
         new = torch.addcmul(shift, scale, old)
-        if self.is_clamped:
+        if self.clamps:
             new = torch.clamp(new, minimum, maximum)
         change = new - old
-        if self.gates is not None:
-            change = change * truth[self.gates]
-        changes = torch.zeros_like(z).view(-1).index_copy_(0, self.pairs, change).view(z.shape)
-        delta = changes @ self.decoder
-        if reading.std is not None:
-            delta = delta * reading.std
-        if reading.reconstruction is not None:
-            lost = reading.reconstruction.to(delta.dtype) - reading.x[self.replaced].to(delta.dtype)
-            if self.replaced_gates is not None:
-                lost = lost * truth[self.replaced_gates, None]
-            delta = delta.index_add_(0, self.replaced, lost)
-        return delta
+        if self.conditions is not None:
+            change = change * holds[self.conditions]
+        change = torch.zeros_like(values.z).view(-1).index_copy_(0, self.pairs, change).view(values.z.shape)
+        added = change @ self.decoder
+        if values.std is not None:
+            added = added * values.std
+        if values.reconstruction is not None:
+            lost = values.reconstruction.to(added.dtype) - values.x[self.replaced].to(added.dtype)
+            if self.replaced_conditions is not None:
+                lost = lost * holds[self.replaced_conditions, None]
+            added = added.index_add_(0, self.replaced, lost)
+        return added
 
 
 @dataclass(frozen=True, eq=False)
-class _Reading:
-    """A dictionary's tokens before any edit at their site."""
+class LatentValues:
+    """What a dictionary reads on its tokens before any edit at their site."""
 
     x: Tensor  # [T, width]
     z: Tensor  # [T, F]
@@ -112,170 +174,105 @@ class _Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class _Level:
-    """See GateLevel."""
+class Combinations:
+    """m combinations of conditions on one token each: combination i holds if at least needed[i] inner ones do.
 
-    inner: Tensor
-    outer: Tensor
-    need: Tensor
+    all of (2, 3), any of (4, 5, 6):    inner   2 3 4 5 6      needed  2 1
+                                        of      0 0 1 1 1
+    """
+
+    inner: Tensor  # int64 [c], places in `holds`
+    of: Tensor  # int64 [c], which of the m combinations
+    needed: Tensor  # [m]
 
 
+@dataclass(frozen=True, eq=False)
 class SiteEdits:
-    """The edits of one site; all of them read the activation as it was before any of them."""
+    """The edits of one site; all of them read the activation as it was before any of them.
 
-    def __init__(self, layout: SiteLayout) -> None:
-        device = layout.dictionaries[0].dictionary.device
-        upload = _Upload()
-        tokens = upload.ints(layout.tokens)
-        parts = [_DictionaryUpload(each, len(layout.tokens), upload) for each in layout.dictionaries]
-        levels = [
-            (upload.ints(each.inner), upload.ints(each.outer), upload.floats(each.need)) for each in layout.levels
-        ]
-        limits = upload.floats(layout.limits) if bool(np.isfinite(layout.limits).any()) else None
-        wide = any(each.dictionary.dtype == torch.float64 for each in layout.dictionaries)
-        self._dtype = torch.float64 if wide else torch.float32
-        upload.send(device, self._dtype)
+    Whether a condition holds on a token is a number, 1 or 0, in `holds`:
 
-        self.n_earlier = layout.n_earlier
-        self._site = layout.site
-        self._rows = layout.rows
-        self._tokens = upload[tokens]
-        self._limits = None if limits is None else upload[limits][:, None]
-        self._one = upload[upload.one]
-        self._levels = [_Level(upload[inner], upload[outer], upload[need]) for inner, outer, need in levels]
-        self._dictionaries = [part.received(upload) for part in parts]
-        self._changes = any(each.changes for each in self._dictionaries)
+        1 | thresholds read at earlier sites | thresholds read here | combinations, the inner ones first
 
-    def apply(self, x: Tensor, truths: list[Tensor]) -> Tensor:
-        """The edited x [N, width]; adds the truth of the thresholds that are read here to those of earlier sites."""
-        every = len(self._tokens) == len(x)
-        h = x if every else x[self._tokens]  # [N_s, width]
+    Place 0 always holds: that is the condition of an edit without one.
+    """
+
+    site: Site
+    tokens: Places
+    """[S] places in the packed batch of the tokens that anything reads or edits here."""
+    index: Tensor
+    """The same on the device."""
+    rows: NDArray[np.int64]
+    """[S], the row of each."""
+    limits: Tensor | None
+    """[S, 1], the largest relative change of each; None if there is no limit."""
+    dictionaries: tuple[DictionaryEdits, ...]
+    combinations: tuple[Combinations, ...]
+    """Inner ones first; each adds its m to the end of `holds`."""
+    n_earlier: int
+    """Dictionaries with thresholds at earlier sites."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is edited here."""
+        return any(dictionary.changes for dictionary in self.dictionaries)
+
+    def apply(self, x: Tensor, thresholds: list[Tensor], readings: Readings) -> Tensor:
+        """The edited x [N, width]; adds what holds of the thresholds here to `thresholds`, those of earlier sites."""
+        h = x if len(self.tokens) == len(x) else x[self.index]  # [S, width]
         before = h.detach()
-        readings = [each.read(before) for each in self._dictionaries]
-        for each, reading in zip(self._dictionaries, readings, strict=True):
-            if each.terms.numel():
-                truths.append(each.truth(reading))
-        if not self._changes:
+        values = [dictionary.read(x.detach(), before, readings) for dictionary in self.dictionaries]
+        for dictionary, read in zip(self.dictionaries, values, strict=True):
+            if dictionary.threshold_pairs.numel():
+                thresholds.append(dictionary.thresholds_hold(read))
+        if not self.changes:
             return x
-        truth = self._combine(truths)
-        dtype = torch.promote_types(x.dtype, self._dtype)
+        holds = self._combine(thresholds)
         added: Tensor | None = None
-        for each, reading in zip(self._dictionaries, readings, strict=True):
-            if not each.changes:
-                continue
-            delta = each.delta(reading, truth).to(dtype)
-            if each.tokens is not None:
-                delta = torch.zeros(h.shape, dtype=dtype, device=x.device).index_copy_(0, each.tokens, delta)
-            added = delta if added is None else added + delta
+        for dictionary, read in zip(self.dictionaries, values, strict=True):
+            if dictionary.changes:
+                change = dictionary.change(read, holds)
+                change = change.to(torch.promote_types(x.dtype, change.dtype))
+                if dictionary.at_site is not None:
+                    change = change.new_zeros(h.shape).index_copy_(0, dictionary.at_site, change)
+                added = change if added is None else added + change
         assert added is not None
         # Where nothing is added the token stays bitwise the same: a sum would lose the sign of -0.
-        edited = torch.where(added == 0, h, (h.to(dtype) + added).to(x.dtype))
+        edited = torch.where(added == 0, h, (h.to(added.dtype) + added).to(x.dtype))
         self._check(before, added, edited.detach())
-        return edited if every else x.index_copy(0, self._tokens, edited)
+        return edited if h is x else x.index_copy(0, self.index, edited)
 
-    def _combine(self, truths: Sequence[Tensor]) -> Tensor:
-        """All truth values: the constant, the thresholds read so far, and the combinations of this site."""
-        truth = torch.cat([self._one, *truths]) if truths else self._one
-        for level in self._levels:
-            count = torch.zeros_like(level.need).index_add_(0, level.outer, truth[level.inner])
-            truth = torch.cat([truth, (count >= level.need).to(truth.dtype)])
-        return truth
+    def _combine(self, thresholds: list[Tensor]) -> Tensor:
+        """`holds`."""
+        like = self.dictionaries[0].arithmetic
+        holds = torch.cat([like.new_ones(1), *(hold.to(like.dtype) for hold in thresholds)])
+        for level in self.combinations:
+            count = torch.zeros_like(level.needed).index_add_(0, level.of, holds[level.inner])
+            holds = torch.cat([holds, (count >= level.needed).to(like.dtype)])
+        return holds
 
     def _check(self, before: Tensor, added: Tensor, edited: Tensor) -> None:
-        if self._limits is None:
+        """EditOutOfRange for tokens that are not finite, or changed by more than their limit."""
+        overflow = f"edits at {self.site} leave the range of {edited.dtype}"
+        if self.limits is None:
             if not all_finite(edited):
-                self._refuse(edited.isfinite().all(dim=1), f"edits at {self._site} leave the range of {edited.dtype}")
+                self._refuse(edited.isfinite().all(dim=1), overflow)
             return
         size = torch.linalg.vector_norm(before.to(added.dtype), dim=1, keepdim=True)
         change = torch.linalg.vector_norm(added, dim=1, keepdim=True)
-        fits = ((change <= self._limits * size) & edited.isfinite().all(dim=1, keepdim=True)).squeeze(1)
+        fits = ((change <= self.limits * size) & edited.isfinite().all(dim=1, keepdim=True)).squeeze(1)
         if bool(fits.all()):
             return
         first = int((~fits).nonzero()[0])
         if not bool(edited[first].isfinite().all()):
-            self._refuse(fits, f"edits at {self._site} leave the range of {edited.dtype}")
-        ratio, limit = float(change[first] / size[first]), float(self._limits[first])
+            self._refuse(fits, overflow)
+        ratio, limit = float(change[first] / size[first]), float(self.limits[first])
         self._refuse(
             fits,
-            f"edits at {self._site} change an activation by {ratio:.4g} x its size, "
+            f"edits at {self.site} change an activation by {ratio:.4g} x its size, "
             f"more than max_relative_change = {limit:g}",
         )
 
     def _refuse(self, fits: Tensor, message: str) -> None:
-        bad = np.unique(self._rows[(~fits).cpu().numpy()])
-        raise EditOutOfRange(message, tuple(int(row) for row in bad))
-
-
-class _Upload:
-    """Sends all index arrays to the device at once, and all numbers: small transfers cost more than their bytes."""
-
-    def __init__(self) -> None:
-        self._ints: list[Indices] = []
-        self._floats: list[NDArray[np.floating]] = []
-        self.one = self.floats(np.ones(1))
-        self._int_tensors: Sequence[Tensor] = ()
-        self._float_tensors: Sequence[Tensor] = ()
-
-    def ints(self, values: Indices) -> int:
-        """What to ask for them by, after `send`."""
-        self._ints.append(values)
-        return len(self._ints) - 1
-
-    def floats(self, values: NDArray[np.floating]) -> int:
-        """The same for numbers; one axis."""
-        self._floats.append(values)
-        return -len(self._floats)
-
-    def send(self, device: torch.device, dtype: torch.dtype) -> None:
-        ints = torch.from_numpy(np.concatenate(self._ints)).to(device)
-        floats = torch.from_numpy(np.concatenate([each.astype(np.float64) for each in self._floats]))
-        floats = floats.to(dtype).to(device)
-        self._int_tensors = ints.split([len(each) for each in self._ints])
-        self._float_tensors = floats.split([len(each) for each in self._floats])
-
-    def __getitem__(self, key: int) -> Tensor:
-        return self._int_tensors[key] if key >= 0 else self._float_tensors[-key - 1]
-
-
-class _DictionaryUpload:
-    """One dictionary's arrays on their way to the device."""
-
-    def __init__(self, layout: DictionaryLayout, n_site: int, upload: _Upload) -> None:
-        self._layout = layout
-        self._shape = (len(layout.tokens), len(layout.features))
-        wanted = np.zeros(self._shape[0] * self._shape[1], np.int64)
-        wanted[layout.pairs[depends_on_latent(layout.arithmetic)]] = 1
-        wanted[layout.terms] = 1
-        self._all = len(layout.tokens) == n_site
-        ints = (layout.tokens, layout.features, wanted, layout.pairs, layout.terms, layout.replaced)
-        self._ints = [upload.ints(each) for each in ints]
-        self._floats = [upload.floats(each) for each in (layout.arithmetic.ravel(), layout.thresholds, layout.signs)]
-        gates = (layout.gates, layout.replaced_gates)
-        self._gates = [None if each is None else upload.ints(each) for each in gates]
-
-    def received(self, upload: _Upload) -> _DictionaryEdits:
-        """Once the upload was sent."""
-        tokens, features, wanted, pairs, terms, replaced = (upload[each] for each in self._ints)
-        arithmetic, thresholds, signs = (upload[each] for each in self._floats)
-        gates, replaced_gates = (None if each is None else upload[each] for each in self._gates)
-        return _DictionaryEdits(
-            dictionary=self._layout.dictionary,
-            tokens=None if self._all else tokens,
-            features=features,
-            wanted=wanted.view(self._shape).bool(),
-            pairs=pairs,
-            arithmetic=arithmetic.view(4, -1),
-            gates=gates,
-            terms=terms,
-            thresholds=thresholds,
-            signs=signs,
-            replaced=replaced,
-            replaced_gates=replaced_gates,
-        )
-
-
-def depends_on_latent(arithmetic: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Whether what an edit adds depends on the latent, of arithmetic [4, P]: not if it only adds a number."""
-    scale, _, minimum, maximum = arithmetic
-    depends: NDArray[np.bool_] = (scale != 1) | np.isfinite(minimum) | np.isfinite(maximum)
-    return depends
+        rows = np.unique(self.rows[(~fits).cpu().numpy()])
+        raise EditOutOfRange(message, tuple(int(row) for row in rows))

@@ -1,9 +1,9 @@
-"""The edits of one row, made ready once: what each does to its latent, and what its condition reads."""
+"""The edits of one row made ready: what each does to its latent, which tokens it covers, what its condition reads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, overload
@@ -12,52 +12,56 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits.edit import AfterText, AnyOf, Condition, Edit, InvalidEdit, Where
-from sae_runtime.edits.positions import TextFollower, TokenBytes, offsets_covered, settled_from
+from sae_runtime.edits.edit import AfterText, AnyOf, Condition, Edit, InvalidEdit, Positions, Where
 from sae_runtime.model.sites import Site
 
+TokenBytes = Callable[[int], bytes]
+"""The bytes that a token id stands for; a ValueError (an id without a token) counts as no bytes."""
+Offsets = Sequence[int] | NDArray[np.int64]
+"""Tokens of a row in a batch, counted from the row's first one there; ascending."""
+
 
 @dataclass(frozen=True, eq=False)
-class Leaf:
-    """One threshold of a condition: it holds on a token where sign * z > sign * threshold, or >= for sign -1."""
+class Threshold:
+    """A Condition made ready: it holds on a token where sign * z > sign * threshold, or >= for sign -1."""
 
     dictionary: Dictionary
-    feature: int
+    site: Site
+    latent: int
     threshold: float
     sign: Literal[1, -1]  # 1: above, -1: at most
-    site: Site
 
 
 @dataclass(frozen=True, eq=False)
-class Gate:
-    """A condition as a tree: a leaf, or inner gates of which `need` must hold."""
+class Combination:
+    """AllOf or AnyOf made ready: it holds where at least `needed` of the inner conditions hold."""
 
-    leaf: Leaf | None = None
-    inner: tuple[Gate, ...] = ()
-    need: int = 1
+    inner: tuple[ReadyCondition, ...]
+    needed: int
+
+
+ReadyCondition = Threshold | Combination
 
 
 @dataclass(frozen=True, eq=False)
-class CompiledEdit:
-    """One edit as z' = clamp(scale * z + shift, minimum, maximum) of one latent, or a replacement."""
+class ReadyEdit:
+    """One edit as z' = min(max(scale * z + shift, minimum), maximum) of one latent, or a replacement."""
 
-    edit: Edit
     dictionary: Dictionary
     site: Site
+    latent: int
+    positions: Positions
+    replaces: bool
     scale: float = 1.0
     shift: float = 0.0
     minimum: float = -math.inf
     maximum: float = math.inf
-    values: NDArray[np.float64] | None = None  # instead of shift: one a position
-    gate: Gate | None = None
-
-    @property
-    def replaces(self) -> bool:
-        return self.edit.operation == "replace"
+    shifts: NDArray[np.float64] | None = None  # instead of shift: one a position
+    condition: ReadyCondition | None = None
 
 
-class CompiledEdits(Sequence[Edit]):
-    """The edits of one row, to be made once when it arrives and used for every plan that it is part of.
+class RowEdits(Sequence[Edit]):
+    """The edits of one row, made when the row arrives and used for every batch that it is part of.
 
     It is the sequence of its edits. It belongs to one row: where edits follow a text it remembers what it has read, so
     that another row (a second sample of the same request) should have its own, `for_another_row`.
@@ -74,28 +78,28 @@ class CompiledEdits(Sequence[Edit]):
     ) -> None:
         """The edits must have passed `check_edits` with the same dictionaries.
 
-        token_bytes: needed by edits after a text, as is `RowEdits.tokens` then. max_relative_change: planned forwards
-        raise EditOutOfRange where edits add more than this times the size of a token's activation (Euclidean norms).
+        prompt_length: tokens of the row's prompt; a token at this position or later is a generated one. token_bytes:
+        needed by edits after a text, as are the row's tokens then. max_relative_change: forwards raise EditOutOfRange
+        where edits add more than this times the size of a token's activation (Euclidean norms).
         InvalidEdit: a resample edit that has not been resolved, a text without token_bytes.
         """
         self._edits = tuple(edits)
         self._token_bytes = token_bytes
         self.prompt_length = prompt_length
         self.max_relative_change = max_relative_change
-        self.parts = tuple(_compile(edit, dictionaries, index) for index, edit in enumerate(self._edits))
-        texts = {edit.positions for edit in self._edits if isinstance(edit.positions, AfterText)}
-        if texts and token_bytes is None:
-            raise InvalidEdit("positions", "after a text, but the bytes of tokens are not known here")
-        self._settled = [settled_from(edit.positions, prompt_length) for edit in self._edits]
+        self.ready = tuple(_make_ready(edit, dictionaries, index) for index, edit in enumerate(self._edits))
+        """The edits in their order."""
         self._new_followers()
 
     def _new_followers(self) -> None:
-        texts = {edit.positions for edit in self._edits if isinstance(edit.positions, AfterText)}
-        self._followers = {rule: TextFollower(rule, self._token_bytes) for rule in texts} if self._token_bytes else {}
+        rules = {edit.positions for edit in self._edits if isinstance(edit.positions, AfterText)}
+        if rules and self._token_bytes is None:
+            raise InvalidEdit("positions", "after a text, but the bytes of tokens are not known here")
+        self._followers = {rule: TextFollower(rule, self._token_bytes) for rule in rules} if self._token_bytes else {}
 
-    def for_another_row(self) -> CompiledEdits:
+    def for_another_row(self) -> RowEdits:
         """The same edits for a row that begins with the same prompt and goes on otherwise."""
-        other = object.__new__(CompiledEdits)
+        other = object.__new__(RowEdits)
         other.__dict__.update(self.__dict__)
         other._new_followers()
         return other
@@ -116,9 +120,10 @@ class CompiledEdits(Sequence[Edit]):
     @cached_property
     def _settled_from(self) -> int | None:
         """The position from which on every token has the same edits, or None if that is not known."""
-        settled = [at for at in self._settled if at is not None]
-        unsteady = len(settled) < len(self._settled) or any(part.values is not None for part in self.parts)
-        return None if unsteady else max(settled, default=0)
+        settled = [_settled_from(edit.positions, self.prompt_length) for edit in self.ready]
+        if None in settled or any(edit.shifts is not None for edit in self.ready):
+            return None
+        return max((at for at in settled if at is not None), default=0)
 
     @cached_property
     def _settled_key(self) -> int:
@@ -136,31 +141,28 @@ class CompiledEdits(Sequence[Edit]):
 
     def _key(self, position: int, tokens: Sequence[int] | None) -> int:
         key = 0
-        for index, part in enumerate(self.parts):
-            if len(self.offsets(part, position, 1, tokens)):
+        for index, edit in enumerate(self.ready):
+            if len(self.offsets(edit, position, 1, tokens)):
                 key |= 1 << index
-                if part.values is not None:
-                    key |= (position + 1) << len(self.parts)
+                if edit.shifts is not None:
+                    key |= (position + 1) << len(self.ready)
         return key
 
-    def offsets(
-        self, part: CompiledEdit, past: int, length: int, tokens: Sequence[int] | None
-    ) -> NDArray[np.int64] | Sequence[int]:
-        """Offsets, among the row's tokens at past <= p < past + length, that one of the edits covers."""
-        positions = part.edit.positions
-        offsets: NDArray[np.int64] | Sequence[int]
-        if isinstance(positions, AfterText):
+    def offsets(self, edit: ReadyEdit, past: int, length: int, tokens: Sequence[int] | None) -> Offsets:
+        """Which of the row's tokens at past <= position < past + length one of its edits covers."""
+        offsets: Offsets
+        if isinstance(edit.positions, AfterText):
             if tokens is None:
                 raise ValueError("edits after a text need the tokens of the row")
-            offsets = self._followers[positions].covered(tokens, past, past + length).nonzero()[0]
+            offsets = self._followers[edit.positions].covered(tokens, past, past + length).nonzero()[0]
         else:
-            offsets = offsets_covered(positions, past, length, self.prompt_length)
-        if part.values is not None:
-            return [int(offset) for offset in offsets if past + offset < len(part.values)]
+            offsets = _offsets_covered(edit.positions, past, length, self.prompt_length)
+        if edit.shifts is not None:
+            return [int(offset) for offset in offsets if past + offset < len(edit.shifts)]
         return offsets
 
 
-def _compile(edit: Edit, dictionaries: Mapping[str, Dictionary], index: int) -> CompiledEdit:
+def _make_ready(edit: Edit, dictionaries: Mapping[str, Dictionary], index: int) -> ReadyEdit:
     dictionary = dictionaries[edit.dictionary]
     statistics = dictionary.statistics
     unit = 1.0
@@ -168,11 +170,11 @@ def _compile(edit: Edit, dictionaries: Mapping[str, Dictionary], index: int) -> 
         assert statistics is not None, "check_edits refuses this"
         unit = float(statistics.max[edit.feature])
     scale, shift, minimum, maximum = 1.0, 0.0, -math.inf, math.inf
-    values = None
+    shifts = None
     match edit.operation:
         case "set":
             scale, shift = 0.0, edit.value * unit
-            values = None if edit.values is None else np.array(edit.values) * unit
+            shifts = None if edit.values is None else np.array(edit.values) * unit
         case "add":
             shift = edit.value * unit
         case "scale":
@@ -189,19 +191,100 @@ def _compile(edit: Edit, dictionaries: Mapping[str, Dictionary], index: int) -> 
             raise InvalidEdit("reference", "has not been run; see resolve_references", index)
         case "replace":
             pass
-    gate = None if edit.condition is None else _gate(edit.condition, edit.dictionary, dictionaries)
-    site = dictionary.require_site()
-    return CompiledEdit(edit, dictionary, site, scale, shift, minimum, maximum, values, gate)
+    condition = None if edit.condition is None else _ready_condition(edit.condition, edit.dictionary, dictionaries)
+    site, replaces = dictionary.require_site(), edit.operation == "replace"
+    return ReadyEdit(
+        dictionary, site, edit.feature, edit.positions, replaces, scale, shift, minimum, maximum, shifts, condition
+    )
 
 
-def _gate(where: Where, own: str, dictionaries: Mapping[str, Dictionary]) -> Gate:
+def _ready_condition(where: Where, edited: str, dictionaries: Mapping[str, Dictionary]) -> ReadyCondition:
+    """`edited`: the name of the edit's dictionary, which conditions read if they name no other."""
     if isinstance(where, Condition):
-        dictionary = dictionaries[own if where.dictionary is None else where.dictionary]
+        dictionary = dictionaries[edited if where.dictionary is None else where.dictionary]
         threshold = where.threshold
         if where.unit == "max":
             assert dictionary.statistics is not None, "check_edits refuses this"
             threshold *= float(dictionary.statistics.max[where.feature])
-        site = dictionary.require_site()
-        return Gate(Leaf(dictionary, where.feature, threshold, 1 if where.comparison == "above" else -1, site))
-    inner = tuple(_gate(each, own, dictionaries) for each in where.conditions)
-    return Gate(None, inner, 1 if isinstance(where, AnyOf) else len(inner))
+        sign: Literal[1, -1] = 1 if where.comparison == "above" else -1
+        return Threshold(dictionary, dictionary.require_site(), where.feature, threshold, sign)
+    inner = tuple(_ready_condition(condition, edited, dictionaries) for condition in where.conditions)
+    return Combination(inner, 1 if isinstance(where, AnyOf) else len(inner))
+
+
+# Positions
+
+
+class TextFollower:
+    """The tokens of one row that follow a text (see AfterText), found as the row grows.
+
+    Whether a token is covered depends on the tokens before it alone, so that decoding step by step, in chunks and all
+    at once give the same. Each token is looked at once; a row that turns out to be another one starts afresh.
+    """
+
+    def __init__(self, rule: AfterText, token_bytes: TokenBytes) -> None:
+        self._rule = rule
+        self._pattern = rule.text.encode(errors="surrogatepass")
+        self._token_bytes = token_bytes
+        self._restart()
+
+    def _restart(self) -> None:
+        self._seen: list[int] = []
+        self._covered = np.zeros(64, bool)
+        self._tail = b""  # the end of the row's bytes, shorter than the pattern
+        self._open = 0  # tokens that are covered from here on
+        self._occurred = False
+
+    def covered(self, tokens: Sequence[int], start: int, stop: int) -> NDArray[np.bool_]:
+        """bool [stop - start]: whether the tokens at positions start <= p < stop of the row `tokens` are covered."""
+        if len(tokens) < stop:
+            raise ValueError(f"a row of {len(tokens)} tokens is to be edited up to position {stop}")
+        n = min(len(self._seen), stop)
+        if self._seen[:n] != list(tokens[:n]):
+            self._restart()
+        for token in tokens[len(self._seen) : stop]:
+            self._push(token)
+        return self._covered[start:stop]
+
+    def _push(self, token: int) -> None:
+        position = len(self._seen)
+        if position == len(self._covered):
+            self._covered = np.concatenate([self._covered, np.zeros_like(self._covered)])
+        self._covered[position] = self._open > 0
+        self._open -= self._open > 0
+        self._seen.append(token)
+        try:
+            window = self._tail + self._token_bytes(token)
+        except ValueError:
+            return
+        # An occurrence in the window ends in this token's bytes: the next token is the first to start at its end.
+        if self._pattern in window and not (self._occurred and self._rule.occurrence == "first"):
+            self._occurred = True
+            self._open = self._rule.max_tokens or 1 << 62
+        self._tail = window[max(0, len(window) - len(self._pattern) + 1) :]
+
+
+def _offsets_covered(positions: Positions, past: int, length: int, prompt_length: int) -> Offsets:
+    """Offsets among `length` tokens from position `past` on that the rule covers; not for AfterText."""
+    if isinstance(positions, tuple):
+        return [p - past for p in sorted(set(positions)) if past <= p < past + length]
+    boundary = min(max(prompt_length - past, 0), length)  # first generated token in the batch
+    match positions:
+        case "prompt":
+            return range(boundary)
+        case "generated":
+            return range(boundary, length)
+        case "last":
+            last = prompt_length - 1 - past
+            return range(last, last + 1) if 0 <= last < length else range(0)
+        case _:
+            return range(length)
+
+
+def _settled_from(positions: Positions, prompt_length: int) -> int | None:
+    """The position from which on coverage no longer changes; None where it depends on the row's text."""
+    if isinstance(positions, AfterText):
+        return None
+    if isinstance(positions, tuple):
+        return max(positions) + 1
+    return 0 if positions == "all" else prompt_length

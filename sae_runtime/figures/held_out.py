@@ -217,7 +217,7 @@ def held_out_figures(
     tokens = splice_tokens(backbone, dictionary, site, rows, tokens_per_pass=tokens_per_pass, progress=progress)
     if not tokens.predicts.any():
         raise ValueError("held-out figures need at least one row of two tokens or more")
-    return {name: value for name, value in tokens.figures().items() if value is not None}
+    return {name: float(value) for name, value in tokens.figures().items() if value is not None}
 
 
 def log_probabilities(backbone: Backbone, packed: PackedTokens, site: Site, replacement: Tensor) -> Tensor:

@@ -6,10 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
-from yaml import YAMLError
 
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.formats import check_backbone, load_dictionary
@@ -20,10 +18,11 @@ from sae_runtime.evaluation.plots import MissingPlotLibrary
 from sae_runtime.evaluation.report import EvaluationReport
 from sae_runtime.evaluation.settings import EvaluationSettings
 from sae_runtime.model.backbone import Backbone
+from sae_runtime.settings import read_settings
 from service.cli.command_error import CommandError
 from service.cli.job_progress import ProgressDisplay
 from service.cli.json_output import print_json
-from service.cli.setting_flags import add_setting_flags, given_settings, problem
+from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
 from service.cli.tables import fact_table, print_table
 
 _SHOWN = (
@@ -66,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings = _read_settings(arguments)
+    with settings_errors():
+        settings = read_settings(EvaluationSettings, arguments.config, given_settings(arguments, EvaluationSettings))
     missing = [str(path) for path in settings.data if not path.exists()]
     if missing:  # before anything is loaded
         raise CommandError(f"no text file or token folder at {', '.join(missing)}")
@@ -90,18 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_figures(Console(highlight=False, markup=False), report.figures, out)
     return code
-
-
-def _read_settings(arguments: argparse.Namespace) -> EvaluationSettings:
-    given = given_settings(arguments, EvaluationSettings)
-    try:
-        if arguments.config is None:
-            return EvaluationSettings(**given)
-        return EvaluationSettings.from_yaml(arguments.config, **given)
-    except ValidationError as error:
-        raise CommandError("; ".join(problem(each) for each in error.errors()), exit_code=2) from error
-    except (OSError, ValueError, YAMLError) as error:
-        raise CommandError(f"cannot read settings: {error}", exit_code=2) from error
 
 
 def _measure(name: str, settings: EvaluationSettings) -> tuple[Dictionary, EvaluationReport]:

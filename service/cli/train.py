@@ -6,22 +6,20 @@ import argparse
 import signal
 from pathlib import Path
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
-from yaml import YAMLError
 
 from sae_runtime.dictionary.manifest import Manifest
 from sae_runtime.errors import DictionaryFormatError
 from sae_runtime.evaluation.figure_names import describe
 from sae_runtime.training.config import TrainingConfig, preset_names
-from sae_runtime.training.distributed.worker import workers_folder
+from sae_runtime.training.distributed.sharded_checkpoint import workers_folder
 from sae_runtime.training.run import run_training
 from sae_runtime.training.stop_signals import TrainingStopped
 from service.cli.command_error import CommandError
 from service.cli.job_progress import ProgressDisplay
 from service.cli.json_output import print_json
-from service.cli.setting_flags import add_setting_flags, given_settings, problem
+from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
 from service.cli.tables import fact_table, print_table
 from service.cli.train_workers import add_worker_flags, train_on_workers
 
@@ -73,14 +71,9 @@ def read_config(arguments: argparse.Namespace) -> TrainingConfig:
     Raises:
         CommandError: a setting is unknown, missing or wrong; one line for each.
     """
-    try:
-        return TrainingConfig.from_yaml(
-            arguments.config, preset=arguments.preset, **given_settings(arguments, TrainingConfig)
-        )
-    except ValidationError as error:
-        raise CommandError("; ".join(problem(each) for each in error.errors()), exit_code=2) from error
-    except (OSError, ValueError, YAMLError) as error:
-        raise CommandError(f"cannot read settings: {error}", exit_code=2) from error
+    with settings_errors():
+        given = given_settings(arguments, TrainingConfig)
+        return TrainingConfig.from_yaml(arguments.config, preset=arguments.preset, **given)
 
 
 def _summary(path: Path, manifest: Manifest) -> dict[str, object]:

@@ -7,9 +7,10 @@ check raises ValueError.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits import Edit, InvalidEdit, check_edits
 from sae_runtime.model.backbone import Backbone
 from service.engine.work import DecodeWork
 
@@ -31,6 +32,16 @@ def check_tokens(tokens: Sequence[int], backbone: Backbone) -> None:
     """Token ids of the vocabulary."""
     if tokens and not (min(tokens) >= 0 and max(tokens) < backbone.vocab_size):
         raise ValueError(f"token ids {min(tokens)} to {max(tokens)} leave the vocabulary of {backbone.vocab_size}")
+
+
+def check_row_edits(
+    edits: Sequence[Edit], dictionaries: Mapping[str, Dictionary], prompt_length: int, backbone: Backbone
+) -> None:
+    """Edits that can run together on one row, their references resolved."""
+    check_edits(edits, dictionaries, prompt_length, backbone)
+    for index, edit in enumerate(edits):
+        if edit.reference is not None:
+            raise InvalidEdit("reference", "has not been run; see Engine.resolve_references", index)
 
 
 def check_features(work: DecodeWork, dictionary: Dictionary) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
-from sae_runtime.edits import check_edits
+from sae_runtime.edits import Edit
 from sae_runtime.model.backbone import Backbone
-from service.engine.admission import check_features, check_rows
+from service.engine.admission import check_features, check_row_edits, check_rows
 from service.engine.batch import Decoding, Encoded, Encoding, Extraction, run_batch
 from service.engine.errors import DeviceLost, EngineStopped
 from service.engine.failures import run_isolated
@@ -247,6 +247,10 @@ class Engine:
             self._generating.discard(request)
             self._note_idle()
 
+    async def resolve_references(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """The edits as `score` and `generate` take them: every "resample" made a "set"; references are token ids."""
+        return await self._measurements.resolve_references(edits)
+
     async def score(self, work: ScoreWork) -> ScoreResult:
         """Teacher-forced scores of rows, unedited and edited."""
         return await self._measurements.score(work)
@@ -278,7 +282,7 @@ class Engine:
             raise ValueError("stop strings need a backbone with a tokenizer")
         for name in work.features.dictionaries if work.features else ():
             find_dictionary(name, self.dictionaries).require_site()
-        check_edits(work.edits, self.dictionaries, len(work.prompt))
+        check_row_edits(work.edits, self.dictionaries, len(work.prompt), self.backbone)
         self._running.check_fits(work)
 
     # Event loop

@@ -38,11 +38,11 @@ from sae_runtime.causal.report import (
 from sae_runtime.causal.score import ScoredRow
 from sae_runtime.causal.suggestion import STRENGTH_FACTORS, at_strength, set_score, suggest_edit
 from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
-from sae_runtime.edits import Edit, check_edits
+from sae_runtime.edits import Edit, resolve_references
 from sae_runtime.edits.edit import terms
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
-from service.engine.admission import check_rows, check_tokens
+from service.engine.admission import check_row_edits, check_rows, check_tokens
 from service.engine.batch import Scoring
 from service.engine.measure_work import (
     AblateResult,
@@ -111,6 +111,20 @@ class Measurements:
     def __post_init__(self) -> None:
         self._budget = self.settings.max_batch_tokens
 
+    # Reference texts
+
+    async def resolve_references(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """The edits with every "resample" made a "set"; references are token ids. Errors: those of the engine."""
+        pieces = []
+        for edit in edits:
+            if edit.reference is not None:
+                text = edit.reference.text
+                assert isinstance(text, tuple), "references are token ids"
+                check_rows([text], self.backbone)
+                pieces.append((len(text), partial(resolve_references, [edit], self.dictionaries, self.backbone)))
+        resolved = iter(await self._compute("resample", pieces, _Timer()))
+        return tuple(edit if edit.reference is None else next(resolved)[0] for edit in edits)
+
     # Score
 
     async def score(self, work: ScoreWork, *, under_way: bool = False) -> ScoreResult:
@@ -121,7 +135,7 @@ class Measurements:
         if len(edits) != len(work.rows):
             raise ValueError(f"there are edits of {len(edits)} rows, expected {len(work.rows)}")
         for row, own in zip(work.rows, edits, strict=True):
-            check_edits(own, self.dictionaries, len(row), self.backbone)
+            check_row_edits(own, self.dictionaries, len(row), self.backbone)
         named = {edit.dictionary for own in edits for edit in own}
         named |= {term.dictionary for own in edits for edit in own for term in terms(edit.condition) if term.dictionary}
         dictionaries = {name: self.dictionaries[name] for name in named}

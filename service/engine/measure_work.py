@@ -30,7 +30,7 @@ class ScoreWork:
     rows: Rows
     """At least two tokens each."""
     edits: tuple[tuple[Edit, ...], ...] = ()
-    """The edits of each row, references resolved; empty: no row has edits."""
+    """The edits of each row, references resolved (see Engine.resolve_references); empty: no row has edits."""
     logit_tokens: tuple[int, ...] = ()
     max_relative_change: float = math.inf
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_runtime.dictionary.finite import all_finite
+from sae_runtime.dictionary.features import all_finite
 from service.engine.work import SamplingOptions
 
 FIRST_NUCLEUS_TOKENS = 256

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits import CompiledEdits, Edit, resolve_references
+from sae_runtime.edits import RowEdits
 from sae_runtime.model.backbone import Backbone
 from service.engine.sampling import RowSampler, SampledToken
 from service.engine.work import EndReason, GeneratedTokens, GenerateWork, GenerationEnd, TokenFeatures, WorkTiming
@@ -38,14 +38,12 @@ class GenerateRequest:
             self.sequences += [first, *(GeneratedSequence(self, i, unedited) for i in range(1, work.samples))]
             first.followers = self.sequences[-work.samples + 1 :] if work.samples > 1 else []
 
-    def compile_edits(self, dictionaries: Mapping[str, Dictionary], backbone: Backbone) -> None:
-        """Makes the edits of all sequences ready; runs the reference texts of those that resample."""
+    def prepare_edits(self, dictionaries: Mapping[str, Dictionary], backbone: Backbone) -> None:
+        """Makes the edits of all sequences ready."""
         edits = self.work.edits
         if not edits:
             return
-        if any(edit.reference is not None for edit in edits):
-            edits = resolve_references(edits, dictionaries, backbone)
-        compiled = CompiledEdits(
+        row_edits = RowEdits(
             edits,
             dictionaries,
             len(self.work.prompt),
@@ -54,7 +52,7 @@ class GenerateRequest:
         )
         for sequence in self.sequences:
             if not sequence.unedited:
-                sequence.edits = compiled.for_another_row()
+                sequence.edits = row_edits.for_another_row()
 
 
 class GeneratedSequence:
@@ -65,8 +63,8 @@ class GeneratedSequence:
         self.request = request
         self.sample = sample
         self.unedited = unedited
-        self.edits: Sequence[Edit] = ()
-        """Compiled; see GenerateRequest.compile_edits."""
+        self.edits: RowEdits | None = None
+        """See GenerateRequest.prepare_edits."""
         self.slot = -1
         self.tokens = list(work.prompt)
         """Prompt and what was sampled."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits import EditOutOfRange, EditPlan, EditPlanner, RowEdits
+from sae_runtime.edits import BatchEdits, BatchRow, EditOutOfRange
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.kv_cache import KVCache
 from sae_runtime.model.packed import PackedTokens
@@ -55,8 +55,8 @@ class StepRunner:
     def __init__(self, backbone: Backbone, dictionaries: Mapping[str, Dictionary]) -> None:
         self._backbone = backbone
         self._dictionaries = dictionaries
-        # Keeps its plan while the same sequences decode with the same edits.
-        self._planner = EditPlanner()
+        self._edits = BatchEdits()
+        """Of the step before, and kept while the same sequences decode with the same edits."""
 
     def run(self, rows: Sequence[Row], cache: KVCache) -> list[RowResult]:
         """A result a row.
@@ -72,18 +72,15 @@ class StepRunner:
             past=[s.past for s in sequences],
             slots=[s.slot for s in sequences],
         )
-        plan = self._planner.plan(
-            [
-                RowEdits(s.edits, len(s.request.work.prompt), s.past, row.n, s.tokens)
-                for s, row in zip(sequences, rows, strict=True)
-            ]
+        self._edits = edits = self._edits.for_step(
+            [BatchRow(s.edits, s.past, row.n, s.tokens) for s, row in zip(sequences, rows, strict=True)]
         )
         watched = self._watched_sites(sequences)
         result = self._backbone.forward(
             packed,
             capture=set(watched.values()),
-            edit=_edit_function(plan) if plan else None,
-            edit_sites=plan.sites if plan else (),
+            edit=_edit_function(edits) if edits else None,
+            edit_sites=edits.sites,
             cache=cache,
             logits="last",
         )
@@ -175,10 +172,10 @@ def _first_told(row: Row) -> int:
     return min(max(len(sequence.request.work.prompt) - sequence.past, 0), row.n)
 
 
-def _edit_function(plan: EditPlan) -> Callable[[Site, Tensor], Tensor]:
+def _edit_function(edits: BatchEdits) -> Callable[[Site, Tensor], Tensor]:
     def edit(site: Site, x: Tensor) -> Tensor:
         try:
-            return plan.apply(site, x)
+            return edits.apply(site, x)
         except EditOutOfRange:
             raise
         except ValueError as error:

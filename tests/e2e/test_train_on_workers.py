@@ -18,12 +18,12 @@ from torch import Tensor
 
 from sae_runtime import load_dictionary
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.distributed.worker import workers_folder
+from sae_runtime.training.distributed.sharded_checkpoint import workers_folder
 from sae_runtime.training.run import run_training
 from tests.e2e.running_service import poll
 from tests.sae_runtime.conftest import tiny_backbone_folder  # noqa: F401 (a fixture)
-from tests.sae_runtime.training.distributed.test_worker import train_undisturbed
 from tests.sae_runtime.training.distributed.worker_processes import WorkerProcesses
+from tests.sae_runtime.training.test_worker import train_undisturbed
 
 STEPS = 300
 RELATIVE = 1e-3

@@ -15,13 +15,12 @@ from sae_runtime.edits import (
     AfterText,
     AllOf,
     AnyOf,
-    CompiledEdits,
+    BatchEdits,
+    BatchRow,
     Condition,
-    EditPlanner,
     Reference,
     RowEdits,
     check_edits,
-    plan_edits,
     resolve_references,
 )
 from sae_runtime.model.forward import ForwardResult
@@ -76,15 +75,15 @@ class Setup:
 
     def logits(self, rows: Sequence[Sequence[Edit]]) -> list[Tensor]:
         """One packed forward for all rows of edits."""
-        planned = []
+        batch_rows = []
         for edits in rows:
             check_edits(edits, self.dictionaries, PROMPT_LENGTH, self.backbone)
             ready = resolve_references(edits, self.dictionaries, self.backbone)
-            compiled = CompiledEdits(ready, self.dictionaries, PROMPT_LENGTH, token_bytes=self.backbone.token_bytes)
-            planned.append(RowEdits(compiled, PROMPT_LENGTH, 0, len(self.tokens), self.tokens))
-        plan = plan_edits(planned, self.dictionaries)
+            row_edits = RowEdits(ready, self.dictionaries, PROMPT_LENGTH, token_bytes=self.backbone.token_bytes)
+            batch_rows.append(BatchRow(row_edits, 0, len(self.tokens), self.tokens))
+        batch = BatchEdits(batch_rows)
         packed = PackedTokens.from_rows([self.tokens] * len(rows))
-        result = self.backbone.forward(packed, edit=plan.apply, edit_sites=plan.sites, capture=[LAST])
+        result = self.backbone.forward(packed, edit=batch.apply, edit_sites=batch.sites, capture=[LAST])
         return list(self.head(result).split(len(self.tokens)))
 
     @torch.no_grad()
@@ -179,18 +178,18 @@ def test_decoding_step_by_step_equals_the_hooks_on_the_whole_sequence(setup: Set
     ]
     edits.append([Edit("gated", setup.choices["gated"][0], "resample", reference=Reference(TEXT[::-1], "aligned"))])
     rows: list[Sequence[Edit]] = [(), *edits]
-    compiled = [
-        CompiledEdits(
+    row_edits = [
+        RowEdits(
             resolve_references(own, dictionaries, backbone),
             dictionaries,
             PROMPT_LENGTH,
             token_bytes=backbone.token_bytes,
         )
         if own
-        else ()
+        else None
         for own in rows
     ]
-    cache, planner = backbone.new_cache(len(rows)), EditPlanner()
+    cache, batch = backbone.new_cache(len(rows)), BatchEdits()
     outputs: list[list[Tensor]] = [[] for _ in rows]
     past = 0
     while past < len(setup.tokens):
@@ -199,8 +198,8 @@ def test_decoding_step_by_step_equals_the_hooks_on_the_whole_sequence(setup: Set
             [setup.tokens[past : past + n]] * len(rows), past=[past] * len(rows), slots=range(len(rows))
         )
         so_far = setup.tokens[: past + n]
-        plan = planner.plan([RowEdits(own, PROMPT_LENGTH, past, n, so_far) for own in compiled])
-        result = backbone.forward(packed, edit=plan.apply, edit_sites=plan.sites, cache=cache, capture=[LAST])
+        batch = batch.for_step([BatchRow(edits, past, n, so_far) for edits in row_edits])
+        result = backbone.forward(packed, edit=batch.apply, edit_sites=batch.sites, cache=cache, capture=[LAST])
         for own, logits in zip(outputs, setup.head(result).split(n), strict=True):
             own.append(logits)
         past += n
@@ -215,8 +214,8 @@ def test_an_edit_is_what_encode_and_decode_say(setup: Setup) -> None:
     for name, d in setup.dictionaries.items():
         x = torch.randn(9, d.d_in, generator=generator, dtype=torch.float64)
         feature = setup.choices[name][0]
-        plan = plan_edits([RowEdits([Edit(name, feature, "set", 1.25)], 9, 0, 9)], setup.dictionaries)
-        changed = plan.apply(plan.sites[0], x)
+        batch = BatchEdits([BatchRow(RowEdits([Edit(name, feature, "set", 1.25)], setup.dictionaries, 9), 0, 9)])
+        changed = batch.apply(batch.sites[0], x)
         f = d.encode(x)
         z = f.to_dense()
         z[:, feature] = 1.25

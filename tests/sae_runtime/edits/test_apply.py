@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,15 +26,31 @@ from sae_runtime.edits import (
     AfterText,
     AllOf,
     AnyOf,
+    BatchEdits,
+    BatchRow,
     Reference,
     RowEdits,
     Where,
     check_edits,
-    plan_edits,
 )
 
 D_IN, N_LATENTS, K = 20, 120, 10
 SITE = Site.parse("1.resid_post_mlp")
+
+
+class Row(NamedTuple):
+    """Edits of a row, and which of its tokens are in the batch."""
+
+    edits: Sequence[Edit]
+    prompt_length: int
+    past: int
+    length: int
+
+
+def batch_of(rows: Sequence[Row], dictionaries: dict[str, Dictionary]) -> BatchEdits:
+    return BatchEdits(
+        [BatchRow(RowEdits(row.edits, dictionaries, row.prompt_length), row.past, row.length) for row in rows]
+    )
 
 
 def make_dictionary(kind: str = "topk", *, seed: int = 0, site: str | None = str(SITE)) -> Dictionary:
@@ -75,9 +91,7 @@ def latents(dictionary: Dictionary, x: np.ndarray[Any, Any]) -> np.ndarray[Any, 
     return np.maximum(pre, 0)
 
 
-def slow_edit(
-    rows: Sequence[RowEdits], dictionaries: dict[str, Dictionary], site: Site, x: Tensor
-) -> np.ndarray[Any, Any]:
+def slow_edit(rows: Sequence[Row], dictionaries: dict[str, Dictionary], site: Site, x: Tensor) -> np.ndarray[Any, Any]:
     """The definition, one token and one edit at a time."""
     before = x.double().numpy()
     after = before.copy()
@@ -123,8 +137,8 @@ def slow_edit(
     return after
 
 
-def whole_row(edits: Sequence[Edit], length: int = 12, prompt_length: int = 12) -> list[RowEdits]:
-    return [RowEdits(edits, prompt_length=prompt_length, past=0, length=length)]
+def whole_row(edits: Sequence[Edit], length: int = 12, prompt_length: int = 12) -> list[Row]:
+    return [Row(edits, prompt_length=prompt_length, past=0, length=length)]
 
 
 KINDS = ["topk", "topk normalised", "relu", "relu normalised"]
@@ -159,10 +173,10 @@ def test_each_operation_equals_the_definition(operation: str, kind: str) -> None
     condition = Condition(active_feature(dictionaries["d"], x, choice=1), threshold=0.1)
     edits = [Edit("d", feature, **OPERATIONS[operation], condition=condition if operation == "conditional" else None)]
     check_edits(edits, dictionaries)
-    plan = plan_edits(whole_row(edits), dictionaries)
+    batch = batch_of(whole_row(edits), dictionaries)
     expected = slow_edit(whole_row(edits), dictionaries, SITE, x)
     assert not np.array_equal(expected, x.double().numpy())  # the case tests something
-    np.testing.assert_allclose(plan.apply(SITE, x).numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(batch.apply(SITE, x).numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_many_edits_on_packed_rows_at_two_sites() -> None:
@@ -174,8 +188,8 @@ def test_many_edits_on_packed_rows_at_two_sites() -> None:
         "c": make_dictionary("relu normalised", seed=3, site=str(early)),
     }
     rows = [
-        RowEdits([], prompt_length=4, past=0, length=4),
-        RowEdits(
+        Row([], prompt_length=4, past=0, length=4),
+        Row(
             [
                 Edit("a", 5, "set", value=2.0, positions="prompt"),
                 Edit("a", 5, "set", value=1.0, positions="generated"),
@@ -186,34 +200,34 @@ def test_many_edits_on_packed_rows_at_two_sites() -> None:
             past=0,
             length=5,
         ),
-        RowEdits([Edit("b", 7, "add", value=1.0, positions="generated")], prompt_length=6, past=6, length=1),
-        RowEdits([Edit("a", 9, "set", value=1.0, positions="prompt")], prompt_length=6, past=6, length=1),
-        RowEdits([Edit("a", 9, "clamp", maximum=0.1, condition=Condition(5, 0.1))], prompt_length=1, past=0, length=1),
+        Row([Edit("b", 7, "add", value=1.0, positions="generated")], prompt_length=6, past=6, length=1),
+        Row([Edit("a", 9, "set", value=1.0, positions="prompt")], prompt_length=6, past=6, length=1),
+        Row([Edit("a", 9, "clamp", maximum=0.1, condition=Condition(5, 0.1))], prompt_length=1, past=0, length=1),
     ]
-    plan = plan_edits(rows, dictionaries)
-    assert plan.sites == (early, SITE)
+    batch = batch_of(rows, dictionaries)
+    assert batch.sites == (early, SITE)
     x = activations(12)
-    for site in plan.sites:
+    for site in batch.sites:
         np.testing.assert_allclose(
-            plan.apply(site, x).numpy(), slow_edit(rows, dictionaries, site, x), rtol=1e-5, atol=1e-5
+            batch.apply(site, x).numpy(), slow_edit(rows, dictionaries, site, x), rtol=1e-5, atol=1e-5
         )
 
 
 def test_no_edits_return_the_very_tensor() -> None:
     x = activations()
-    for rows in ([], whole_row([]), [RowEdits([Edit("d", 0, "set", value=1, positions=(99,))], 12, 0, 12)]):
-        plan = plan_edits(rows, {"d": make_dictionary()})
-        assert plan.sites == ()
-        assert not plan
-        assert plan.apply(SITE, x) is x
+    for rows in ([], whole_row([]), [Row([Edit("d", 0, "set", value=1, positions=(99,))], 12, 0, 12)]):
+        batch = batch_of(rows, {"d": make_dictionary()})
+        assert batch.sites == ()
+        assert not batch
+        assert batch.apply(SITE, x) is x
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_edits_are_bitwise_untouched_and_so_is_the_input(kind: str) -> None:
     x = activations()
     original = x.clone()
-    rows = [RowEdits([], 5, 0, 5), RowEdits([Edit("d", 4, "set", value=9.0, positions=(1,))], 7, 0, 7)]
-    changed = plan_edits(rows, {"d": make_dictionary(kind)}).apply(SITE, x)
+    rows = [Row([], 5, 0, 5), Row([Edit("d", 4, "set", value=9.0, positions=(1,))], 7, 0, 7)]
+    changed = batch_of(rows, {"d": make_dictionary(kind)}).apply(SITE, x)
     others = torch.arange(12) != 6
     assert torch.equal(changed[others].view(torch.int32), original[others].view(torch.int32))
     assert not torch.equal(changed[6], original[6])
@@ -226,9 +240,9 @@ def test_an_edit_to_the_value_it_has_changes_nothing(kind: str) -> None:
     feature = active_feature(dictionary, x)
     z = dictionary.encode_features(x, torch.tensor([feature]))[:, 0]
     edits = [Edit("d", feature, "set", value=float(z[t]), positions=(t,)) for t in range(12)]
-    torch.testing.assert_close(plan_edits(whole_row(edits), {"d": dictionary}).apply(SITE, x), x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(batch_of(whole_row(edits), {"d": dictionary}).apply(SITE, x), x, rtol=1e-6, atol=1e-6)
     for neutral in (Edit("d", feature, "scale", value=1.0), Edit("d", feature, "add", value=0.0)):
-        assert torch.equal(plan_edits(whole_row([neutral]), {"d": dictionary}).apply(SITE, x), x)
+        assert torch.equal(batch_of(whole_row([neutral]), {"d": dictionary}).apply(SITE, x), x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,7 +250,7 @@ def test_edits_are_error_preserving(kind: str) -> None:
     """h' - decode(z') is h - decode(z): what the dictionary does not reconstruct stays as it was."""
     dictionary, x = make_dictionary(kind), activations()
     feature = active_feature(dictionary, x)
-    changed = plan_edits(whole_row([Edit("d", feature, "set", value=2.0)]), {"d": dictionary}).apply(SITE, x)
+    changed = batch_of(whole_row([Edit("d", feature, "set", value=2.0)]), {"d": dictionary}).apply(SITE, x)
     encoded = dictionary.encode(x)
     z = encoded.to_dense()
     z[:, feature] = 2.0
@@ -256,7 +270,7 @@ def test_ablated_latent_reads_zero_when_encoded_again() -> None:
     )
     x = activations()
     before = dictionary.encode_dense(x)
-    changed = plan_edits(whole_row([Edit("d", 3, "ablate_zero")]), {"d": dictionary}).apply(SITE, x)
+    changed = batch_of(whole_row([Edit("d", 3, "ablate_zero")]), {"d": dictionary}).apply(SITE, x)
     after = dictionary.encode_dense(changed)
     assert before[:, 3].max() > 0.5
     assert after[:, 3].abs().max() < 1e-5
@@ -269,9 +283,9 @@ def test_cached_decoding_edits_the_same_positions_as_one_pass(positions: Any) ->
     """A prompt of 4 tokens in one step and 4 generated tokens one by one, against all 8 at once."""
     dictionaries, x = {"d": make_dictionary("topk normalised")}, activations(8)
     edits = [Edit("d", 6, "add", value=2.0, positions=positions)]
-    at_once = plan_edits([RowEdits(edits, 4, 0, 8)], dictionaries).apply(SITE, x)
-    pieces = [plan_edits([RowEdits(edits, 4, 0, 4)], dictionaries).apply(SITE, x[:4])]
-    pieces += [plan_edits([RowEdits(edits, 4, t, 1)], dictionaries).apply(SITE, x[t : t + 1]) for t in range(4, 8)]
+    at_once = batch_of([Row(edits, 4, 0, 8)], dictionaries).apply(SITE, x)
+    pieces = [batch_of([Row(edits, 4, 0, 4)], dictionaries).apply(SITE, x[:4])]
+    pieces += [batch_of([Row(edits, 4, t, 1)], dictionaries).apply(SITE, x[t : t + 1]) for t in range(4, 8)]
     torch.testing.assert_close(torch.cat(pieces), at_once, rtol=1e-6, atol=1e-6)
     edited = [t for t in range(8) if not torch.equal(at_once[t], x[t])]
     expected = {"all": list(range(8)), "prompt": [0, 1, 2, 3], "generated": [4, 5, 6, 7]}.get(str(positions), positions)
@@ -283,7 +297,7 @@ def test_low_precision_activations_keep_their_dtype(dtype: torch.dtype) -> None:
     dictionaries = {"d": make_dictionary("topk normalised")}
     x = activations().to(dtype)
     edits = [Edit("d", 5, "set", value=3.0)]
-    changed = plan_edits(whole_row(edits), dictionaries).apply(SITE, x)
+    changed = batch_of(whole_row(edits), dictionaries).apply(SITE, x)
     assert changed.dtype == dtype
     expected = slow_edit(whole_row(edits), dictionaries, SITE, x)
     np.testing.assert_allclose(changed.double().numpy(), expected, rtol=2**-7, atol=2**-6)
@@ -291,15 +305,15 @@ def test_low_precision_activations_keep_their_dtype(dtype: torch.dtype) -> None:
 
 def test_edits_that_leave_the_range_of_the_activations_are_refused() -> None:
     edits = [Edit("d", 5, "set", value=1e6)]
-    plan = plan_edits(whole_row(edits), {"d": make_dictionary()})
-    assert plan.apply(SITE, activations()).isfinite().all()
+    batch = batch_of(whole_row(edits), {"d": make_dictionary()})
+    assert batch.apply(SITE, activations()).isfinite().all()
     with pytest.raises(ValueError, match=r"edits at 1\.resid_post_mlp leave the range of torch\.float16"):
-        plan.apply(SITE, activations().half())
+        batch.apply(SITE, activations().half())
 
 
 def test_autograd_sees_an_edit_as_a_constant() -> None:
     x = activations().requires_grad_()
-    plan_edits(whole_row([Edit("d", 5, "set", value=3.0)]), {"d": make_dictionary()}).apply(SITE, x).sum().backward()
+    batch_of(whole_row([Edit("d", 5, "set", value=3.0)]), {"d": make_dictionary()}).apply(SITE, x).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, torch.ones_like(x))
 

@@ -128,7 +128,7 @@ def test_what_can_be_screened() -> None:
 def test_a_dictionary_encodes_the_same_with_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sae_runtime.dictionary.dictionary.screening_is_fast", lambda: True)  # whatever CPU this is
     plain: Dictionary = load_dictionary("resid-mid")
-    screened = plain.with_screen()
+    screened = plain.with_fast_encoder()
     assert plain.screen is None
     assert screened.screen is not None
     x = 3 * torch.randn(200, plain.d_in, generator=torch.Generator().manual_seed(1))
@@ -136,4 +136,4 @@ def test_a_dictionary_encodes_the_same_with_a_screen(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-5)
     assert (found.indices == expected.indices).float().mean() > 0.999  # values that tie to 1e-6 may change places
     assert screened.to(dtype=torch.float64).screen is None
-    assert load_dictionary("resid-mid", dtype=torch.bfloat16).with_screen().screen is None
+    assert load_dictionary("resid-mid", dtype=torch.bfloat16).with_fast_encoder().screen is None

@@ -26,6 +26,8 @@ from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.run import run_training
 from sae_runtime.training.stop_signals import TrainingStopped
 
+pytestmark = pytest.mark.any_cpu
+
 
 @pytest.fixture(autouse=True)
 def _every_step_reports(monkeypatch: pytest.MonkeyPatch) -> None:

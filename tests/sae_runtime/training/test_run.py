@@ -9,7 +9,9 @@ import torch
 
 from sae_runtime import Backbone, load_dictionary
 from sae_runtime.figures.held_out import held_out_figures
+from sae_runtime.kernels.products import default_compute_dtype
 from sae_runtime.progress import Progress
+from sae_runtime.training import worker
 from sae_runtime.training.activations.run_rows import held_out_rows
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.run import run_training
@@ -108,6 +110,35 @@ def test_a_checkpoint_of_another_run_is_refused(settings: dict[str, Any]) -> Non
     TrainingConfig(**settings).checkpoint_path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="is not a checkpoint"):
         run_training(TrainingConfig(**settings))
+
+
+@pytest.mark.usefixtures("_every_step_reports")
+@pytest.mark.filterwarnings("ignore:the run goes on with backbone_dtype")
+def test_the_dtypes_that_a_run_chose_are_recorded_and_kept(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainingConfig(**settings | {"compute_dtype": "auto", "backbone_dtype": "auto"})
+    monkeypatch.setattr(worker, "default_compute_dtype", lambda device: torch.bfloat16)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, interrupt_at(4_000))
+    monkeypatch.setattr(worker, "default_compute_dtype", lambda device: torch.float32)
+    with pytest.warns(
+        UserWarning, match="goes on with compute_dtype bfloat16, as it began; this machine is faster in float32"
+    ):
+        (resumed,) = run_training(config)
+    recorded = resumed.manifest.provenance.config
+    assert (recorded["compute_dtype"], recorded["backbone_dtype"]) == ("bfloat16", "bfloat16")
+    whole = {"compute_dtype": "bfloat16", "backbone_dtype": "bfloat16", "out": config.out.with_name("whole")}
+    run_training(TrainingConfig(**settings | whole))
+    assert_bit_equal(config.out, config.out.with_name("whole"))
+
+
+def test_a_new_run_takes_the_dtype_that_is_fast_here(settings: dict[str, Any]) -> None:
+    config = TrainingConfig(**settings | {"compute_dtype": "auto", "backbone_dtype": "auto", "tokens": 256})
+    (result,) = run_training(config)
+    fast = str(default_compute_dtype("cpu")).removeprefix("torch.")
+    recorded = result.manifest.provenance.config
+    assert (recorded["compute_dtype"], recorded["backbone_dtype"]) == (fast, fast)
 
 
 def test_errors_come_before_the_work(settings: dict[str, Any], tmp_path: Path) -> None:

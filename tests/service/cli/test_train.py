@@ -80,8 +80,8 @@ def test_every_setting_has_a_flag_and_a_description(saeserve: Saeserve):
         ),
         (["--site", "nonsense", "--data", "a", "--out", "d"], "is not of the form <layer>.<location>"),
         (["--site", "0.resid_pre", "--data", "a", "--out", "d", "--k", "many"], "k: Input should be a valid integer"),
-        (["{file}", "--k", "0"], "k: Input should be greater than or equal to 1, found '0'"),
-        (["{file}.not-there"], "cannot read settings: "),
+        (["{file}", "--k", "0"], "k: Input should be greater than or equal to 1, found '0' (from --k)"),
+        (["{file}.not-there"], "cannot read settings from "),
     ],
 )
 def test_wrong_settings(saeserve: Saeserve, config_file: Path, arguments: list[str], message: str):
@@ -92,7 +92,7 @@ def test_wrong_settings(saeserve: Saeserve, config_file: Path, arguments: list[s
 
 def test_unknown_settings_are_errors(saeserve: Saeserve, config_file: Path):
     config_file.write_text(config_file.read_text() + "learning_rat: 1.0\n")
-    assert saeserve("train", str(config_file))[2] == "saeserve: learning_rat: no such setting\n"
+    assert saeserve("train", str(config_file))[2] == f"saeserve: learning_rat: no such setting (from {config_file})\n"
     config_file.write_text("- a list")
     code, _, err = saeserve("train", str(config_file))
     assert code == 2

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sae_runtime.dictionary.features import SparseFeatures
-from sae_runtime.edits import Edit, InvalidEdit
+from sae_runtime.edits import Edit, InvalidEdit, Reference
 from sae_runtime.errors import EditConflict, UnknownDictionary
 from sae_runtime.model.packed import PackedTokens
 from service.engine.engine import Engine
@@ -474,6 +474,7 @@ class TestGenerate:
             ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
             ({"edits": (Edit("none", 1, "set"),)}, UnknownDictionary, "none"),
             ({"edits": (Edit("mid", 96, "set"),)}, InvalidEdit, "feature"),
+            ({"edits": (Edit("mid", 1, "resample", reference=Reference((1,))),)}, InvalidEdit, "has not been run"),
             ({"edits": (Edit("mid", 1, "set"), Edit("mid", 1, "add"))}, EditConflict, r"edits\[0\].*edits\[1\]"),
         ],
     )

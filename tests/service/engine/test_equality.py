@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import GPT2LMHeadModel
 import sae_runtime
 from sae_runtime import Backbone, load_dictionary
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits import AfterText, AllOf, AnyOf, Condition, Edit, Reference
+from sae_runtime.edits import AfterText, AllOf, AnyOf, BatchEdits, Condition, Edit, Reference, resolve_references
 from sae_runtime.model.families.gpt2.weights import random_state
 from service.engine.work import GenerateWork, SamplingOptions
 from tests.service.engine.hooked_generate import HookedGenerator
@@ -115,7 +116,8 @@ def check(works: Sequence[GenerateWork], seed: int) -> None:
     while pending or not runner.done:
         for _ in range(rng.choice((0, 0, 1, 3))):
             if pending:
-                runner.join(pending.pop(0))
+                ready = pending.pop(0)
+                runner.join(replace(ready, edits=resolve_references(ready.edits, DICTIONARIES, BACKBONE)))
         runner.step()
     for i, each in enumerate(works):
         assert runner.ids(i) == HOOKED.greedy(each.prompt, each.max_new_tokens, each.edits), each.edits
@@ -161,9 +163,10 @@ def test_an_engine_that_skips_one_step_is_noticed(skipped: int, monkeypatch: pyt
     """The comparison has teeth: were one decoded token not edited, some of these requests would come out otherwise."""
     works = [work(p, edit("mid", p, operation="add", value=8.0, positions="generated"), n=12) for p in PROMPTS]
     runner = Runner(BACKBONE, DICTIONARIES, *works)
-    planner, steps = runner.running._runner._planner, itertools.count()
-    plan = planner.plan
-    monkeypatch.setattr(planner, "plan", lambda rows: plan([] if next(steps) == skipped else rows))
+    for_step, steps = BatchEdits.for_step, itertools.count()
+    monkeypatch.setattr(
+        BatchEdits, "for_step", lambda self, rows: for_step(self, [] if next(steps) == skipped else rows)
+    )
     runner.run()
     whole = [HOOKED.greedy(w.prompt, 12, w.edits) for w in works]
     assert [runner.ids(i) for i in range(len(works))] != whole

@@ -11,6 +11,7 @@ import pytest
 
 from sae_runtime import Edit, EditConflict, InvalidEdit, UnknownDictionary
 from sae_runtime.causal.report import FeatureId
+from sae_runtime.edits import Reference, resolve_references
 from service.engine.engine import Engine
 from service.engine.errors import EngineStopped, NonFiniteActivations, QueueFull
 from service.engine.measure_work import AblateWork, AttributeWork, ContrastWork, ScoreWork
@@ -137,6 +138,19 @@ async def test_a_cancelled_study_runs_no_further() -> None:
         assert engine.snapshot().queued_items == 0
 
 
+async def test_references_are_run_among_other_work() -> None:
+    plain = Edit("mid", 3, "set", value=4.0)
+    texts = (ROWS[0], ROWS[1], ROWS[0])
+    edits = [Edit("wide", i, "resample", reference=Reference(text, "max")) for i, text in enumerate(texts)]
+    log = Log()
+    async with running(log, max_batch_tokens=200) as engine:
+        resolved = await engine.resolve_references([plain, *edits])
+        with pytest.raises(ValueError, match="leave the vocabulary"):
+            await engine.resolve_references([Edit("wide", 1, "resample", reference=Reference((999,)))])
+    assert log.batches == [("resample", 1, len(texts[0]) + len(texts[1])), ("resample", 1, len(texts[2]))]
+    assert resolved == (plain, *resolve_references(edits, DICTIONARIES, BACKBONE))
+
+
 async def test_work_that_cannot_run_is_refused_before_it_is_queued() -> None:
     async with running() as engine:
         feature = FeatureId("mid", 3)
@@ -148,6 +162,9 @@ async def test_work_that_cannot_run_is_refused_before_it_is_queued() -> None:
             await engine.score(ScoreWork(ROWS[:1], ((Edit("mid", 999, "ablate_zero"),),)))
         with pytest.raises(EditConflict):
             await engine.score(ScoreWork(ROWS[:1], ((Edit("mid", 1, "ablate_zero"), Edit("mid", 1, "ablate_mean")),)))
+        unresolved = Edit("mid", 1, "resample", reference=Reference((1, 2)))
+        with pytest.raises(InvalidEdit, match=r"edits\[0\]\.reference: has not been run"):
+            await engine.score(ScoreWork(ROWS[:1], ((unresolved,),)))
         with pytest.raises(ValueError, match="leave the vocabulary of 257"):
             await engine.score(ScoreWork(ROWS, logit_tokens=(257,)))
         with pytest.raises(UnknownDictionary):

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from service.engine.sequence import TextStream
 
+pytestmark = pytest.mark.any_cpu
+
 TEXT = st.text(alphabet="abé€😀\n", max_size=30)
 
 

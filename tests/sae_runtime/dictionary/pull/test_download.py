@@ -13,6 +13,8 @@ import pytest
 from sae_runtime.dictionary.pull.download import DownloadSettings, PullError, RemoteFile, check_url, download, get_json
 from tests.sae_runtime.dictionary.pull.file_server import FileServer, git_sha1, md5_header, running
 
+pytestmark = pytest.mark.any_cpu
+
 CONTENT = random.Random(0).randbytes(300_000)
 
 

@@ -18,6 +18,8 @@ from sae_runtime.errors import DictionaryFormatError
 from tests import golden
 from tests.sae_runtime.dictionary.pull.file_server import FileServer, md5_header, put_hub_repository, running
 
+pytestmark = pytest.mark.any_cpu
+
 GOLDEN = golden.FOLDER
 OPENAI = "openai/gpt2-small/resid_post_mlp_v5_32k/8"
 OPENAI_PATH = "/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt"

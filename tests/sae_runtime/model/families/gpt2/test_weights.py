@@ -25,6 +25,8 @@ from sae_runtime.model import folders
 from sae_runtime.model.families.gpt2.config import GPT2Settings
 from tests import golden
 
+pytestmark = pytest.mark.any_cpu
+
 GOLDEN = golden.FOLDER / "hooks_gpt2_tiny"
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 SITE = "2.resid_post_mlp"

@@ -16,9 +16,9 @@ from sae_runtime import load_dictionary
 from sae_runtime.progress import ProgressMeter
 from sae_runtime.training.communicator import SINGLE, ProcessGroupCommunicator
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.distributed.sharded_checkpoint import ShardedCheckpoint
-from sae_runtime.training.distributed.worker import Worker, check_distribution, workers_folder
+from sae_runtime.training.distributed.sharded_checkpoint import ShardedCheckpoint, workers_folder
 from sae_runtime.training.run import run_training
+from sae_runtime.training.worker import Worker, check_distribution
 from tests.sae_runtime.training.distributed.worker_processes import WorkerProcesses
 
 WORDS = ("a", "small", "dictionary", "latent", "fires", "on", "every", "word", "that", "begins", "with", "this")
@@ -78,7 +78,8 @@ class StopAfter:
 
 def _run(config: TrainingConfig, n_shards: int, stop_after: int | None) -> dict[str, Tensor] | None:
     """The exported weights on the first worker, nothing on the others, None if the run was stopped."""
-    worker = Worker(config, ProcessGroupCommunicator(n_shards))
+    communicator = ProcessGroupCommunicator(n_shards)
+    worker = Worker(config, ShardedCheckpoint(workers_folder(config), communicator), communicator)
     stop: Callable[[], bool] = StopAfter(stop_after) if stop_after is not None else lambda: False
     if not worker.train(ProgressMeter(), stop):
         return None
@@ -152,7 +153,7 @@ def test_a_checkpoint_of_another_run_is_refused(workers: WorkerProcesses, config
 
 def _save(folder: Path, steps: list[int], n_shards: int, blocked_rank: int | None) -> Any:
     """Saves steps in turn; in the last one the given worker cannot write. What is loaded afterwards, or the error."""
-    checkpoint = ShardedCheckpoint(folder, ProcessGroupCommunicator(n_shards), {"settings": {"k": 8}})
+    checkpoint = ShardedCheckpoint(folder, ProcessGroupCommunicator(n_shards))
     rank = torch.distributed.get_rank()
     message = None
     for step in steps:
@@ -161,7 +162,7 @@ def _save(folder: Path, steps: list[int], n_shards: int, blocked_rank: int | Non
             (folder / f"step-{step}" / f"source-{rank}.pt.tmp").mkdir()  # where the file would be written
         try:
             source = {"n_lanes": 4, "lanes": {str(rank): {"position": step}}}
-            checkpoint.save(step, {"weight": torch.tensor([step, rank % n_shards])}, source)
+            checkpoint.save({"settings": {"k": 8}}, step, {"weight": torch.tensor([step, rank % n_shards])}, source)
         except OSError as error:
             message = str(error)
     return message, checkpoint.load()
@@ -201,14 +202,19 @@ def test_runs_that_cannot_be_split_are_refused(config: TrainingConfig) -> None:
         check_distribution(config, 3, 2)
     with pytest.raises(ValueError, match="latent shards are for the family topk, found batch_topk"):
         check_distribution(config.model_copy(update={"family": "batch_topk"}), 2, 2)
-    with pytest.raises(ValueError, match="4 data lanes, which 8 workers cannot share equally; set data_lanes"):
+    with pytest.raises(ValueError, match="4 data streams, which 8 workers cannot share equally; set data_lanes"):
         check_distribution(config, 8, 1)
     with pytest.raises(ValueError, match="66 latents cannot be split into 4 equal shards"):
         check_distribution(config.model_copy(update={"n_latents": 66}), 4, 4)
 
 
-def test_one_worker_is_a_run_too(config: TrainingConfig, alone: dict[str, dict[str, Tensor]]) -> None:
-    worker = Worker(config, SINGLE)
+def test_one_worker_may_keep_its_checkpoints_as_many_do(
+    config: TrainingConfig, alone: dict[str, dict[str, Tensor]]
+) -> None:
+    checkpoint = ShardedCheckpoint(workers_folder(config), SINGLE)
+    assert not Worker(config, checkpoint).train(ProgressMeter(), StopAfter(5))
+    worker = Worker(config, checkpoint)
+    assert worker.step_count == 5
     assert worker.train(ProgressMeter())
     (export,) = worker.exports().values()
     expected = weights_alone(config, alone)

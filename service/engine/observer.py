@@ -7,7 +7,7 @@ from typing import Protocol
 
 class EngineObserver(Protocol):
     """Called on the event loop, after the results of a batch have been handed over. `kind` is "extract", "encode",
-    "decode", "score", "ablate", "attribute" or "generate" (where a batch is one generation step)."""
+    "decode", "score", "ablate", "attribute", "resample" or "generate" (where a batch is one generation step)."""
 
     def batch_done(self, kind: str, items: int, tokens: int, seconds: float) -> None:
         """One batch ran for `seconds`; `items` requests had a part in it."""

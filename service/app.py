@@ -95,6 +95,7 @@ def build_app(args: dict[str, Any] | AppSettings) -> serve.Application:
         pydantic.ValidationError: a value that does not fit, or an unknown name.
     """
     settings = args if isinstance(args, AppSettings) else AppSettings.model_validate(args)
+    settings = settings.share_gpus(ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0)
     deployment: serve.Deployment = FeatureServer  # type: ignore[assignment]  # made one by the decorator
     return deployment.options(**deployment_options(settings)).bind(settings)
 

@@ -20,8 +20,6 @@ from service.rpc.model import ServedModel
 from service.rpc.text_inputs import TextInputReader
 
 if TYPE_CHECKING:
-    import torch
-
     from sae_runtime import Backbone, Dictionary
 
 logger = logging.getLogger(__name__)
@@ -50,7 +48,7 @@ class ReplicaSettings(BaseModel):
     dictionaries: Literal["builtin"] | tuple[str | DictionarySettings, ...] = "builtin"
     """Dictionaries to serve: paths or builtin names; "builtin" is all that ship with the package."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """The CPU, a GPU, or "auto": the first GPU if there is one, else the CPU."""
+    """The CPU, a GPU, or "auto": the GPU of the replica if there is one, else the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type that the backbone and the dictionaries compute in."""
     edit_presets: str = ""
@@ -133,8 +131,9 @@ class ServiceRuntime:
 def load_model(settings: ReplicaSettings) -> tuple[Backbone, dict[str, Dictionary]]:
     """The backbone and the dictionaries by name. Errors as `ServiceRuntime.start`."""
     from sae_runtime import Backbone, list_builtin_dictionaries
+    from sae_runtime.model.devices import choose_device
 
-    device = pick_device(settings.device)
+    device = choose_device(settings.device)
     backbone = Backbone.load(settings.backbone, dtype=settings.dtype, device=device)
     if backbone.has_tokenizer:
         backbone.encode_text("The first text takes longer: tables are made.")
@@ -147,15 +146,6 @@ def load_model(settings: ReplicaSettings) -> tuple[Backbone, dict[str, Dictionar
             raise DictionaryFormatError(f"two dictionaries are named {name!r}; give one of them another name")
         dictionaries[name] = dictionary
     return backbone, dictionaries
-
-
-def pick_device(device: str) -> torch.device:
-    """The device that a setting names; "auto" is the first GPU if there is one."""
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    return torch.device("cuda:0" if device == "cuda" else device)
 
 
 def _load_dictionary(wanted: DictionarySettings, backbone: Backbone) -> tuple[str, Dictionary]:

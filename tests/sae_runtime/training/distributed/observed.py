@@ -1,38 +1,35 @@
-"""What a run puts on the wire: a communicator that counts, and what a counted byte costs."""
+"""What tests look at in a sharded run: bytes exchanged, and tokens whose first offers were too few."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
 from sae_runtime.training.communicator import Communicator
-
-Operation = Literal["reduce", "gather"]
-Group = Literal["data", "shards"]
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """A kind of exchange."""
-
-    operation: Operation
-    """reduce: everyone ends with the sum (or maximum) of all tensors; gather: with all tensors."""
-    group: Group
-    """Between the replicas of a shard, or the shards of a replica."""
+from sae_runtime.training.distributed import sharded_topk_trainer
+from sae_runtime.training.distributed.plan import Group, Meeting, Operation
 
 
-def bytes_sent(meeting: Meeting, payload: float, size: int) -> float:
-    """Bytes that a worker sends when `size` workers meet with `payload` bytes each, along a ring.
+@contextmanager
+def saturated_tokens() -> Iterator[list[Tensor]]:
+    """Gathers, for every choice over shards in the block, which tokens' first offers were too few to be certain."""
+    seen: list[Tensor] = []
+    choose = sharded_topk_trainer.choose_over_shards
 
-    A reduction passes every piece round twice, (size - 1) / size of the payload each time: once to sum, once to hand
-    out. A gathering passes every worker's tensor to all others.
-    """
-    if meeting.operation == "reduce":
-        return 2 * (size - 1) / size * payload
-    return (size - 1) * payload
+    def watched(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        keep, saturated = choose(*arguments, **options)
+        seen.append(saturated)
+        return keep, saturated
+
+    sharded_topk_trainer.choose_over_shards = watched
+    try:
+        yield seen
+    finally:
+        sharded_topk_trainer.choose_over_shards = choose
 
 
 class CountingCommunicator:

@@ -132,6 +132,11 @@ def alternatives(info: FieldInfo) -> tuple[Any, ...]:
     return typing.get_args(info.annotation) if is_union else (info.annotation,)
 
 
+def from_text(info: FieldInfo, text: Any) -> Any:
+    """A value that was written on a command line or in the environment: "none" is None where a setting can be that."""
+    return None if text == "none" and type(None) in alternatives(info) else text
+
+
 def flag_of(name: str) -> str:
     """The flag of a setting's dotted name."""
     return "--" + name.replace("_", "-")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sae_runtime.settings import SettingsError, SettingValues, setting_fields
+from sae_runtime.settings import SettingsError, SettingValues, from_text, setting_fields
 from service.replica import ReplicaSettings
 
 ENVIRONMENT_PREFIX = "SAESERVE_"
@@ -26,8 +27,11 @@ class AppSettings(ReplicaSettings):
 
     replicas: int = Field(1, ge=1, description="Replicas of model and dictionaries, each a process.")
     cpus_per_replica: float = Field(1.0, ge=0, description="CPUs that Ray reserves for a replica (bookkeeping).")
-    gpus_per_replica: float = Field(
-        0.0, ge=0, description="GPUs of a replica; a fraction puts several replicas on one GPU, such as 0.25."
+    gpus_per_replica: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs of a replica; a fraction puts several replicas on one GPU, such as 0.25. If not given, one, "
+        "or an equal share of one where there are more replicas than GPUs; 0 if device is cpu or a numbered GPU.",
     )
     max_ongoing_requests: int = Field(
         256,
@@ -65,6 +69,19 @@ class AppSettings(ReplicaSettings):
                 f"engine.max_queued_generations ({generations}), or generations keep every other call out"
             )
         return self
+
+    def share_gpus(self, gpus: float) -> Self:
+        """With `gpus_per_replica` decided, where it is not given, for so many GPUs.
+
+        A replica's share is of one GPU: three replicas on two GPUs get a half each.
+        """
+        if self.gpus_per_replica is not None:
+            return self
+        share = 0.0
+        if gpus >= 1 and self.device in ("auto", "cuda"):
+            replicas_of_a_gpu = math.ceil(self.replicas / int(gpus))
+            share = math.floor(1e4 / replicas_of_a_gpu) / 1e4  # Ray counts in steps of 1e-4
+        return self.model_copy(update={"gpus_per_replica": share})
 
     def replica_settings(self) -> ReplicaSettings:
         """What one replica needs; torch threads are shared out over the replicas where they are not set."""
@@ -118,13 +135,14 @@ def load_settings(
         SettingsError: an unknown name, a value that does not fit, a file that cannot be read.
     """
     given = SettingValues.of_file(file)
-    names = {variable_of(name): name for name, _ in setting_fields(ServeSettings)}
+    known = {variable_of(name): (name, info) for name, info in setting_fields(ServeSettings)}
     for variable, value in (os.environ if environment is None else environment).items():
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in NOT_SETTINGS:
             continue
-        if variable not in names:
+        if variable not in known:
             raise SettingsError(f"the environment variable {variable} is no setting (see saeserve serve --help)")
-        given.set(names[variable], value, variable)
+        name, info = known[variable]
+        given.set(name, from_text(info, value), variable)
     given.set_flags(flags or {})
     return given.build(ServeSettings)
 

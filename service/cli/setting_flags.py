@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sae_runtime.settings import SettingsError, alternatives, flag_of, setting_fields
+from sae_runtime.settings import SettingsError, alternatives, flag_of, from_text, setting_fields
 from service.cli.command_error import CommandError
 from service.cli.parser import WRONG_USAGE, YesOrNo
 
@@ -41,11 +41,8 @@ def settings_errors() -> Iterator[None]:
 
 
 def _value(info: FieldInfo, given: Any) -> Any:
-    kinds = alternatives(info)
-    if given == "none" and type(None) in kinds:
-        return None
     # A list that can also be a word is written with commas, as in the environment.
-    return ",".join(given) if isinstance(given, list) and _words(kinds) else given
+    return ",".join(given) if isinstance(given, list) and _words(alternatives(info)) else from_text(info, given)
 
 
 def _help(info: FieldInfo) -> str:

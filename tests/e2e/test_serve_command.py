@@ -48,6 +48,11 @@ def test_wrong_dictionary_is_one_line_and_leaves_nothing(tiny_model: TinyModel, 
         listener.bind(("127.0.0.1", grpc_port))
 
 
+def test_the_ready_line_says_the_device_and_the_addresses(service: RunningService) -> None:
+    assert service.ready_line.startswith("saeserve is ready on cpu")
+    assert f"gRPC {service.grpc_address}, HTTP http://{service.http_address}. " in service.ready_line
+
+
 def test_ctrl_c_twice_leaves_no_process(service: RunningService) -> None:
     processes = service.processes()
     assert len(processes) > 5

@@ -49,9 +49,9 @@ def test_every_setting_has_a_flag_a_variable_and_a_description() -> None:
     add_setting_flags(parser, ServeSettings)
     for name, info in setting_fields(ServeSettings):
         assert info.description, name
-        text = str(info.default)
+        text = "none" if info.default is None else str(info.default)
         given = given_settings(parser.parse_args([flag_of(name), text]), ServeSettings)
-        assert given == {name: text}
+        assert given == {name: None if info.default is None else text}
         assert load_settings(flags=given, environment={}) == ServeSettings(), name
         assert load_settings(environment={variable_of(name): text}) == ServeSettings(), name
 
@@ -98,3 +98,22 @@ def test_threads_are_shared_out_over_replicas(monkeypatch: pytest.MonkeyPatch) -
         assert AppSettings(replicas=replicas).replica_settings().engine.torch_threads == threads
     chosen = load_settings(flags={"engine.torch_threads": "3", "replicas": "2"}, environment={})
     assert chosen.replica_settings().engine.torch_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("replicas", "gpus", "share"),
+    [(1, 0, 0.0), (1, 1, 1.0), (1, 8, 1.0), (2, 8, 1.0), (4, 1, 0.25), (3, 1, 0.3333), (3, 2, 0.5), (5, 4, 0.5)],
+)
+def test_gpus_are_shared_out_over_replicas(replicas: int, gpus: int, share: float) -> None:
+    for device in ("auto", "cuda"):
+        settings = AppSettings(replicas=replicas, device=device).share_gpus(gpus)
+        assert settings.gpus_per_replica == share
+        on_one_gpu = int(1 / share) if share else 0
+        assert share == 0 or on_one_gpu * gpus >= replicas, "each replica's share is of one GPU"
+
+
+def test_gpus_that_are_not_to_be_shared_out() -> None:
+    assert AppSettings(replicas=2, gpus_per_replica=0.25).share_gpus(8).gpus_per_replica == 0.25
+    assert AppSettings(gpus_per_replica=0).share_gpus(8).gpus_per_replica == 0
+    for device in ("cpu", "cuda:1"):  # a numbered GPU is one of all that there are
+        assert AppSettings(device=device).share_gpus(8).gpus_per_replica == 0

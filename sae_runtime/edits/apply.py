@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_runtime.dictionary.dictionary import COMPETING, Dictionary
 from sae_runtime.dictionary.features import all_finite
 from sae_runtime.dictionary.readings import Places, Readings
-from sae_runtime.kernels.latent_activation import LatentActivation
+from sae_runtime.kernels.active import LatentActivation
 from sae_runtime.model.sites import Site
 
 
@@ -142,7 +142,7 @@ class DictionaryEdits:
         return torch.where(signs > 0, z > bounds, z >= bounds).to(z.dtype)
 
     def change(self, values: LatentValues, holds: Tensor) -> Tensor:
-        """What to add to the dictionary's tokens, [T, width]: std * (z' - z) @ decoder, and for replaced ones x^ - x."""
+        """What to add to the dictionary's tokens, [T, width]: std * (z' - z) @ decoder, x^ - x where it replaces."""
         old = values.z.view(-1)[self.pairs]
         scale, shift, minimum, maximum = self.arithmetic
         new = torch.addcmul(shift, scale, old)

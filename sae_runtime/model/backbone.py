@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_runtime.kernels.products import few_rows_linear
+from sae_runtime.kernels.products import linear
 from sae_runtime.model.attention import AttentionPlan
 from sae_runtime.model.families import gpt2_weights
 from sae_runtime.model.families.gpt2_config import ACTIVATIONS, GPT2Settings
@@ -384,7 +384,7 @@ class Backbone:
         """Logits [n, vocab] of what the last block returns, [n, d_model]; float32, or float64 of a float64 backbone."""
         weights = self._weights
         x = F.layer_norm(x, (self.d_model,), weights.ln_f_weight, weights.ln_f_bias, self.settings.layer_norm_epsilon)
-        logits = few_rows_linear(x, weights.lm_head).contiguous()
+        logits = linear(x, weights.lm_head).contiguous()
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _block(

@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install install-dev serve test lint proto proto-check bench bench-training builtin-figures clean
+.PHONY: help install install-dev serve test test-older-cpu lint proto proto-check bench bench-training builtin-figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,16 @@ serve: install ## run the service in the foreground: gRPC 127.0.0.1:9000, HTTP :
 test: install-dev ## run the tests (ARGS="-k name ...")
 	$(BIN)/python -m pytest $(ARGS)
 
+# Instructions of an older CPU, with which sums are rounded otherwise than in `make test`: AVX2 where there is more, else
+# SSE4. PyTorch, MKL and oneDNN choose theirs one by one.
+OLDER_CPU := $(shell grep -qw avx512f /proc/cpuinfo 2>/dev/null \
+	&& echo ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	|| echo ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41)
+NUMERIC_TESTS := tests/sae_runtime tests/service/engine tests/service/rpc
+
+test-older-cpu: install-dev ## run the numeric tests with the instructions of an older CPU (3 minutes)
+	env $(OLDER_CPU) $(BIN)/python -m pytest $(NUMERIC_TESTS) -m 'not any_cpu' $(ARGS)
+
 lint: install-dev ## formatting, lint, types, import contracts, protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -39,11 +49,13 @@ lint: install-dev ## formatting, lint, types, import contracts, protos
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 
-proto: install-dev ## write service/pb from protos/
+proto: install-dev ## write service/pb from protos/, and the blocking client from the asyncio one
 	$(BIN)/python protos/generate.py
+	$(BIN)/python protos/generate_sync.py
 
 proto-check: install-dev
 	$(BIN)/python protos/generate.py --check
+	$(BIN)/python protos/generate_sync.py --check
 
 bench: install ## measure the service against bare PyTorch; writes build/bench.json (10 to 15 minutes)
 	$(BIN)/python -m loadtests.bench --out build/bench.json

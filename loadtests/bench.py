@@ -47,10 +47,10 @@ from loadtests.load import SETTLE_S, closed_loop, timed
 from loadtests.shapes import write_gpt2_shape
 from sae_runtime.dictionary.formats.published import read_manifest
 from service.client import Client
-from service.local_ray import free_ports
 from service.pb.saeserve.v1 import common_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as pb
 from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
+from service.ports import free_ports
 
 BUILTIN = Path(__file__).resolve().parent.parent / "sae_runtime" / "builtin"
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--micro-batch-tokens", type=int)
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--dead-fraction", type=float, default=0.0)
     parser.add_argument("--multi-topk-coefficient", type=float, default=0.0)
     parser.add_argument("--ema-decay", type=float)

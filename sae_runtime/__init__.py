@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,5 +55,11 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
+        from sae_runtime.older_words import our_word
+
+        ours = None if importlib.util.find_spec(f"sae_runtime.{name}") else our_word(name)
+        if ours is not None:
+            # Not an AttributeError: `from sae_runtime import NAME` would replace its text.
+            raise ImportError(f"sae_runtime has no {name}; use {ours.code}")
         raise AttributeError(f"module 'sae_runtime' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sae_runtime.{_MODULE_OF[name]}"), name)

@@ -14,17 +14,16 @@ import io
 import logging
 import math
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from service.ports import MOST_REPLICAS, PortError, Ports, bind, reserved_ports
 from service.settings import ServeSettings
 
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through it
@@ -32,7 +31,6 @@ _GONE_AFTER_S = 5.0
 _SERVE_ENDS_S = 5.0
 _CORE = ("gcs_server", "raylet")
 TOKEN = "RAY_AUTH_TOKEN"
-_OUR_PORTS = range(10_000, 30_000)  # then come those of Serve's replicas
 
 
 class StartError(Exception):
@@ -51,7 +49,7 @@ def check_ports(settings: ServeSettings) -> None:
             continue
         host = settings.host if name != "haproxy_metrics_port" else ""
         try:
-            _bind(host, port).close()
+            bind(host, port).close()
         except PermissionError:
             raise StartError(f"port {port} ({name}) needs more rights than this user has") from None
         except OSError as error:
@@ -73,8 +71,13 @@ def uses_haproxy(settings: ServeSettings) -> bool:
     return settings.ingress != "serve" and installed
 
 
-def environment(settings: ServeSettings, directory: Path) -> dict[str, str]:
-    """The variables that Ray, Ray Serve and HAProxy read when they start. `directory` holds HAProxy's files."""
+def environment(settings: ServeSettings, directory: Path, ports: Ports) -> dict[str, str]:
+    """The variables that Ray, Ray Serve and HAProxy read when they start.
+
+    Args:
+        directory: holds HAProxy's files.
+        ports: the ports of this run alone.
+    """
     haproxy = directory / "h"  # and short names: Ray adds 56 characters, and HAProxy takes 97
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -95,7 +98,6 @@ def environment(settings: ServeSettings, directory: Path) -> dict[str, str]:
         variables["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "2000")
     if not uses_haproxy(settings):
         return variables | {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
-    metrics_port, stats_port, fallback_http_port, fallback_grpc_port = free_ports(4)
     return variables | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -106,10 +108,15 @@ def environment(settings: ServeSettings, directory: Path) -> dict[str, str]:
         # One client connection may carry all the calls that a replica takes (HAProxy's default: 100).
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(settings.max_ongoing_requests),
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": str(settings.max_ongoing_requests),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(settings.haproxy_metrics_port or metrics_port),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http_port),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(settings.haproxy_metrics_port or ports.haproxy_metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_statistics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.fallback_grpc),
+        # Ray leaves out the last port of a range.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas_http.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas_http.stop),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replicas_grpc.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replicas_grpc.stop),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "a.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
@@ -118,36 +125,31 @@ def environment(settings: ServeSettings, directory: Path) -> dict[str, str]:
     }
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now, and that systems do not give away: below the range for outgoing
-    connections and for port 0 (Linux: from 32768), of which Ray takes dozens before ours are bound.
-
-    Raises:
-        StartError: too few of them are free.
-    """
-    found: list[int] = []
-    for port in random.SystemRandom().sample(_OUR_PORTS, len(_OUR_PORTS)):
-        with contextlib.suppress(OSError):
-            _bind("", port).close()
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise StartError(f"fewer than {count} ports from {_OUR_PORTS[0]} to {_OUR_PORTS[-1]} are free")
-
-
 @contextlib.contextmanager
 def local_ray(settings: ServeSettings, *, verbose: bool) -> Iterator[Path]:
     """A Ray instance for the time of a `with` block, with Serve's shutdown at its end. Gives a folder of the same life.
 
     Applies `environment` to this process, for good. Whatever happens in the block, all processes are gone after it.
+
+    Raises:
+        StartError: ray was imported before, or there are no ports for this run.
     """
     if "ray" in sys.modules:
         raise StartError("ray was imported before the service's environment was set")
+    if settings.replicas > MOST_REPLICAS and uses_haproxy(settings):
+        raise StartError(f"replicas is {settings.replicas}; one service on one machine has ports for {MOST_REPLICAS}")
     # Unix socket paths are limited to 107 characters and Ray needs most of them: a short folder.
     base = "/tmp" if Path("/tmp").is_dir() else None
     directory = Path(tempfile.mkdtemp(prefix="saeserve-", dir=base))
-    os.environ.update(environment(settings, directory))
-    try:
+    used = (settings.grpc_port, settings.http_port, settings.haproxy_metrics_port)
+    with contextlib.ExitStack() as run:
+        run.callback(shutil.rmtree, directory, ignore_errors=True)
+        run.callback(ignore_signals)
+        try:
+            ports = run.enter_context(reserved_ports(used))
+        except PortError as error:
+            raise StartError(str(error)) from None
+        os.environ.update(environment(settings, directory, ports))
         from ray import serve  # noqa: F401  # ray.serve sets up its logger when it is imported
 
         if not verbose:
@@ -161,9 +163,6 @@ def local_ray(settings: ServeSettings, *, verbose: bool) -> Iterator[Path]:
             ignore_signals()
             with ray_is_silent(verbose=verbose):
                 _stop(settings.drain_s)
-    finally:
-        ignore_signals()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -263,15 +262,3 @@ def _kill(processes: list[Any], patience_s: float) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=_GONE_AFTER_S)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except BaseException:
-        listener.close()
-        raise
-    return listener

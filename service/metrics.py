@@ -12,10 +12,11 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+
+from sae_runtime.version import installed_version
 
 _LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _WAIT_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -88,7 +89,7 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
-        versions = {name: _version(name) for name in ("saeserve", "torch", "ray")}
+        versions = {name: installed_version(name) or "unknown" for name in ("saeserve", "torch", "ray")}
         self.build_info.labels(versions["saeserve"], platform.python_version(), versions["torch"], versions["ray"]).set(
             1
         )
@@ -154,10 +155,3 @@ def _runs(pid: int) -> bool:
 def _multiprocess_directory() -> Path | None:
     directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     return Path(directory) if directory else None
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "unknown"

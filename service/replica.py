@@ -14,14 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from sae_runtime.errors import DictionaryFormatError
 from service.engine.settings import EngineSettings
 from service.presets import Presets
+from service.rpc.call import Readiness
 from service.rpc.limits import Limits
-from service.rpc.readiness import Readiness
-from service.rpc.served import ServedModel
+from service.rpc.model import ServedModel
 from service.rpc.text_inputs import TextInputReader
 
 if TYPE_CHECKING:
-    import torch
-
     from sae_runtime import Backbone, Dictionary
 
 logger = logging.getLogger(__name__)
@@ -50,7 +48,7 @@ class ReplicaSettings(BaseModel):
     dictionaries: Literal["builtin"] | tuple[str | DictionarySettings, ...] = "builtin"
     """Dictionaries to serve: paths or builtin names; "builtin" is all that ship with the package."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """The CPU, a GPU, or "auto": the first GPU if there is one, else the CPU."""
+    """The CPU, a GPU, or "auto": the GPU of the replica if there is one, else the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type that the backbone and the dictionaries compute in."""
     edit_presets: str = ""
@@ -74,9 +72,9 @@ class ServiceRuntime:
 
         self.settings = settings
         presets = Presets.load(settings.edit_presets, dictionaries, backbone)
-        self.served = ServedModel(backbone, {name: dictionaries[name] for name in sorted(dictionaries)}, presets)
+        self.model = ServedModel(backbone, {name: dictionaries[name] for name in sorted(dictionaries)}, presets)
         self.metrics = Metrics()
-        self.engine = Engine(backbone, self.served.dictionaries, settings.engine, self.metrics)
+        self.engine = Engine(backbone, self.model.dictionaries, settings.engine, self.metrics)
         self.limits = settings.limits.for_context(backbone.context_length, self.engine.max_sequence_tokens)
         self.text_reader = TextInputReader(backbone, self.limits)
         self.readiness = Readiness()
@@ -106,7 +104,7 @@ class ServiceRuntime:
     async def open(self) -> None:
         """Starts the engine; calls are taken from now on."""
         await self.engine.start()
-        self.metrics.loaded({name: str(dictionary.site) for name, dictionary in self.served.dictionaries.items()})
+        self.metrics.loaded({name: str(dictionary.site) for name, dictionary in self.model.dictionaries.items()})
         self.readiness.set("serving")
 
     @property
@@ -133,8 +131,9 @@ class ServiceRuntime:
 def load_model(settings: ReplicaSettings) -> tuple[Backbone, dict[str, Dictionary]]:
     """The backbone and the dictionaries by name. Errors as `ServiceRuntime.start`."""
     from sae_runtime import Backbone, list_builtin_dictionaries
+    from sae_runtime.model.devices import choose_device
 
-    device = pick_device(settings.device)
+    device = choose_device(settings.device)
     backbone = Backbone.load(settings.backbone, dtype=settings.dtype, device=device)
     if backbone.has_tokenizer:
         backbone.encode_text("The first text takes longer: tables are made.")
@@ -149,15 +148,6 @@ def load_model(settings: ReplicaSettings) -> tuple[Backbone, dict[str, Dictionar
     return backbone, dictionaries
 
 
-def pick_device(device: str) -> torch.device:
-    """The device that a setting names; "auto" is the first GPU if there is one."""
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    return torch.device("cuda:0" if device == "cuda" else device)
-
-
 def _load_dictionary(wanted: DictionarySettings, backbone: Backbone) -> tuple[str, Dictionary]:
     from dataclasses import replace
 
@@ -167,7 +157,9 @@ def _load_dictionary(wanted: DictionarySettings, backbone: Backbone) -> tuple[st
     dictionary = load_dictionary(wanted.path, dtype=backbone.dtype, device=backbone.device)
     name = wanted.name or dictionary.name or Path(wanted.path).stem
     dictionary = replace(dictionary, name=name, site=wanted.site or dictionary.site)
-    if dictionary.site is None:
-        raise DictionaryFormatError(f"dictionary {name!r} ({wanted.path}) does not say which site it reads; set `site`")
+    try:
+        dictionary.require_site()
+    except ValueError as error:
+        raise DictionaryFormatError(f"{wanted.path}: {error}") from None
     check_backbone(dictionary, backbone)
     return name, dictionary.with_fast_encoder()

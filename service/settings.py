@@ -6,17 +6,15 @@
 
 from __future__ import annotations
 
-import argparse
+import math
 import os
-import types
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from sae_runtime.settings import SettingsError, SettingValues, from_text, setting_fields
 from service.replica import ReplicaSettings
 
 ENVIRONMENT_PREFIX = "SAESERVE_"
@@ -24,17 +22,16 @@ NOT_SETTINGS = frozenset({"SAESERVE_ADDRESS"})
 """Variables with the prefix that belong to the client."""
 
 
-class SettingsError(ValueError):
-    """Settings that cannot be used; the message names the setting and where it came from."""
-
-
 class AppSettings(ReplicaSettings):
     """The application: its replicas and what each of them holds and bounds."""
 
     replicas: int = Field(1, ge=1, description="Replicas of model and dictionaries, each a process.")
     cpus_per_replica: float = Field(1.0, ge=0, description="CPUs that Ray reserves for a replica (bookkeeping).")
-    gpus_per_replica: float = Field(
-        0.0, ge=0, description="GPUs of a replica; a fraction puts several replicas on one GPU, such as 0.25."
+    gpus_per_replica: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs of a replica; a fraction puts several replicas on one GPU, such as 0.25. If not given, one, "
+        "or an equal share of one where there are more replicas than GPUs; 0 if device is cpu or a numbered GPU.",
     )
     max_ongoing_requests: int = Field(
         256,
@@ -55,6 +52,14 @@ class AppSettings(ReplicaSettings):
         "empty: one for each Ray session in the folder for temporary files.",
     )
 
+    @field_validator("dictionaries", mode="before")
+    @classmethod
+    def _list_in_text(cls, dictionaries: Any) -> Any:
+        """Flags and the environment write a list as "a,b"."""
+        if not isinstance(dictionaries, str) or dictionaries == "builtin":
+            return dictionaries
+        return [name.strip() for name in dictionaries.split(",") if name.strip()]
+
     @model_validator(mode="after")
     def _streams_leave_room(self) -> Self:
         generations = self.engine.max_concurrent_generations + self.engine.max_queued_generations
@@ -64,6 +69,19 @@ class AppSettings(ReplicaSettings):
                 f"engine.max_queued_generations ({generations}), or generations keep every other call out"
             )
         return self
+
+    def share_gpus(self, gpus: float) -> Self:
+        """With `gpus_per_replica` decided, where it is not given, for so many GPUs.
+
+        A replica's share is of one GPU: three replicas on two GPUs get a half each.
+        """
+        if self.gpus_per_replica is not None:
+            return self
+        share = 0.0
+        if gpus >= 1 and self.device in ("auto", "cuda"):
+            replicas_of_a_gpu = math.ceil(self.replicas / int(gpus))
+            share = math.floor(1e4 / replicas_of_a_gpu) / 1e4  # Ray counts in steps of 1e-4
+        return self.model_copy(update={"gpus_per_replica": share})
 
     def replica_settings(self) -> ReplicaSettings:
         """What one replica needs; torch threads are shared out over the replicas where they are not set."""
@@ -110,131 +128,30 @@ def load_settings(
 
     Args:
         file: a YAML mapping of settings, nested ones as mappings.
-        flags: values by dotted name, such as {"engine.max_batch_tokens": "4096"}; None values count as not given.
+        flags: values by dotted name, such as {"engine.max_batch_tokens": "4096"}.
         environment: variables such as SAESERVE_GRPC_PORT and SAESERVE_ENGINE__MAX_BATCH_TOKENS; default: os.environ.
 
     Raises:
         SettingsError: an unknown name, a value that does not fit, a file that cannot be read.
     """
-    values: dict[str, Any] = _read_yaml(file) if file is not None else {}
-    origins = {name: str(file) for name in _leaves(values)}
-    for name, value in _from_environment(os.environ if environment is None else environment):
-        _assign(values, name, value)
-        origins[name] = _variable(name)
-    for name, value in (flags or {}).items():
-        if value is not None:
-            _assign(values, name, value)
-            origins[name] = flag_of(name)
-    try:
-        return ServeSettings.model_validate(values)
-    except ValidationError as error:
-        raise SettingsError("; ".join(_explain(problem, origins) for problem in error.errors())) from None
-
-
-def setting_fields(model: type[BaseModel] = ServeSettings, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every setting as (dotted name, default, description), nested ones by their leaves."""
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from setting_fields(inner, f"{prefix}{name}.")
-        else:
-            default = field.get_default(call_default_factory=True)
-            yield prefix + name, default, field.description or ""
-
-
-def add_setting_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds one flag for every setting, --engine.max-batch-tokens for engine.max_batch_tokens."""
-    for name, default, description in setting_fields():
-        shown = description or name.rpartition(".")[2].replace("_", " ").capitalize() + "."
-        parser.add_argument(
-            flag_of(name),
-            dest=name,
-            metavar="VALUE",
-            default=None,
-            help=f"{shown} [{_shown(default)}]".replace("%", "%%"),
-        )
-
-
-def flag_of(name: str) -> str:
-    """The flag of a setting's dotted name."""
-    return "--" + name.replace("_", "-")
-
-
-def _variable(name: str) -> str:
-    return ENVIRONMENT_PREFIX + name.replace(".", "__").upper()
-
-
-def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    known = {_variable(name): name for name, _, _ in setting_fields()}
-    for variable, value in environment.items():
+    given = SettingValues.of_file(file)
+    known = {variable_of(name): (name, info) for name, info in setting_fields(ServeSettings)}
+    for variable, value in (os.environ if environment is None else environment).items():
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in NOT_SETTINGS:
             continue
         if variable not in known:
             raise SettingsError(f"the environment variable {variable} is no setting (see saeserve serve --help)")
-        yield known[variable], value
+        name, info = known[variable]
+        given.set(name, from_text(info, value), variable)
+    given.set_flags(flags or {})
+    return given.build(ServeSettings)
 
 
-def _assign(values: dict[str, Any], name: str, value: Any) -> None:
-    """Sets a dotted name. Text becomes a list where the setting is one ("a,b"), unless it is one of its fixed words."""
-    if isinstance(value, str) and value not in _LISTS.get(name, {value}):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    *parents, leaf = name.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-    values[leaf] = value
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"cannot read settings from {file}: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise SettingsError(f"{file} must hold a mapping of settings, not a {type(values).__name__}")
-    return values
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        yield f"{prefix}{name}"
-
-
-def _explain(problem: Any, origins: Mapping[str, str]) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        message = "no such setting"
-    elif problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-    else:
-        message = f"{problem['msg']}, not {problem['input']!r}"
-    origin = origins.get(name)
-    return ": ".join(part for part in (name, message) if part) + (f" (from {origin})" if origin else "")
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, (list, tuple)):
-        return ",".join(str(item) for item in default)
-    return "empty" if default == "" else str(default)
-
-
-def _list_settings() -> Iterator[tuple[str, frozenset[str]]]:
-    """Settings that are lists, each with the fixed words that it takes instead ("builtin")."""
-    for name, field in ServeSettings.model_fields.items():
-        is_union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
-        parts = typing.get_args(field.annotation) if is_union else (field.annotation,)
-        origins = [typing.get_origin(part) for part in parts]
-        if tuple in origins or list in origins:
-            words = (typing.get_args(part) for part in parts if typing.get_origin(part) is Literal)
-            yield name, frozenset(word for group in words for word in group)
+def variable_of(name: str) -> str:
+    """The environment variable of a setting's dotted name."""
+    return ENVIRONMENT_PREFIX + name.replace(".", "__").upper()
 
 
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_LISTS = dict(_list_settings())

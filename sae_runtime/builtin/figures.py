@@ -18,9 +18,9 @@ from sae_runtime.builtin import HELD_OUT
 from sae_runtime.data.documents import read_documents
 from sae_runtime.dictionary.formats import list_builtin_dictionaries
 from sae_runtime.evaluation.bits_per_byte import bits_per_byte
-from sae_runtime.evaluation.dictionary_evaluation import evaluate_dictionary
+from sae_runtime.figures.held_out import held_out_figures
+from sae_runtime.training.activations.run_rows import held_out_rows
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.run import held_out_rows
 
 SHOWN = ("nmse", "relative_error", "nmse_normalized", "l0", "dead_fraction", "loss_recovered")
 
@@ -31,7 +31,7 @@ def backbone_figures() -> dict[str, float]:
 
 
 def dictionary_figures(name: str) -> dict[str, float]:
-    """Held-out figures of one builtin dictionary (see DictionaryEvaluation), on the rows that its manifest's are of."""
+    """Held-out figures of one builtin dictionary , on the rows that its manifest's are of."""
     dictionary = load_dictionary(name)
     assert dictionary.manifest is not None
     settings = dictionary.manifest.provenance.config | {
@@ -42,9 +42,7 @@ def dictionary_figures(name: str) -> dict[str, float]:
     }
     config = TrainingConfig.model_validate(settings)
     backbone = Backbone.load("builtin")
-    return evaluate_dictionary(
-        backbone, dictionary, held_out_rows(config, backbone, config.evaluation_tokens)
-    ).figures()
+    return held_out_figures(backbone, dictionary, held_out_rows(config, backbone, config.evaluation_tokens))
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from sae_runtime.atomic import atomic_file
 from sae_runtime.data.documents import read_documents
 
 END_OF_TEXT = "<|endoftext|>"
@@ -167,8 +168,8 @@ def train(recipe: BackboneRecipe, corpus: Path, work: Path, checkpoint_every_s: 
             window_start, window_step = time.monotonic(), step
         if time.monotonic() - saved_at > checkpoint_every_s or step == n_steps:
             state = {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            with atomic_file(checkpoint) as file:
+                torch.save(state, file)
             saved_at = time.monotonic()
     return model
 

@@ -27,16 +27,16 @@ import torch.nn.functional as F
 from sae_runtime.builtin import HELD_OUT
 from sae_runtime.causal.ablation import (
     AblationStudy,
-    FeatureId,
     in_batches,
     strongest_features,
     total_activation,
 )
-from sae_runtime.causal.ablation_report import FeatureEffect, StudyResult, summarize
+from sae_runtime.causal.ablation_report import StudyResult, summarize
 from sae_runtime.causal.attribution import AttributionStudy, Target
-from sae_runtime.causal.contrast import FeatureContrast, active_columns, aggregate_texts, contrast_features
+from sae_runtime.causal.contrast import active_columns, aggregate_texts, contrast_features
+from sae_runtime.causal.report import FeatureContrast, FeatureEffect, FeatureId, SetScore
 from sae_runtime.causal.score import ScoredRow, score_rows
-from sae_runtime.causal.suggestion import STRENGTH_FACTORS, SetScores, at_strength, set_scores, suggest_edit
+from sae_runtime.causal.suggestion import STRENGTH_FACTORS, at_strength, set_score, suggest_edit
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.formats import list_builtin_dictionaries, load_dictionary
 from sae_runtime.edits import BatchEdits, BatchRow, Edit, RowEdits
@@ -191,7 +191,7 @@ class Study:
         effects = [e for batch in in_batches(study.variants, TOKENS_PER_BATCH) for e in study.run(batch)]
         return summarize([feature], ["zero"], [StudyResult.of(study, effects)], seed=self.seed).effects[0]
 
-    def edited(self, edits: Sequence[Edit], rows: Sequence[Row]) -> SetScores:
+    def edited(self, edits: Sequence[Edit], rows: Sequence[Row]) -> SetScore:
         losses = []
         for start in range(0, len(rows), 32):
             batch = [ScoredRow(row, edits) for row in rows[start : start + 32]]
@@ -200,7 +200,7 @@ class Study:
                 assert score.kl is not None
                 change = float((score.edited.loss - score.unedited.loss).double().sum())
                 losses.append((change, float(score.kl.double().sum()), len(score.kl) - 1, len(score.kl)))
-        return set_scores(losses, self.seed)
+        return set_score(losses, self.seed)
 
     def most_causal(self, contrasts: Sequence[FeatureContrast], a: Sequence[Row]) -> FeatureContrast:
         """Of the surest features of a the one whose ablation raises its loss most, on the finding half."""

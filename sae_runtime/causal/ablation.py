@@ -1,6 +1,6 @@
 """Ablation studies: features are taken away one at a time, and the change of every prediction is measured.
 
-A variant is a copy of one row in which one feature is replaced, by zero or by its mean, on all tokens or on one. The
+A variant is a copy of one row in which one feature is ablated, to zero or to its mean, on all tokens or on one. The
 rows run once up to the features' sites; only the blocks behind run for every variant, many variants in a batch. Rows on
 which a feature is silent do not run again: setting it to zero changes nothing there.
 """
@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sae_runtime.causal.predictions import Predictions, compare, next_tokens, predict
 from sae_runtime.causal.prefix import Change, SharedPrefix
+from sae_runtime.causal.report import Ablation, FeatureId
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
-
-Replacement = Literal["zero", "mean"]
-REPLACEMENTS: tuple[Replacement, ...] = ("zero", "mean")
 
 DISTANCE_ENDS = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, 513, 1 << 31)
 """Bucket i of the distances holds [DISTANCE_ENDS[i - 1], DISTANCE_ENDS[i]): 0, 1, 2, 3 to 4, 5 to 8, ..."""
@@ -33,23 +30,15 @@ its loss, of its being right, of its logit, and KL."""
 
 
 @dataclass(frozen=True)
-class FeatureId:
-    """A latent of a dictionary."""
-
-    dictionary: str
-    feature: int
-
-
-@dataclass(frozen=True)
 class Variant:
     """One changed copy of a row."""
 
     feature: int
     """Place in the study's list of features."""
-    replacement: Replacement
+    ablation: Ablation
     row: int
     position: int | None
-    """The token on which alone the feature is replaced; None for all tokens."""
+    """The token on which alone the feature is ablated; None for all tokens."""
     length: int
     """Tokens of the row: what the variant costs."""
     site: Site
@@ -93,7 +82,7 @@ class AblationStudy:
         dictionaries: Mapping[str, Dictionary],
         rows: Sequence[Sequence[int]],
         features: Sequence[FeatureId],
-        replacements: Sequence[Replacement] = ("zero",),
+        ablations: Sequence[Ablation] = ("zero",),
         *,
         tokens: Sequence[int] = (),
         single_tokens: int = 0,
@@ -102,7 +91,7 @@ class AblationStudy:
 
         Args:
             rows: at least two tokens each.
-            features: of dictionaries with a site (and with statistics, where they are replaced by the mean).
+            features: of dictionaries with a site (and with statistics, where they are ablated to the mean).
             tokens: chosen tokens, whose logits are followed.
             single_tokens: so many tokens of each row on which a feature is strongest are also changed alone, which
                 tells how far behind the token its effect reaches. 0: none.
@@ -110,7 +99,7 @@ class AblationStudy:
         self.backbone = backbone
         self.features = tuple(features)
         names = sorted({each.dictionary for each in features})
-        self._site = {name: _site(dictionaries[name]) for name in names}
+        self._site = {name: dictionaries[name].require_site() for name in names}
         self._dictionaries = {name: dictionaries[name] for name in names}
         self._prefix = SharedPrefix(backbone, rows, set(self._site.values()))
         packed = self._prefix.packed
@@ -128,7 +117,7 @@ class AblationStudy:
             _, statistics = dictionary.prepare(x)
             self._scale[name] = None if statistics is None else statistics.std
         self.activity = [self._activity(i) for i in range(len(features))]
-        self.variants = tuple(self._variants(replacements, single_tokens))
+        self.variants = tuple(self._variants(ablations, single_tokens))
 
     @property
     def unedited(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,13 +171,13 @@ class AblationStudy:
             )
 
     def _change(self, variant: Variant) -> Change:
-        """h' - h = std (z' - z) d where the feature is replaced, as `sae_runtime.edits` has it."""
+        """h' - h = std (z' - z) d where the feature is ablated, as `sae_runtime.edits` has it."""
         feature = self.features[variant.feature]
         dictionary = self._dictionaries[feature.dictionary]
         start = self._prefix.starts[variant.row]
         z = self._latents[variant.feature][start : start + variant.length]
         new = 0.0
-        if variant.replacement == "mean":
+        if variant.ablation == "mean":
             assert dictionary.statistics is not None
             new = float(dictionary.statistics.mean[feature.feature])
         if variant.position is not None:
@@ -210,18 +199,18 @@ class AblationStudy:
             torch.stack([(row != 0).sum() for row in z]).cpu(), torch.stack([row.double().sum() for row in z]).cpu()
         )
 
-    def _variants(self, replacements: Sequence[Replacement], single_tokens: int) -> Iterator[Variant]:
+    def _variants(self, ablations: Sequence[Ablation], single_tokens: int) -> Iterator[Variant]:
         for feature in range(len(self.features)):
             active = self.activity[feature].active_tokens.tolist()
             site = self._site[self.features[feature].dictionary]
             rows = self._latents[feature].abs().split(self.lengths)
             for row, length in enumerate(self.lengths):
                 strongest = rows[row].topk(min(single_tokens, active[row])).indices.tolist() if active[row] else []
-                for replacement in replacements:
+                for ablation in ablations:
                     # A mean of 0 is the same as zero: nothing changes where the feature is silent.
-                    if active[row] or (replacement == "mean" and self._mean(feature) != 0):
-                        yield Variant(feature, replacement, row, None, length, site)
-                    yield from (Variant(feature, replacement, row, position, length, site) for position in strongest)
+                    if active[row] or (ablation == "mean" and self._mean(feature) != 0):
+                        yield Variant(feature, ablation, row, None, length, site)
+                    yield from (Variant(feature, ablation, row, position, length, site) for position in strongest)
 
     def _mean(self, feature: int) -> float:
         each = self.features[feature]
@@ -239,7 +228,7 @@ def total_activation(
     Float64 [n_latents] on the host, by name. That is the length of its part of the reconstruction (|d| of the decoder
     row, std as in `Dictionary.decode`), so that features of dictionaries of any normalisation compare.
     """
-    sites = {name: _site(dictionary) for name, dictionary in dictionaries.items()}
+    sites = {name: dictionary.require_site() for name, dictionary in dictionaries.items()}
     activations = backbone.forward(PackedTokens.from_rows(rows), capture=set(sites.values())).activations
     totals = {}
     for name, dictionary in dictionaries.items():
@@ -279,12 +268,6 @@ def in_batches(variants: Sequence[Variant], max_tokens: int) -> list[list[Varian
         batches[-1].append(variant)
         size += variant.length
     return batches
-
-
-def _site(dictionary: Dictionary) -> Site:
-    if dictionary.site is None:
-        raise ValueError(f"dictionary {dictionary.name!r} does not say which site it reads")
-    return Site.parse(dictionary.site)
 
 
 def _figures(before: Predictions, after: Predictions, kl: Tensor, known: Tensor) -> Tensor:

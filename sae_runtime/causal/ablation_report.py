@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,80 +14,18 @@ from sae_runtime.causal.ablation import (
     N_FIGURES,
     AblationStudy,
     FeatureActivity,
-    FeatureId,
-    Replacement,
     VariantEffect,
 )
 from sae_runtime.causal.bootstrap import mean_interval
-
-RankBy = Literal["kl", "loss", "accuracy", "logit"]
-RANKINGS: tuple[RankBy, ...] = ("kl", "loss", "accuracy", "logit")
-
-
-@dataclass(frozen=True)
-class EffectFigures:
-    """Means over predictions; changes are ablated - unedited."""
-
-    n_tokens: int
-    """Tokens after which predictions were compared (KL and logits)."""
-    n_targets: int
-    """Those of them that a token follows (loss and accuracy)."""
-    delta_loss: float
-    """Nats; above 0: the text became less likely."""
-    delta_accuracy: float
-    kl: float
-    """KL(unedited || ablated) in nats."""
-    delta_target_logit: float
-    """Of the token that follows."""
-    delta_logits: tuple[float, ...]
-    """Of each chosen token."""
-
-
-@dataclass(frozen=True)
-class DistanceEffect:
-    """Effect of changing one token on the predictions made `first` to `last` tokens behind it."""
-
-    first: int
-    last: int
-    figures: EffectFigures
-
-
-@dataclass(frozen=True)
-class FeatureEffect:
-    """What replacing one feature does to the study's texts."""
-
-    feature: FeatureId
-    replacement: Replacement
-    active_tokens: int
-    active_texts: int
-    mean_activation: float
-    """Over the tokens on which it is active; 0 if there are none."""
-    everywhere: EffectFigures
-    """The feature is replaced on all tokens; means over all predictions of all texts."""
-    at_active: EffectFigures
-    """The same, over the predictions made on tokens where the feature is active."""
-    delta_loss_interval: tuple[float, float]
-    """95 % bootstrap interval of everywhere.delta_loss over texts."""
-    text_delta_loss: tuple[float, ...]
-    """Mean change of the loss of each text."""
-    text_kl: tuple[float, ...]
-    """Mean KL of each text."""
-    by_distance: tuple[DistanceEffect, ...]
-    """The feature is replaced on one token of a text at a time; empty unless the study did so."""
-
-
-@dataclass(frozen=True)
-class AblationReport:
-    """A whole study."""
-
-    n_texts: int
-    n_targets: int
-    """Predictions with a target, over all texts."""
-    loss: float
-    """Unedited, nats a token."""
-    accuracy: float
-    effects: tuple[FeatureEffect, ...]
-    """Largest first, by the ranking asked for."""
+from sae_runtime.causal.report import (
+    Ablation,
+    AblationReport,
+    DistanceEffect,
+    EffectFigures,
+    FeatureEffect,
+    FeatureId,
+    RankBy,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +44,7 @@ class StudyResult:
 
 def summarize(
     features: Sequence[FeatureId],
-    replacements: Sequence[Replacement],
+    ablations: Sequence[Ablation],
     results: Sequence[StudyResult],
     *,
     n_chosen: int = 0,
@@ -128,18 +65,18 @@ def summarize(
     for result in results:
         first_row.append(first_row[-1] + len(result.lengths))
     n_figures, n_rows, n_buckets = N_FIGURES + n_chosen, len(lengths), len(DISTANCE_ENDS)
-    by_text: dict[tuple[int, Replacement], Tensor] = {}
-    at_active: dict[tuple[int, Replacement], Tensor] = {}
-    by_distance: dict[tuple[int, Replacement], Tensor] = {}
+    by_text: dict[tuple[int, Ablation], Tensor] = {}
+    at_active: dict[tuple[int, Ablation], Tensor] = {}
+    by_distance: dict[tuple[int, Ablation], Tensor] = {}
     for feature in range(len(features)):
-        for replacement in replacements:
-            by_text[feature, replacement] = torch.zeros(n_rows, n_figures, dtype=torch.float64)
-            at_active[feature, replacement] = torch.zeros(n_figures, dtype=torch.float64)
-            by_distance[feature, replacement] = torch.zeros(n_buckets, n_figures, dtype=torch.float64)
+        for ablation in ablations:
+            by_text[feature, ablation] = torch.zeros(n_rows, n_figures, dtype=torch.float64)
+            at_active[feature, ablation] = torch.zeros(n_figures, dtype=torch.float64)
+            by_distance[feature, ablation] = torch.zeros(n_buckets, n_figures, dtype=torch.float64)
     for result, offset in zip(results, first_row, strict=False):
         for effect in result.effects:
             variant = effect.variant
-            key = (variant.feature, variant.replacement)
+            key = (variant.feature, variant.ablation)
             if effect.by_distance is not None:
                 by_distance[key] += effect.by_distance
             else:
@@ -147,7 +84,7 @@ def summarize(
                 at_active[key] += effect.active
 
     effects = []
-    for (feature, replacement), sums in by_text.items():
+    for (feature, ablation), sums in by_text.items():
         active = torch.cat([result.activity[feature].active_tokens for result in results])
         total = float(torch.cat([result.activity[feature].total for result in results]).sum())
         # Tokens that did not run are unchanged: they count, with a change of 0.
@@ -156,16 +93,16 @@ def summarize(
         effects.append(
             FeatureEffect(
                 feature=features[feature],
-                replacement=replacement,
+                ablation=ablation,
                 active_tokens=int(active.sum()),
                 active_texts=int((active > 0).sum()),
                 mean_activation=total / max(int(active.sum()), 1),
                 everywhere=_means(everywhere),
-                at_active=_means(at_active[feature, replacement]),
+                at_active=_means(at_active[feature, ablation]),
                 delta_loss_interval=mean_interval(sums[:, 2], targets, seed=seed),
                 text_delta_loss=tuple((sums[:, 2] / targets.clamp_min(1)).tolist()),
                 text_kl=tuple((sums[:, 5] / lengths).tolist()),
-                by_distance=tuple(_distances(by_distance[feature, replacement])),
+                by_distance=tuple(_distances(by_distance[feature, ablation])),
             )
         )
     n_targets = int(targets.sum())

@@ -13,14 +13,14 @@ metric falls when the feature is set to zero there: m(unedited) - m(ablated), wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sae_runtime.causal.ablation import FeatureId
 from sae_runtime.causal.correlation import pearson, spearman
 from sae_runtime.causal.prefix import Change, SharedPrefix, last_site
+from sae_runtime.causal.report import Attribution, AttributionReport, FeatureAttribution, FeatureId
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.model.backbone import Backbone
@@ -37,37 +37,6 @@ class Target:
 
     token: int
     foil: int | None = None
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """One feature on one token."""
-
-    feature: FeatureId
-    position: int
-    activation: float
-    gradient: float
-    """dm/dz."""
-    attribution: float
-    """z dm/dz."""
-    effect: float | None = None
-    """m(unedited) - m(ablated to zero on this token), where it was measured."""
-
-
-@dataclass(frozen=True)
-class AttributionReport:
-    """Attributions of one row, the largest in size first."""
-
-    metric: float
-    """m of the unedited row."""
-    attributions: tuple[Attribution, ...]
-    n_active: int
-    """Active (feature, token) pairs that were looked at."""
-    totals: Mapping[str, float]
-    """Sum of all attributions, by dictionary."""
-    pearson: float | None
-    """Of attribution and effect over the pairs that were ablated; None for fewer than two."""
-    spearman: float | None
 
 
 class AttributionStudy:
@@ -97,7 +66,7 @@ class AttributionStudy:
         """
         self._backbone, self._target = backbone, target
         self._dictionaries = dictionaries
-        self._sites = {name: Site.parse(str(dictionary.site)) for name, dictionary in dictionaries.items()}
+        self._sites = {name: dictionary.require_site() for name, dictionary in dictionaries.items()}
         with torch.inference_mode(False), torch.no_grad():
             self._prefix = SharedPrefix(backbone, [list(row)], set(self._sites.values()))
             self.metric = float(self._metric(self._prefix.final[-1:]))
@@ -125,7 +94,7 @@ class AttributionStudy:
         return len(self._prefix.packed)
 
     @torch.no_grad()
-    def run(self, attributions: Sequence[Attribution]) -> list[Attribution]:
+    def run(self, attributions: Sequence[Attribution]) -> list[FeatureAttribution]:
         """The same with their exact effects, from one batch for each site.
 
         Raises:
@@ -141,13 +110,17 @@ class AttributionStudy:
             metric = self._metric(changed.final[at_last])
             for change, value in zip(changed.change[at_last].tolist(), metric.tolist(), strict=True):
                 effects[places[change]] = self.metric - value
-        return [replace(each, effect=effects[i]) for i, each in enumerate(attributions)]
+        return [
+            FeatureAttribution(
+                each.feature, each.position, each.activation, each.gradient, each.attribution, effects[i]
+            )
+            for i, each in enumerate(attributions)
+        ]
 
-    def report(self, attributions: Sequence[Attribution]) -> AttributionReport:
-        """Everything, from attributions of which some or all went through `run`."""
-        measured = [each for each in attributions if each.effect is not None]
-        estimate = torch.tensor([each.attribution for each in measured], dtype=torch.float64)
-        effect = torch.tensor([each.effect for each in measured], dtype=torch.float64)
+    def report(self, attributions: Sequence[FeatureAttribution]) -> AttributionReport:
+        """Everything, from what `run` gave."""
+        estimate = torch.tensor([each.attribution for each in attributions], dtype=torch.float64)
+        effect = torch.tensor([each.effect for each in attributions], dtype=torch.float64)
         return AttributionReport(
             metric=self.metric,
             attributions=tuple(attributions),

@@ -22,36 +22,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sae_runtime.causal.ablation import FeatureId
 from sae_runtime.causal.correlation import ties
+from sae_runtime.causal.report import FeatureContrast, FeatureId
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
-from sae_runtime.model.sites import Site
 
 TextAggregation = Literal["max", "mean"]
 MIN_TEXTS = 2
 """In each set: a variance needs two."""
 _COLUMNS = 4_096
-
-
-@dataclass(frozen=True)
-class FeatureContrast:
-    """One feature in two sets of texts, a and b."""
-
-    feature: FeatureId
-    mean_a: float
-    """Mean over the texts of a of their aggregated activation."""
-    mean_b: float
-    active_a: int
-    """Texts of a on which it is active."""
-    active_b: int
-    effect_size: float
-    """Above 0: stronger in a. 0 where the pooled standard deviation is 0."""
-    auc: float
-    """0.5: no difference; 1: every text of a is above every text of b."""
-    p_value: float
-    q_value: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +129,7 @@ def aggregate_texts(
 
     A feature counts as 0 on tokens where it is silent.
     """
-    sites = {name: Site.parse(str(dictionary.site)) for name, dictionary in dictionaries.items()}
+    sites = {name: dictionary.require_site() for name, dictionary in dictionaries.items()}
     results = {name: torch.zeros(len(rows), dictionary.n_latents) for name, dictionary in dictionaries.items()}
     for batch in _batches(rows, tokens_per_pass):
         packed = PackedTokens.from_rows([rows[i] for i in batch]).to(backbone.device)

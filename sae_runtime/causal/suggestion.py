@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from sae_runtime.causal.bootstrap import mean_interval
-from sae_runtime.causal.contrast import FeatureContrast
+from sae_runtime.causal.report import FeatureContrast, SetScore
 from sae_runtime.edits import Edit
 
 STRENGTH_FACTORS = (0.25, 0.5, 1.0, 2.0)
 """Multiples of a feature's typical activation that are tried when a suggestion is validated."""
-
-
-@dataclass(frozen=True)
-class SetScores:
-    """How an edit changes the loss of a set of texts."""
-
-    delta_loss: float
-    """Nats a token, mean over all predictions of the set."""
-    interval: tuple[float, float]
-    """95 % bootstrap interval over texts."""
-    kl: float
-    """Mean KL(unedited || edited) in nats."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One strength of a suggested edit, scored on the sets that it was found on."""
-
-    edits: tuple[Edit, ...]
-    a: SetScores
-    b: SetScores
-
-    @property
-    def shift(self) -> float:
-        """By how much the edit favours the texts of a over those of b, nats a token."""
-        return self.b.delta_loss - self.a.delta_loss
 
 
 def suggest_edit(contrast: FeatureContrast, peaks: Sequence[float], recorded_maximum: float) -> Edit:
@@ -74,9 +47,9 @@ def at_strength(edits: Sequence[Edit], factor: float) -> tuple[Edit, ...]:
     )
 
 
-def set_scores(losses: Sequence[tuple[float, float, int, int]], seed: int = 0) -> SetScores:
+def set_score(losses: Sequence[tuple[float, float, int, int]], seed: int = 0) -> SetScore:
     """From each text's sum of loss changes, sum of KL, number of predictions with a target, and number of tokens."""
     change = torch.tensor([loss for loss, _, _, _ in losses], dtype=torch.float64)
     targets = torch.tensor([n for _, _, n, _ in losses], dtype=torch.float64)
     kl = sum(kl for _, kl, _, _ in losses) / max(sum(n for _, _, _, n in losses), 1)
-    return SetScores(float(change.sum() / targets.sum()), mean_interval(change, targets, seed=seed), kl)
+    return SetScore(float(change.sum() / targets.sum()), mean_interval(change, targets, seed=seed), kl)

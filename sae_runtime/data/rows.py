@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from sae_runtime.data.documents import Document, DocumentFile, mix
 from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
 
 Encode = Callable[[list[str]], list[list[int]]]
 """Texts to token ids, without special tokens."""
@@ -127,6 +128,30 @@ def encoded(documents: Iterable[Document], encode: Encode) -> Iterator[list[int]
             batch, characters = [], 0
     if batch:
         yield from encode(batch)
+
+
+def packed_passes(rows: Iterable[Sequence[int]], tokens_per_pass: int) -> Iterator[PackedTokens]:
+    """Rows in their order, as many in a pass as stay within `tokens_per_pass` tokens (at least one)."""
+    batch: list[Sequence[int]] = []
+    size = 0
+    for row in rows:
+        if batch and size + len(row) > tokens_per_pass:
+            yield PackedTokens.from_rows(batch)
+            batch, size = [], 0
+        batch.append(row)
+        size += len(row)
+    if batch:
+        yield PackedTokens.from_rows(batch)
+
+
+def take_tokens(rows: Iterable[list[int]], n_tokens: int) -> Iterator[list[int]]:
+    """Rows until at least `n_tokens` tokens were given."""
+    taken = 0
+    for row in islice(rows, n_tokens):
+        yield row
+        taken += len(row)
+        if taken >= n_tokens:
+            return
 
 
 class TrainingRows:

@@ -16,6 +16,7 @@ latents (SAELens' rescale_acts_by_decoder_norm) is multiplied into the encoder a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -25,15 +26,18 @@ from torch import Tensor
 from sae_runtime.dictionary.features import InputStatistics, SparseFeatures, all_finite
 from sae_runtime.dictionary.normalization import NORMALIZATIONS, Normalization, normalize_rows, restore_rows
 from sae_runtime.dictionary.statistics import LatentStatistics
+from sae_runtime.errors import UnknownDictionary
 from sae_runtime.kernels.active import LatentActivation, tiled_active
 from sae_runtime.kernels.decode import sparse_decode
 from sae_runtime.kernels.groupmax import tiled_groupmax
 from sae_runtime.kernels.screened_topk import Screen, can_screen, screened_topk, screening_is_fast
 from sae_runtime.kernels.topk import tiled_topk
+from sae_runtime.model.sites import Site
 
 if TYPE_CHECKING:
     from sae_runtime.dictionary.formats.origin import Origin
     from sae_runtime.dictionary.manifest import Manifest
+    from sae_runtime.model.backbone import Backbone
 
 Activation = Literal["topk", "relu", "jumprelu", "gated", "groupmax"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -133,6 +137,37 @@ class Dictionary:
         """Whether decoding needs the `InputStatistics` that encoding returns."""
         return self.normalization != "none"
 
+    def require_site(self) -> Site:
+        """The site that the dictionary reads. ValueError: it does not say."""
+        if self.site is None:
+            hook = None if self.origin is None else self.origin.hook
+            called = f" (the file calls it {hook!r})" if hook else ""
+            raise ValueError(f"{self} does not say which site it reads{called}; give one, such as 8.resid_post_mlp")
+        return Site.parse(self.site)
+
+    def site_in(self, backbone: Backbone, site: Site | str | None = None) -> Site:
+        """The site of a backbone that the dictionary reads: its own unless another is given.
+
+        ValueError: no site is known, or the backbone lacks it or has it with another width.
+        """
+        site = backbone.check_site(self.require_site() if site is None else site)
+        if (width := backbone.site_width(site)) != self.d_in:
+            raise ValueError(
+                f"{self} reads {self.d_in} values per token, site {site} of backbone {backbone.name!r} has {width}"
+            )
+        return site
+
+    def check_latents(self, latents: Tensor | Sequence[int]) -> None:
+        """ValueError unless the dictionary has all of these latents."""
+        numbers = torch.as_tensor(latents, dtype=torch.int64)
+        if numbers.numel():
+            low, high = (int(bound) for bound in numbers.aminmax())
+            if low < 0 or high >= self.n_latents:
+                raise ValueError(f"latent {low if low < 0 else high} is outside 0..{self.n_latents - 1} of {self}")
+
+    def __str__(self) -> str:
+        return f"dictionary {self.name!r}" if self.name else "the dictionary"
+
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Dictionary:
         """The same dictionary elsewhere; statistics stay float32 on the host."""
         names = ("encoder", "decoder", "pre_bias", "latent_bias", *OPTIONAL_TENSORS)
@@ -198,10 +233,7 @@ class Dictionary:
         relu, jumprelu and gated compute only these latents; topk and groupmax must see all to know which are kept.
         ValueError as `encode`, and for a feature outside the dictionary.
         """
-        if features.numel():
-            low, high = (int(bound) for bound in features.aminmax())
-            if low < 0 or high >= self.n_latents:
-                raise ValueError(f"feature {low if low < 0 else high} is outside 0..{self.n_latents - 1}")
+        self.check_latents(features)
         if self.activation in COMPETING:
             return self.encode(x).select(features)
         x, _ = self.prepare(x)
@@ -263,3 +295,11 @@ class Dictionary:
             raise ValueError(
                 f"the activations overflow {self.dtype} while being encoded; load the dictionary with a wider dtype"
             )
+
+
+def find_dictionary(name: str, dictionaries: Mapping[str, Dictionary]) -> Dictionary:
+    """The dictionary of that name. UnknownDictionary: there is none; the message tells which there are."""
+    dictionary = dictionaries.get(name)
+    if dictionary is None:
+        raise UnknownDictionary(f"no dictionary {name!r}; loaded: {', '.join(sorted(dictionaries)) or 'none'}")
+    return dictionary

@@ -1,26 +1,19 @@
-"""From a dictionary of any format to the published form, checked against its backbone and measured on text."""
+"""From a dictionary of any format, or of a training run, to the published form, checked against its backbone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from sae_runtime.data.text_sample import read_sample
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.formats import check_backbone
 from sae_runtime.dictionary.formats.published import save_dictionary
 from sae_runtime.dictionary.manifest import BackboneReference, Manifest, Provenance
 from sae_runtime.dictionary.statistics import LatentStatistics
-from sae_runtime.evaluation.dictionary_evaluation import packed_passes
-from sae_runtime.evaluation.latent_statistics import LatentStatisticsBuilder
 from sae_runtime.model.backbone import Backbone
-from sae_runtime.model.sites import Site
-
-_TOKENS_PER_PASS = 8_192
+from sae_runtime.version import code_version
 
 
 def publish(
@@ -32,21 +25,20 @@ def publish(
     dtype: str = "float32",
     context_length: int | None = None,
     statistics: LatentStatistics | None = None,
+    provenance: Provenance | None = None,
+    evaluation: Mapping[str, float] | None = None,
+    card: str | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a dictionary, loaded from any format, as a published folder for a backbone; returns its manifest.
+    """Write a dictionary as a published folder for a backbone; returns its manifest.
 
-    `name` and `context_length` are what the file says unless given. The manifest records where the dictionary
-    came from: the provenance of one that was published before, else the configuration of its file. Statistics are the
-    given ones, else the dictionary's own, else none.
+    What is not given is what the dictionary's file says: name, context length, statistics, and of one that was
+    published before its provenance and figures. The provenance of another format is the configuration of its file.
 
     ValueError: no site is known, or what `save_dictionary` refuses. DictionaryFormatError: the dictionary does not fit
     the backbone. FingerprintMismatch: it was published for another one. FileExistsError.
     """
-    if dictionary.site is None:
-        hook = dictionary.origin.hook if dictionary.origin is not None else None
-        called = f" (the file calls it {hook!r})" if hook else ""
-        raise ValueError(f"the dictionary does not say which site it reads{called}; give one, such as 8.resid_post_mlp")
+    dictionary.require_site()
     check_backbone(dictionary, backbone)
     manifest, origin = dictionary.manifest, dictionary.origin
     recorded = manifest.context_length if manifest else origin.context_length if origin else None
@@ -58,45 +50,16 @@ def publish(
         name=name,
         dtype=dtype,
         context_length=context_length or recorded,
-        provenance=manifest.provenance if manifest else _converted(dictionary),
-        evaluation=manifest.evaluation if manifest else None,
+        provenance=provenance or (manifest.provenance if manifest else _converted(dictionary)),
+        evaluation=manifest.evaluation if evaluation is None and manifest else evaluation,
+        card=card,
         overwrite=overwrite,
     )
-
-
-def measure_on_text(
-    dictionary: Dictionary,
-    backbone: Backbone,
-    texts: Sequence[str | Path],
-    n_tokens: int,
-    *,
-    context_length: int | None = None,
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> LatentStatistics:
-    """Statistics of every latent on about `n_tokens` tokens of text files, a seeded mixture of their documents.
-
-    progress: called with the number of tokens done. ValueError: no site, or no text.
-    """
-    if dictionary.site is None:
-        raise ValueError("the dictionary does not say which site it reads")
-    site = backbone.check_site(Site.parse(dictionary.site))
-    sample = read_sample(backbone, texts, n_tokens, context_length=context_length, seed=seed)
-    builder = LatentStatisticsBuilder(dictionary.n_latents)
-    for packed in packed_passes(sample.rows, _TOKENS_PER_PASS):
-        builder.add(dictionary.encode(backbone.forward(packed, capture=[site]).activations[site]))
-        if progress is not None:
-            progress(builder.n_tokens)
-    return builder.build()
 
 
 def _converted(dictionary: Dictionary) -> Provenance:
     config: dict[str, Any] = {}
     if (origin := dictionary.origin) is not None:
         config = {"converted_from": origin.format, "hook": origin.hook, "model": origin.model, **origin.config}
-    try:
-        version = f"saeserve {metadata.version('saeserve')}"
-    except metadata.PackageNotFoundError:
-        version = "saeserve (not installed)"
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return Provenance(code_version=version, config=config, created=created)
+    return Provenance(code_version=code_version(), config=config, created=created)

@@ -142,7 +142,7 @@ class DictionaryEdits:
         return torch.where(signs > 0, z > bounds, z >= bounds).to(z.dtype)
 
     def change(self, values: LatentValues, holds: Tensor) -> Tensor:
-        """What to add to the dictionary's tokens, [T, width]: std * (z' - z) @ decoder, x^ - x where it replaces."""
+        """What to add to the dictionary's tokens, [T, width]: std (z' - z) @ decoder, and x^ - x for replaced ones."""
         old = values.z.view(-1)[self.pairs]
         scale, shift, minimum, maximum = self.arithmetic
         new = torch.addcmul(shift, scale, old)

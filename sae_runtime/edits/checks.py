@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
 from sae_runtime.edits.edit import AfterText, Condition, Edit, InvalidEdit, Positions, terms
 from sae_runtime.errors import EditConflict, UnknownDictionary
 from sae_runtime.model.sites import Site
 
 if TYPE_CHECKING:
-    from sae_runtime.dictionary.dictionary import Dictionary
     from sae_runtime.model.backbone import Backbone
 
 
@@ -41,19 +41,13 @@ def check_edits(
 def _check_dictionary(
     name: str, field: str, index: int, dictionaries: Mapping[str, Dictionary], backbone: Backbone | None
 ) -> Site:
-    dictionary = dictionaries.get(name)
-    if dictionary is None:
-        known = ", ".join(sorted(dictionaries)) or "none"
-        raise UnknownDictionary(f"edits[{index}].{field}: no dictionary {name!r}; loaded: {known}")
-    if dictionary.site is None:
-        raise InvalidEdit(field, f"{name!r} does not say which site it reads", index)
-    site = Site.parse(dictionary.site)
-    if backbone is not None:
-        try:
-            backbone.check_site(site)
-        except ValueError as error:
-            raise InvalidEdit(field, f"{name!r} cannot be used: {error}", index) from None
-    return site
+    try:
+        dictionary = find_dictionary(name, dictionaries)
+        return dictionary.require_site() if backbone is None else dictionary.site_in(backbone)
+    except UnknownDictionary as error:
+        raise UnknownDictionary(f"edits[{index}].{field}: {error}") from None
+    except ValueError as error:
+        raise InvalidEdit(field, f"{name!r} cannot be used: {error}", index) from None
 
 
 def _check_latent(edit: Edit, dictionary: Dictionary, index: int) -> None:

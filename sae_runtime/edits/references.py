@@ -10,6 +10,7 @@ from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.edits.edit import Edit
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import Site
 
 
 @torch.no_grad()
@@ -22,13 +23,13 @@ def resolve_references(
     length.
     """
     tokens_of: dict[int, tuple[int, ...]] = {}
-    sites_of: dict[tuple[int, ...], set[str]] = {}
+    sites_of: dict[tuple[int, ...], set[Site]] = {}
     for index, edit in enumerate(edits):
         if edit.reference is not None:
             text = edit.reference.text
             tokens = tuple(backbone.encode_text(text).ids) if isinstance(text, str) else text
             tokens_of[index] = tokens
-            sites_of.setdefault(tokens, set()).add(dictionaries[edit.dictionary].site or "")
+            sites_of.setdefault(tokens, set()).add(dictionaries[edit.dictionary].require_site())
     activations = {
         tokens: backbone.forward(PackedTokens.from_rows([tokens]), capture=sites).activations
         for tokens, sites in sites_of.items()
@@ -36,7 +37,7 @@ def resolve_references(
     resolved = list(edits)
     for index, tokens in tokens_of.items():
         dictionary = dictionaries[edits[index].dictionary]
-        site = backbone.check_site(dictionary.site or "")
-        z = dictionary.encode_features(activations[tokens][site], torch.tensor([edits[index].feature]))[:, 0]
+        x = activations[tokens][dictionary.require_site()]
+        z = dictionary.encode_features(x, torch.tensor([edits[index].feature]))[:, 0]
         resolved[index] = edits[index].with_reference_values(tuple(z.tolist()))
     return tuple(resolved)

@@ -164,8 +164,6 @@ class RowEdits(Sequence[Edit]):
 
 def _make_ready(edit: Edit, dictionaries: Mapping[str, Dictionary], index: int) -> ReadyEdit:
     dictionary = dictionaries[edit.dictionary]
-    if dictionary.site is None:
-        raise InvalidEdit("dictionary", f"{edit.dictionary!r} does not say which site it reads", index)
     statistics = dictionary.statistics
     unit = 1.0
     if edit.unit == "max":
@@ -194,7 +192,7 @@ def _make_ready(edit: Edit, dictionaries: Mapping[str, Dictionary], index: int) 
         case "replace":
             pass
     condition = None if edit.condition is None else _ready_condition(edit.condition, edit.dictionary, dictionaries)
-    site, replaces = Site.parse(dictionary.site), edit.operation == "replace"
+    site, replaces = dictionary.require_site(), edit.operation == "replace"
     return ReadyEdit(
         dictionary, site, edit.feature, edit.positions, replaces, scale, shift, minimum, maximum, shifts, condition
     )
@@ -209,7 +207,7 @@ def _ready_condition(where: Where, edited: str, dictionaries: Mapping[str, Dicti
             assert dictionary.statistics is not None, "check_edits refuses this"
             threshold *= float(dictionary.statistics.max[where.feature])
         sign: Literal[1, -1] = 1 if where.comparison == "above" else -1
-        return Threshold(dictionary, Site.parse(dictionary.site or ""), where.feature, threshold, sign)
+        return Threshold(dictionary, dictionary.require_site(), where.feature, threshold, sign)
     inner = tuple(_ready_condition(condition, edited, dictionaries) for condition in where.conditions)
     return Combination(inner, 1 if isinstance(where, AnyOf) else len(inner))
 

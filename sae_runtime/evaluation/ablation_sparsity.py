@@ -21,10 +21,10 @@ from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.evaluation.baselines import Baselines, to_inner, to_outer
 from sae_runtime.evaluation.intervals import bootstrap_interval, generator
-from sae_runtime.evaluation.progress import StageProgress
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
+from sae_runtime.progress import ProgressMeter
 
 Array = npt.NDArray[np.float64]
 _BINS = 24
@@ -53,7 +53,7 @@ def ablation_sparsity(
     baselines: Baselines | None,
     seed: int,
     tokens_per_pass: int = 2_048,
-    progress: StageProgress | None = None,
+    progress: ProgressMeter | None = None,
 ) -> dict[str, list[list[float]]]:
     """Sparsities of each window's effects, by what is ablated.
 

@@ -10,26 +10,33 @@ import torch
 from torch import Tensor
 
 from sae_runtime.builtin import HELD_OUT
-from sae_runtime.data.rows import encode_texts
+from sae_runtime.data.rows import encode_texts, packed_passes
 from sae_runtime.data.text_sample import TextSample, read_sample
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.evaluation.ablation_sparsity import ablation_figures, ablation_sparsity
 from sae_runtime.evaluation.baselines import Baselines, Moments, fit_baselines, to_inner
-from sae_runtime.evaluation.density import DensityCounter
-from sae_runtime.evaluation.dictionary_evaluation import packed_passes
 from sae_runtime.evaluation.geometry import geometry_figures
 from sae_runtime.evaluation.intervals import with_interval
 from sae_runtime.evaluation.n2g import ActivationRecorder, Explanation, explain_latents, n2g_figures
 from sae_runtime.evaluation.probe_tasks import Chunks, Task, chunk_tasks, cut_chunks, token_tasks
 from sae_runtime.evaluation.probes import ExampleBuilder, probe_figures
-from sae_runtime.evaluation.progress import ProgressCallback, StageProgress
 from sae_runtime.evaluation.report import EvaluationReport
 from sae_runtime.evaluation.settings import EvaluationSettings
-from sae_runtime.evaluation.splice import choose_windows, splice_single_tokens, splice_tokens
-from sae_runtime.evaluation.splice_figures import baseline_figures, kind_figures, overall_figures, position_figures
+from sae_runtime.evaluation.splice import (
+    baseline_figures,
+    choose_windows,
+    kind_figures,
+    overall_figures,
+    position_figures,
+    splice_single_tokens,
+)
+from sae_runtime.figures.card import describe_dictionary
+from sae_runtime.figures.density import DensityCounter
+from sae_runtime.figures.held_out import splice_tokens
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
+from sae_runtime.progress import ProgressCallback, ProgressMeter
 
 _BASELINES = ("mean", "pca", "random")
 
@@ -54,16 +61,7 @@ def evaluate(
     site = _check(backbone, dictionary, settings)
     run = _Run(backbone, dictionary, site, settings, progress)
     figures = run.figures()
-    described = {
-        "dictionary": dictionary.name,
-        "site": str(site),
-        "backbone": backbone.name,
-        "activation": dictionary.activation,
-        "normalization": dictionary.normalization,
-        "d_in": dictionary.d_in,
-        "n_latents": dictionary.n_latents,
-        "k": dictionary.k,
-    }
+    described = describe_dictionary(dictionary, backbone.name) | {"site": str(site)}
     asked = {f"setting_{name}": value for name, value in settings.sample_settings().items()}
     return EvaluationReport(described | figures | asked, run.explanations, _token_text(backbone))
 
@@ -80,14 +78,7 @@ def complete_settings(settings: EvaluationSettings, dictionary: Dictionary) -> E
 
 
 def _check(backbone: Backbone, dictionary: Dictionary, settings: EvaluationSettings) -> Site:
-    if settings.site is None:
-        raise ValueError("the dictionary does not say which site it belongs to; give `site`")
-    site = backbone.check_site(settings.site)
-    if (width := backbone.site_width(site)) != dictionary.d_in:
-        raise ValueError(
-            f"the dictionary reads {dictionary.d_in} values per token, site {site} of backbone {backbone.name!r} "
-            f"has {width}"
-        )
+    site = dictionary.site_in(backbone, settings.site)
     if dictionary.transcoder:
         raise ValueError(
             "the dictionary is a transcoder: what it decodes belongs at another site than its input, and cannot be "
@@ -108,7 +99,7 @@ class _Run:
         progress: ProgressCallback | None,
     ) -> None:
         self.backbone, self.dictionary, self.site, self.settings = backbone, dictionary, site, settings
-        self.progress = progress
+        self.meter = ProgressMeter(progress)
         self.seed = settings.seed or 0
         self.spliced_text = self._read(settings.tokens)
         self.feature_text = self._read(settings.feature_tokens)
@@ -134,10 +125,11 @@ class _Run:
             seed=self.seed,
         )
 
-    def _stage(self, name: str, total: int, unit: str) -> StageProgress:
-        return StageProgress(self.progress, name, total, unit)
+    def _stage(self, name: str, total: int, unit: str) -> ProgressMeter:
+        self.meter.begin(name, total, unit)
+        return self.meter
 
-    def _activations(self, sample: TextSample, progress: StageProgress) -> Iterator[tuple[Tensor, SparseFeatures]]:
+    def _activations(self, sample: TextSample, progress: ProgressMeter) -> Iterator[tuple[Tensor, SparseFeatures]]:
         """Activations [n, d] of whole rows and their features, over a sample."""
         done = 0
         for packed in packed_passes(sample.rows, self.settings.tokens_per_pass):

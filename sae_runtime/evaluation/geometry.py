@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae_runtime.evaluation.intervals import generator
-from sae_runtime.evaluation.progress import StageProgress
+from sae_runtime.progress import ProgressMeter
 
 _TILE_ELEMENTS = 1 << 23  # cosines that exist at once, 32 MB
 _BINS = 40
@@ -20,7 +20,7 @@ CLOSE = 0.9
 
 
 def nearest_cosines(
-    decoder: Tensor, latents: Tensor | None = None, *, progress: StageProgress | None = None
+    decoder: Tensor, latents: Tensor | None = None, *, progress: ProgressMeter | None = None
 ) -> npt.NDArray[np.float32]:
     """Largest cosine of each chosen latent's decoder row with any other row, in tiles.
 
@@ -50,7 +50,7 @@ def nearest_cosines(
 
 
 def geometry_figures(
-    decoder: Tensor, n_sampled: int, seed: int, progress: StageProgress | None = None
+    decoder: Tensor, n_sampled: int, seed: int, progress: ProgressMeter | None = None
 ) -> dict[str, Any]:
     """Nearest-neighbour cosines of up to `n_sampled` latents, beside those of as many random directions."""
     n, d = decoder.shape

@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sae_runtime.data.rows import packed_passes
 from sae_runtime.data.text_sample import TextSample
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import SparseFeatures
-from sae_runtime.evaluation.dictionary_evaluation import packed_passes
 from sae_runtime.evaluation.intervals import generator, with_interval
 from sae_runtime.evaluation.ngram_trie import NgramTrie, Pattern
-from sae_runtime.evaluation.progress import StageProgress
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
+from sae_runtime.progress import ProgressMeter
 
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -135,7 +135,7 @@ def explain_latents(
     max_length: int,
     seed: int,
     tokens_per_pass: int = 8_192,
-    progress: StageProgress | None = None,
+    progress: ProgressMeter | None = None,
 ) -> tuple[list[Explanation], int]:
     """Explains the first `n_latents` of the candidates that fire at least `n_examples` times in each split.
 
@@ -239,7 +239,7 @@ def _examples(firings: Firings, sample: TextSample, n_examples: int, length: int
 
 
 def _find_shortest_suffixes(
-    read: _Reader, examples: Sequence[_Example], max_length: int, progress: StageProgress | None
+    read: _Reader, examples: Sequence[_Example], max_length: int, progress: ProgressMeter | None
 ) -> None:
     open_ = list(examples)
     for length in range(1, max_length + 1):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from sae_runtime.data.text_sample import TASK_LABELS, TextSample
 from sae_runtime.evaluation.intervals import generator
-from sae_runtime.evaluation.splice_figures import slug
+from sae_runtime.evaluation.splice import slug
 
 Integers = npt.NDArray[np.int64]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.evaluation.logistic_probes import SparseExamples, fit_probes, probe_loss
 from sae_runtime.evaluation.probe_tasks import Task
-from sae_runtime.evaluation.progress import StageProgress
+from sae_runtime.progress import ProgressMeter
 
 Integers = npt.NDArray[np.int64]
 
@@ -74,7 +74,7 @@ def best_probe(examples: SparseExamples, task: Task) -> BestProbe:
 
 
 def probe_figures(
-    tasks: Sequence[Task], examples: dict[str, dict[str, SparseExamples]], progress: StageProgress | None = None
+    tasks: Sequence[Task], examples: dict[str, dict[str, SparseExamples]], progress: ProgressMeter | None = None
 ) -> dict[str, Any]:
     """`probe_<task>_...` for every task, and means over tasks.
 

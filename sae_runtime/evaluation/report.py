@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_runtime.atomic import atomic_file
 from sae_runtime.dictionary.manifest import Provenance
-from sae_runtime.evaluation.card import render_card
 from sae_runtime.evaluation.n2g import Explanation
 from sae_runtime.evaluation.plots import MissingPlotLibrary, draw_plots
+from sae_runtime.figures.card import render_card
 
 FIGURES_FILE = "evaluation.json"
 EXPLANATIONS_FILE = "explanations.json"
@@ -79,13 +78,5 @@ class EvaluationReport:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, never a part."""
-    descriptor, building = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-        os.chmod(building, 0o644)
-        os.replace(building, path)
-    except BaseException:
-        os.unlink(building)
-        raise
+    with atomic_file(path) as file:
+        file.write(content)

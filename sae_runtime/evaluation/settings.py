@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sae_runtime.model.sites import Site
+from sae_runtime.settings import read_settings
 
 
 class EvaluationSettings(BaseModel):
@@ -118,12 +118,9 @@ class EvaluationSettings(BaseModel):
         """Reads a YAML mapping of these settings; `overrides` (such as command-line flags) win over it.
 
         Raises:
-            ValueError: the file is not a mapping, or a setting is unknown or wrong (pydantic's message).
+            SettingsError: the file cannot be read or is not a mapping, or a setting is unknown or wrong.
         """
-        settings = yaml.safe_load(Path(path).read_text()) or {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path}: found {type(settings).__name__}, expected a mapping of settings")
-        return cls(**{**settings, **overrides})
+        return read_settings(cls, path, overrides)
 
     def sample_settings(self) -> dict[str, Any]:
         """The settings that decide the figures, as a report records them: no folders, files by their names."""

@@ -1,147 +1,124 @@
-"""What replacing activations by reconstructions costs the model, token by token.
+"""What replacing activations by reconstructions costs the model, in parts.
 
-Every token of a row is replaced at once (`splice_tokens`), or one token of a row alone (`splice_single_tokens`).
+Of all tokens replaced at once (`sae_runtime.figures.held_out`): intervals, by position in the row, by kind of text, and
+beside the baselines. And of one token of a row replaced alone (`splice_single_tokens`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from sae_runtime.data.rows import packed_passes
+from sae_runtime.data.text_sample import TextSample
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.dictionary.features import InputStatistics
-from sae_runtime.evaluation.density import DensityCounter
-from sae_runtime.evaluation.dictionary_evaluation import packed_passes
-from sae_runtime.evaluation.intervals import generator
-from sae_runtime.evaluation.progress import StageProgress
+from sae_runtime.evaluation.intervals import bootstrap_interval, generator
+from sae_runtime.figures.held_out import (
+    Array,
+    Mask,
+    SplicedTokens,
+    joined,
+    log_probabilities,
+    next_token_loss,
+    plain,
+)
+from sae_runtime.figures.held_out import divergence as kl_divergence
 from sae_runtime.model.backbone import Backbone
-from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
+from sae_runtime.progress import ProgressMeter
 
-Array = npt.NDArray[np.float64]
-
-_ROWS_AT_ONCE = 256  # of the vocabulary's width, for what is needed only for a moment
-Reconstruct = Callable[[Tensor, InputStatistics | None], Tensor]
-"""Activations [N, d] and the dictionary's input statistics of them -> what replaces them, [N, d]."""
+MIN_DOCUMENTS = 20
 
 
-@dataclass(frozen=True, eq=False)
-class SplicedTokens:
-    """Figures of each token, in the order of the rows; float64 [N]."""
+def overall_figures(tokens: SplicedTokens, sample: TextSample, *, seed: int, resamples: int) -> dict[str, Any]:
+    """Reconstruction, cross-entropy and divergence over all tokens; intervals resample whole documents.
 
-    cross_entropy: dict[str, Array]
-    """By replacement ("clean" is none), nats that predicting the next token costs; NaN at the last token of a row."""
-    divergence: dict[str, Array]
-    """By replacement, KL(clean ‖ replaced) of the next-token distributions, nats."""
-    error: dict[str, Array]
-    """By replacement but "zero", |x̂ - x|²."""
-    deviation: Array
-    """|x - mean|²."""
-    square: Array
-    """|x|²."""
-    inner_error: Array
-    """|x̂' - x'|² of the dictionary, x' being x as the dictionary normalises it."""
-    inner_deviation: Array
-    """|x' - mean'|²."""
-    residual: Array
-    """Σ (x̂ - x) over the tokens, [d]."""
-    density: DensityCounter
-    """How many latents fire on each token, and on how many of the tokens each latent fires."""
-
-    @property
-    def predicts(self) -> npt.NDArray[np.bool_]:
-        """[N], whether a token has a next one in its row."""
-        return ~np.isnan(self.cross_entropy["clean"])
-
-
-@torch.no_grad()
-def splice_tokens(
-    backbone: Backbone,
-    dictionary: Dictionary,
-    site: Site,
-    rows: Sequence[Sequence[int]],
-    *,
-    mean: Tensor,
-    inner_mean: Tensor,
-    baselines: Mapping[str, Reconstruct] | None = None,
-    baseline_rows: int = 0,
-    tokens_per_pass: int = 2_048,
-    progress: StageProgress | None = None,
-) -> SplicedTokens:
-    """Splices the dictionary ("spliced"), zeros ("zero") and, in the first passes, the baselines.
-
-    Args:
-        mean: [d] float64, what the deviation is taken from.
-        inner_mean: the same of the activations as the dictionary normalises them.
-        baselines: by name. Measured in the passes that begin within the first `baseline_rows` rows; NaN in the others.
+    Tokens of one document are alike: resampling tokens, or rows of the same document, would claim too much. Where there
+    are fewer than MIN_DOCUMENTS, rows are resampled all the same.
     """
-    baselines = baselines or {}
-    names = ["spliced", "zero", *baselines]
-    ce: dict[str, list[Tensor]] = {name: [] for name in ("clean", *names)}
-    kl: dict[str, list[Tensor]] = {name: [] for name in names}
-    error: dict[str, list[Tensor]] = {name: [] for name in names if name != "zero"}
-    others: dict[str, list[Tensor]] = {name: [] for name in ("deviation", "square", "inner_error", "inner_deviation")}
-    residual = torch.zeros(dictionary.d_in, dtype=torch.float64)
-    density = DensityCounter(dictionary.n_latents)
-    n_tokens = n_rows = 0
-    for packed in packed_passes(rows, tokens_per_pass):
-        clean = backbone.forward(packed, capture=[site], logits="all")
-        x = clean.activations[site].float()
-        assert clean.logits is not None
-        log_clean = clean.logits.float().log_softmax(-1)  # [N, vocab]
-        ce["clean"].append(_next_token_loss(log_clean, packed))
-        features = dictionary.encode(x)
-        density.add(features)
-        statistics = features.input_statistics
-        reconstruction = dictionary.decode(features).float()
-        wide = x.double().cpu()
-        difference = reconstruction.double().cpu() - wide
-        residual += difference.sum(0)
-        others["deviation"].append((wide - mean).square().sum(1))
-        others["square"].append(wide.square().sum(1))
-        if statistics is None:
-            others["inner_error"].append(difference.square().sum(1))
-            others["inner_deviation"].append((wide - inner_mean).square().sum(1))
-        else:
-            std = statistics.std.double().cpu().clamp_min(1e-12)
-            inner = (wide - statistics.mean.double().cpu()) / std
-            others["inner_error"].append((difference / std).square().sum(1))
-            others["inner_deviation"].append((inner - inner_mean).square().sum(1))
-        for name in names:
-            if name in baselines and n_rows >= baseline_rows:
-                absent = torch.full((len(x),), torch.nan, dtype=torch.float64)
-                for table in (ce, kl, error):
-                    table[name].append(absent)
-                continue
-            if name == "spliced":
-                replacement = reconstruction
-            elif name == "zero":
-                replacement = torch.zeros_like(x)
-            else:
-                replacement = baselines[name](x, statistics)
-            if name != "zero":
-                error[name].append((replacement.double().cpu() - wide).square().sum(1))
-            log_replaced = _log_probabilities(backbone, packed, site, replacement)
-            ce[name].append(_next_token_loss(log_replaced, packed))
-            kl[name].append(_divergence(log_clean, log_replaced))
-        n_tokens += len(packed)
-        n_rows += len(packed.lengths)
-        if progress is not None:
-            progress.reach(n_tokens)
-    return SplicedTokens(
-        cross_entropy={name: _array(parts) for name, parts in ce.items()},
-        divergence={name: _array(parts) for name, parts in kl.items()},
-        error={name: _array(parts) for name, parts in error.items()},
-        residual=residual.numpy(),
-        density=density,
-        **{name: _array(parts) for name, parts in others.items()},
-    )
+    n = sample.n_tokens
+    figures = tokens.figures()
+    predicts = tokens.predicts
+    several = len(np.unique(sample.document)) >= MIN_DOCUMENTS
+    unit = np.unique(sample.document if several else sample.row, return_inverse=True)[1]
+    n_units = int(unit.max()) + 1
+
+    def by_unit(values: npt.NDArray[np.float64], kept: Mask) -> npt.NDArray[np.float64]:
+        return np.bincount(unit[kept], values[kept], minlength=n_units).astype(np.float64)
+
+    everywhere = np.ones(n, bool)
+    ce = tokens.cross_entropy
+    counts = by_unit(np.ones(n), predicts)
+    ratios = {
+        "nmse": (by_unit(tokens.error["spliced"], everywhere), by_unit(tokens.deviation, everywhere)),
+        "delta_ce": (by_unit(ce["spliced"] - ce["clean"], predicts), counts),
+        "loss_recovered": (
+            by_unit(ce["zero"] - ce["spliced"], predicts),
+            by_unit(ce["zero"] - ce["clean"], predicts),
+        ),
+        "kl": (by_unit(tokens.divergence["spliced"], predicts), counts),
+    }
+    ends = {}
+    for name, (top, bottom) in ratios.items():
+        ends[f"{name}_low"], ends[f"{name}_high"] = bootstrap_interval(
+            top, bottom, seed=seed, purpose=name, resamples=resamples
+        )
+    return figures | plain(ends)
+
+
+def position_figures(tokens: SplicedTokens, sample: TextSample) -> dict[str, Any]:
+    """Lists with one entry for each range of positions: 0, 1, 2-3, 4-7 and so on in powers of two."""
+    last = int(sample.position.max())
+    starts = [0, *(2**i for i in range(last.bit_length()))]
+    ends = [*starts[1:], last + 1]
+    parts = [_part(tokens, (sample.position >= a) & (sample.position < b)) for a, b in zip(starts, ends, strict=True)]
+    lists = {f"position_{name}": [part[name] for part in parts] for name in parts[0]}
+    return {"position_start": starts, "position_end": ends, **plain(lists)}
+
+
+def kind_figures(tokens: SplicedTokens, sample: TextSample) -> dict[str, Any]:
+    """The same for each kind of text, under `kind_<name>_`; a token counts for the document it belongs to.
+
+    The deviation is from the mean over all kinds.
+    """
+    figures: dict[str, Any] = {"kinds": [slug(kind) for kind in sample.kinds]}
+    l0 = tokens.density.l0
+    for number, kind in enumerate(sample.kinds):
+        kept = sample.kind == number
+        part = {"n_tokens": int(kept.sum()), "l0": float(l0[kept].mean()), **_part(tokens, kept)}
+        figures |= {f"kind_{slug(kind)}_{name}": value for name, value in part.items()}
+    return plain(figures)
+
+
+def baseline_figures(tokens: SplicedTokens, names: list[str]) -> dict[str, Any]:
+    """`baseline_<name>_...` on the tokens that have them; `baseline_dictionary_...`: the dictionary on those tokens."""
+    measured = ~np.isnan(tokens.error[names[0]])
+    figures: dict[str, Any] = {"baseline_n_tokens": int(measured.sum())}
+    for name in names:
+        part = _part(tokens, measured, name)
+        figures |= {f"baseline_{name}_{key}": value for key, value in part.items() if key != "ce_clean"}
+    part = _part(tokens, measured)
+    figures |= {f"baseline_dictionary_{key}": part[key] for key in ("nmse", "delta_ce", "loss_recovered", "kl")}
+    return plain(figures)
+
+
+def slug(text: str) -> str:
+    """A label as part of a key: lower case, without accents, with underscores."""
+    plain = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
+    return re.sub(r"[^0-9a-z]+", "_", plain).strip("_") or "unnamed"
+
+
+def _part(tokens: SplicedTokens, kept: Mask, name: str = "spliced") -> dict[str, Any]:
+    deviation = tokens.deviation[kept].sum()
+    nmse = tokens.error[name][kept].sum() / deviation if deviation else np.nan
+    return {"nmse": nmse, **tokens.losses(kept, name)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +142,7 @@ def splice_single_tokens(
     position: int,
     *,
     tokens_per_pass: int = 2_048,
-    progress: StageProgress | None = None,
+    progress: ProgressMeter | None = None,
 ) -> SingleSplices:
     """Replaces the activation at `position` of each window and no other. All are of one length, over `position`."""
     delta, divergence, later = [], [], []
@@ -178,15 +155,15 @@ def splice_single_tokens(
         replaced = x.clone()
         replaced[at] = dictionary.decode(dictionary.encode(x[at].float())).to(x)
         log_clean = clean.logits.float().log_softmax(-1)
-        log_spliced = _log_probabilities(backbone, packed, site, replaced)
-        loss = _next_token_loss(log_spliced, packed) - _next_token_loss(log_clean, packed)
-        kl = _divergence(log_clean, log_spliced).view(-1, length)
+        log_spliced = log_probabilities(backbone, packed, site, replaced)
+        loss = next_token_loss(log_spliced, packed) - next_token_loss(log_clean, packed)
+        kl = kl_divergence(log_clean, log_spliced).view(-1, length)
         delta.append(loss.view(-1, length)[:, position])
         divergence.append(kl[:, position])
         later.append(kl[:, position + 1 :].mean(1))
         if progress is not None:
             progress.reach(sum(map(len, delta)))
-    return SingleSplices(_array(delta), _array(divergence), _array(later))
+    return SingleSplices(joined(delta), joined(divergence), joined(later))
 
 
 def choose_windows(
@@ -196,30 +173,3 @@ def choose_windows(
     fitting = [i for i, row in enumerate(rows) if len(row) >= length]
     drawn = generator(seed, purpose).permutation(len(fitting))[:n_windows]
     return [list(rows[fitting[i]][:length]) for i in sorted(drawn.tolist())]
-
-
-def _log_probabilities(backbone: Backbone, packed: PackedTokens, site: Site, replacement: Tensor) -> Tensor:
-    result = backbone.forward(packed, edit=lambda _, x: replacement.to(x), edit_sites=[site], logits="all")
-    assert result.logits is not None
-    return result.logits.float().log_softmax(-1)
-
-
-def _next_token_loss(log_probabilities: Tensor, packed: PackedTokens) -> Tensor:
-    """Nats [N] that each token's successor costs; NaN at the last token of a row."""
-    targets = packed.ids.roll(-1).to(log_probabilities.device)
-    loss = F.nll_loss(log_probabilities, targets, reduction="none").double()
-    loss[packed.row_ends.to(loss.device)] = torch.nan
-    return loss.cpu()
-
-
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) of each row [N], nats; never below 0, which rounding could bring about."""
-    parts = [
-        (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
-        for p, q in zip(log_p.split(_ROWS_AT_ONCE), log_q.split(_ROWS_AT_ONCE), strict=True)
-    ]
-    return torch.cat(parts).clamp_min(0).cpu()
-
-
-def _array(parts: list[Tensor]) -> Array:
-    return torch.cat(parts).numpy() if parts else np.zeros(0)

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from sae_runtime.data.documents import Document
-from sae_runtime.data.rows import encode_texts
+from sae_runtime.data.rows import encode_texts, packed_passes
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import SparseFeatures
-from sae_runtime.evaluation.dictionary_evaluation import packed_passes
 from sae_runtime.model.backbone import Backbone
-from sae_runtime.model.sites import Site
 
 Array = npt.NDArray[Any]
 
@@ -59,9 +57,7 @@ def top_contexts(
     Raises:
         ValueError: the dictionary does not say which site it belongs to, or the backbone has no tokenizer.
     """
-    if dictionary.site is None:
-        raise ValueError("the dictionary does not say which site it belongs to")
-    site = Site.parse(dictionary.site)
+    site = dictionary.site_in(backbone)
     best = _Table(dictionary.n_latents, n_contexts, window)
     kinds: list[str] = []
     for batch in _batches(backbone, documents, tokens_per_pass):

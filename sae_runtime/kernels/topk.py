@@ -2,7 +2,8 @@
 
 Rows and latents are cut into tiles. In a tile the few entries that can be among the k largest of their row are found by
 the maxima of groups (see groups.py), and only these are sorted. Ties go to the lower latent index, so the choice
-depends neither on the tiling nor on the other rows of a batch.
+between given values depends neither on the tiling nor on the other rows of a batch. (The values do, in their last bits:
+a matrix product of another shape may add in another order.)
 """
 
 from __future__ import annotations

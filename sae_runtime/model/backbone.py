@@ -6,20 +6,21 @@ padding, stops after the last site that somebody asked for, and lets activations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sae_runtime.kernels.products import linear
 from sae_runtime.model.attention import AttentionPlan
-from sae_runtime.model.families import gpt2_weights
-from sae_runtime.model.families.gpt2_config import ACTIVATIONS, GPT2Settings
+from sae_runtime.model.devices import check_device, check_dtype
+from sae_runtime.model.families.gpt2 import weights as gpt2_weights
+from sae_runtime.model.families.gpt2.config import GPT2Settings
+from sae_runtime.model.families.gpt2.model import GPT2
+from sae_runtime.model.folders import find_folder
+from sae_runtime.model.forward import BRANCHES, EditFunction, ForwardResult, PausedForward, Taps
 from sae_runtime.model.kv_cache import KVCache
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import LOCATIONS, Site
@@ -27,45 +28,6 @@ from sae_runtime.model.tokenization import TextTokenizer, TokenizedText
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerFast
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-BRANCHES = ("resid_delta_attn", "mlp_post_act", "resid_delta_mlp")
-"""Locations beside the residual stream, which goes on unchanged meanwhile."""
-
-EditFunction = Callable[[Site, Tensor], Tensor]
-"""Called with a site and its live activation [N, width]; returns what replaces it, a new tensor of the same shape."""
-
-
-@dataclass(frozen=True)
-class PausedForward:
-    """A forward pass that stands at a site, before any edit there; another can start from it.
-
-    Rows may be repeated or left out and the activation may be changed in between: what comes before the site is shared.
-    """
-
-    site: Site
-    activation: Tensor
-    """[N, width] at the site, in the backbone's dtype."""
-    residual: Tensor | None
-    """[N, d_model], the residual stream that the site's branch is added to later; None where the site is on it."""
-
-    def take(self, tokens: Tensor) -> PausedForward:
-        """The given tokens (int64 [M], places in the packed batch), as copies."""
-        residual = None if self.residual is None else self.residual[tokens]
-        return PausedForward(self.site, self.activation[tokens], residual)
-
-
-@dataclass(frozen=True)
-class ForwardResult:
-    """What a forward pass was asked for."""
-
-    activations: dict[Site, Tensor]
-    """[N, width] for every captured site, after any edit there, in the backbone's dtype. Do not modify in place."""
-    logits: Tensor | None
-    """float32 [B, vocab] of each row's last token, or [N, vocab] of all tokens, or None."""
-    paused: dict[Site, PausedForward] = field(default_factory=dict)
-    """For every site of `pause`."""
 
 
 class Backbone:
@@ -85,7 +47,7 @@ class Backbone:
         self.settings = settings
         self.fingerprint = fingerprint
         """sha256 over the weights cast to float16: equal for a float16 file and for what it is loaded as."""
-        self._weights = weights
+        self._model = GPT2(settings, weights)
         self._tokenizer = tokenizer
         self.n_layers: int = settings.n_layer
         self.d_model: int = settings.n_embd
@@ -93,7 +55,6 @@ class Backbone:
         self.vocab_size: int = settings.vocab_size
         self.dtype: torch.dtype = weights.wte.dtype
         self.device: torch.device = weights.wte.device
-        self._gelu: str = ACTIVATIONS[settings.activation_function]
 
     @classmethod
     def load(
@@ -111,7 +72,7 @@ class Backbone:
             ValueError: not a GPT-2, pickled weights only, weights that do not fit, or an unknown dtype or device.
         """
         dtype, device = check_dtype(dtype), check_device(device)
-        folder = gpt2_weights.find_folder(str(name_or_path))
+        folder = find_folder(str(name_or_path))
         settings, state = gpt2_weights.read_folder(folder)
         return cls(
             name=str(name_or_path),
@@ -267,7 +228,7 @@ class Backbone:
     @property
     def decode_bytes(self) -> int:
         """Bytes of weights that decoding one token reads: those of the blocks and of the LM head."""
-        return self._weights.lm_head.nbytes + sum(each.nbytes for block in self._weights.blocks for each in block)
+        return self._model.decode_bytes
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -351,7 +312,7 @@ class Backbone:
             raise ValueError(f"logits is {logits!r}; expected 'none', 'last' or 'all'")
         if edit_sites and edit is None:
             raise ValueError("edit_sites are named but there is no edit")
-        taps = _Taps(
+        taps = Taps(
             capture=frozenset(map(self.check_site, capture)),
             edit=edit,
             edit_sites=frozenset(map(self.check_site, edit_sites)),
@@ -364,15 +325,14 @@ class Backbone:
         if taps.last is None:
             return ForwardResult({}, None)
         packed = packed.to(self.device)
-        weights = self._weights
         plan = AttentionPlan.of(packed, self.dtype, cache)
         if start is None:
-            x = F.embedding(packed.ids, weights.wte) + F.embedding(packed.positions, weights.wpe)  # [N, d]
+            x = self._model.embed(packed)  # [N, d]
         else:
             x = start.activation if start.residual is None else start.residual
         for layer in range(0 if start is None else start.site.layer, taps.last.layer + 1):
             entered = start if start is not None and start.site.layer == layer else None
-            x = self._block(layer, x, plan, cache, taps, entered)
+            x = self._model.block(layer, x, plan, cache, taps, entered)
         scores = None
         if logits != "none":
             if logits == "last" and not packed.one_token_each:
@@ -382,58 +342,7 @@ class Backbone:
 
     def unembed(self, x: Tensor) -> Tensor:
         """Logits [n, vocab] of what the last block returns, [n, d_model]; float32, or float64 of a float64 backbone."""
-        weights = self._weights
-        x = F.layer_norm(x, (self.d_model,), weights.ln_f_weight, weights.ln_f_bias, self.settings.layer_norm_epsilon)
-        logits = linear(x, weights.lm_head).contiguous()
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-    def _block(
-        self,
-        layer: int,
-        x: Tensor,
-        plan: AttentionPlan,
-        cache: KVCache | None,
-        taps: _Taps,
-        entered: PausedForward | None = None,
-    ) -> Tensor:
-        """One block on the residual stream [N, d]; returns early after the last site anybody needs.
-
-        With `entered`, which is at a site of this block, what lies before that site is left out.
-        """
-        w, config, d = self._weights.blocks[layer], self.settings, (self.d_model,)
-        scale = (d[0] // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            scale /= layer + 1
-
-        first = 0 if entered is None else LOCATIONS.index(entered.site.location)
-        h = x if entered is None else entered.activation
-        if first <= 0:
-            x = taps.pass_through(layer, "resid_pre", x)
-            if taps.end_at(layer, "resid_pre"):
-                return x
-            h = F.layer_norm(x, d, w.ln_1_weight, w.ln_1_bias, config.layer_norm_epsilon)
-            h = w.attn_c_attn(h).contiguous()  # [N, 3 d]: queries, keys, values
-            h = plan.attend(h, config.n_head, scale, layer, cache)  # [N, d]
-            h = w.attn_c_proj(h)
-        if first <= 1:
-            h = taps.pass_through(layer, "resid_delta_attn", h, x)
-            x = x + h
-        if first <= 2:
-            x = taps.pass_through(layer, "resid_post_attn", x)
-            if taps.end_at(layer, "resid_post_attn"):
-                return x
-            h = F.layer_norm(x, d, w.ln_2_weight, w.ln_2_bias, config.layer_norm_epsilon)
-            h = w.mlp_c_fc(h)  # [N, d_mlp]
-            h = F.gelu(h, approximate=self._gelu)
-        if first <= 3:
-            h = taps.pass_through(layer, "mlp_post_act", h, x)
-            if taps.end_at(layer, "mlp_post_act"):
-                return x
-            h = w.mlp_c_proj(h)  # [N, d]
-        if first <= 4:
-            h = taps.pass_through(layer, "resid_delta_mlp", h, x)
-            x = x + h
-        return taps.pass_through(layer, "resid_post_mlp", x)
+        return self._model.unembed(x)
 
     def _last_site(
         self, capture: Collection[Site | str], edit_sites: Collection[Site | str], cache: bool, logits: bool
@@ -446,7 +355,7 @@ class Backbone:
             needed.append(Site(self.n_layers - 1, "resid_delta_attn"))
         return max(needed, default=None)
 
-    def _check_start(self, start: PausedForward, packed: PackedTokens, taps: _Taps, cache: KVCache | None) -> None:
+    def _check_start(self, start: PausedForward, packed: PackedTokens, taps: Taps, cache: KVCache | None) -> None:
         self.check_site(start.site)
         if cache is not None or any(packed.past):
             raise ValueError("a forward that starts at a site cannot use a cache")
@@ -472,60 +381,3 @@ class Backbone:
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
-
-
-@dataclass
-class _Taps:
-    """Reads and replaces activations on their way through one forward."""
-
-    capture: frozenset[Site]
-    edit: EditFunction | None
-    edit_sites: frozenset[Site]
-    last: Site | None
-    pause: frozenset[Site] = frozenset()
-    captured: dict[Site, Tensor] = field(default_factory=dict)
-    paused: dict[Site, PausedForward] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._layers = frozenset(site.layer for site in (*self.capture, *self.edit_sites, *self.pause))
-
-    def pass_through(self, layer: int, location: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`residual` is the stream that a branch is added to later."""
-        if layer not in self._layers:
-            return x
-        site = Site(layer, location)
-        if site in self.pause:
-            self.paused[site] = PausedForward(site, x, residual)
-        if site in self.edit_sites and self.edit is not None:
-            edited = self.edit(site, x)
-            if edited.shape != x.shape or edited.dtype != x.dtype:
-                raise ValueError(
-                    f"the edit at {site} returned {edited.dtype} {list(edited.shape)}, "
-                    f"expected {x.dtype} {list(x.shape)}"
-                )
-            x = edited
-        if site in self.capture:
-            self.captured[site] = x.contiguous()
-        return x
-
-    def end_at(self, layer: int, location: str) -> bool:
-        """Whether nothing after this site is needed."""
-        return self.last is None or (self.last.layer <= layer and self.last <= Site(layer, location))
-
-
-def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating dtype by itself or by name; ValueError names those there are."""
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise ValueError(f"dtype {dtype!r} is not supported; expected {', '.join(DTYPES)}")
-    return found
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """A device that is present; ValueError if it is unknown or not there."""
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {error}") from error
-    return found

@@ -4,77 +4,72 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from sae_runtime.model.backbone import Backbone
-from sae_runtime.training.config import TrainingConfig
-
-FREE_ON_RESUME = frozenset(
-    {
-        "out",
-        "name",
-        "checkpoint",
-        "checkpoint_interval",
-        "threads",
-        "micro_batch_tokens",
-        "storage_dtype",
-        "evaluation_tokens",
-        "statistics_tokens",
-        "log",
-        "log_interval",
-        "tensorboard",
-        "wandb_project",
-        "overlap",
-        "cache",
-        "cache_gb",
-    }
-)
-"""Settings that may differ between a run and its continuation: they do not change the weights, but by rounding."""
+from sae_runtime.atomic import atomic_file
 
 
-def run_identity(config: TrainingConfig, backbone: Backbone) -> dict[str, Any]:
-    """What must be equal for a run to go on from a checkpoint, as JSON values."""
-    settings = config.model_dump(mode="json", exclude=set(FREE_ON_RESUME))
-    return {"settings": settings, "backbone": backbone.fingerprint}
+class Checkpoint(Protocol):
+    """Where a run keeps its last checkpoint."""
+
+    path: Path
+
+    def exists(self) -> bool: ...
+
+    def identity(self) -> dict[str, Any] | None:
+        """`run_identity` of the run that the checkpoint is of; None if there is no checkpoint.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """States of the trainers by site, and of the source of activations. Asked once, after `identity`."""
+        ...
+
+    def save(self, identity: dict[str, Any], step: int, trainers: dict[str, Any], source: dict[str, Any]) -> None:
+        """Replaces the checkpoint.
+
+        Raises:
+            OSError: it cannot be written; the last one is as it was.
+        """
 
 
-def check_identity(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    """Makes sure that a checkpoint belongs to this run.
+class FileCheckpoint:
+    """The checkpoint of a run in one process: one file."""
 
-    Raises:
-        ValueError: it does not; names the backbones' fingerprints, or the first settings that differ.
-    """
-    if found == expected:
-        return
-    if found.get("backbone") != expected["backbone"]:
-        difference = f"its backbone has fingerprint {found.get('backbone')}, this one {expected['backbone']}"
-    else:
-        theirs, ours = found.get("settings", {}), expected["settings"]
-        names = [name for name in ours if name not in theirs or theirs[name] != ours[name]]
-        shown = (f"{name} was {theirs.get(name)!r}, is {ours[name]!r}" for name in names[:3])
-        difference = ", ".join(shown) or "unknown settings"
-    raise ValueError(
-        f"{path} belongs to another run: {difference}; restore the settings, or remove the checkpoint to start anew"
-    )
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._state: dict[str, Any] = {}
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def identity(self) -> dict[str, Any] | None:
+        if not self.exists():
+            return None
+        self._state = load_checkpoint(self.path)
+        return dict(self._state.get("identity", {}))
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        state, self._state = self._state, {}
+        return state["trainers"], state["source"]
+
+    def save(self, identity: dict[str, Any], step: int, trainers: dict[str, Any], source: dict[str, Any]) -> None:
+        save_checkpoint({"identity": identity, "source": source, "trainers": trainers}, self.path)
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Writes tensors and plain values atomically: to a temporary file beside `path`, flushed to disk, then renamed.
+    """Writes tensors and plain values to a file that appears complete or not at all.
 
     Raises:
         OSError: the file cannot be written, for example as the disk is full; what was at `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with atomic_file(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # PyTorch's writer turns what the file says into a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -82,17 +77,6 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         number = cause.errno if isinstance(cause, OSError) else None
         reason = os.strerror(number) if number else str(error).splitlines()[0]
         raise OSError(number, f"the checkpoint {path} cannot be written: {reason}{kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes the renaming itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

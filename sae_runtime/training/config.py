@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from sae_runtime.model.sites import Site
+from sae_runtime.settings import SettingsError, SettingValues, read_mapping
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
+DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 Family = Literal["topk", "batch_topk", "matryoshka", "relu", "relu_decoder_norm", "jumprelu", "gated"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 PENALISED: tuple[Family, ...] = ("relu", "relu_decoder_norm", "jumprelu", "gated")
@@ -105,7 +106,7 @@ class TrainingConfig(BaseModel):
     data_lanes: int | None = Field(
         None,
         ge=1,
-        description="Streams that the text is dealt to, a multiple of the number of workers; with the same lanes any "
+        description="Streams that the text is dealt to, a multiple of the number of workers; with the same streams any "
         "number of workers trains on the same batches. The largest of 8, 4, 2 and 1 that divides batch_tokens "
         "if not given.",
     )
@@ -216,14 +217,20 @@ class TrainingConfig(BaseModel):
     )
 
     # Execution
-    seed: int = Field(0, ge=0, description="Seed of everything random; the same seed gives the same weights.")
+    seed: int = Field(
+        0, ge=0, description="Seed of everything random; with the same CPU and threads it gives the same weights."
+    )
     device: str = Field("cpu", description="Device of the backbone and the dictionary, for example cpu or cuda:0.")
     threads: int | None = Field(None, ge=1, description="CPU threads of PyTorch; its own choice if not given.")
-    compute_dtype: DTypeName = Field(
-        "bfloat16", description="Type of the large matrix product x @ encoder; weights and gradients stay float32."
+    compute_dtype: DTypeChoice = Field(
+        "auto",
+        description="Type of the large matrix product x @ encoder; weights and gradients stay float32. auto: bfloat16 "
+        "where the device is fast in it, else float32; a run that goes on keeps the type that it began with.",
     )
-    backbone_dtype: DTypeName = Field(
-        "bfloat16", description="Type the backbone runs in while training; evaluation always runs in float32."
+    backbone_dtype: DTypeChoice = Field(
+        "auto",
+        description="Type the backbone runs in while training; evaluation always runs in float32. auto: as "
+        "compute_dtype.",
     )
 
     # Logging
@@ -279,8 +286,10 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 f"buffer_tokens is {self.buffer_tokens}, expected at least twice batch_tokens = {self.batch_tokens}"
             )
-        if self.batch_tokens % self.n_lanes:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}, expected a multiple of data_lanes = {self.n_lanes}")
+        if self.batch_tokens % self.n_streams:
+            raise ValueError(
+                f"batch_tokens is {self.batch_tokens}, expected a multiple of data_lanes = {self.n_streams}"
+            )
         torch.device(self.device)
         return self
 
@@ -292,17 +301,19 @@ class TrainingConfig(BaseModel):
         and overrides are all there is.
 
         Raises:
-            ValueError: the file is not a mapping, or a setting is unknown, missing or wrong (pydantic's message).
+            SettingsError: the file cannot be read or is not a mapping, there is no such preset, or a setting is
+                unknown, missing or wrong.
         """
-        settings = {} if path is None else _read_mapping(Path(path))
-        named = settings.pop("preset", None)
+        given = SettingValues.of_file(path)
+        named = given.values.pop("preset", None)
+        given.set_flags(overrides)
         chosen = preset or named
-        given = {**settings, **overrides}
         defaults = {} if chosen is None else read_preset(chosen)
         for one, other in (("site", "sites"), ("sites", "site"), *_EITHER):
-            if given.get(one) is not None:
+            if given.values.get(one) is not None:
                 defaults.pop(other, None)  # two forms of one setting: what wins must not meet the other
-        return cls(**{**defaults, **given})
+        given.values = defaults | given.values
+        return given.build(cls)
 
     @property
     def all_sites(self) -> tuple[str, ...]:
@@ -335,7 +346,7 @@ class TrainingConfig(BaseModel):
         return self.log or self.out.with_name(self.out.name + ".metrics.jsonl")
 
     @property
-    def n_lanes(self) -> int:
+    def n_streams(self) -> int:
         """data_lanes, or the largest power of two up to 8 that divides a batch."""
         return self.data_lanes or math.gcd(self.batch_tokens, 8)
 
@@ -365,27 +376,6 @@ class TrainingConfig(BaseModel):
         """threshold_decay, or that of an average over 2 % of the steps."""
         return 1 - min(1.0, 50 / self.n_steps) if self.threshold_decay is None else self.threshold_decay
 
-    def provenance(self) -> dict[str, Any]:
-        """What a manifest records: every setting that decides the weights, files by their names only."""
-        settings = self.model_dump(mode="json", exclude=_NOT_RECORDED)
-        return settings | {"data": [p.name for p in self.data], "held_out": [p.name for p in self.held_out]}
-
-
-# Where things lie and what is reported: of no account to the weights, and paths are of no account to a reader.
-_NOT_RECORDED = {
-    "out",
-    "name",
-    "checkpoint",
-    "checkpoint_interval",
-    "threads",
-    "overlap",
-    "cache",
-    "cache_gb",
-    "log",
-    "log_interval",
-    "tensorboard",
-    "wandb_project",
-}
 
 _EITHER = (("n_latents", "expansion_factor"), ("expansion_factor", "n_latents"))
 
@@ -399,15 +389,8 @@ def read_preset(name: str) -> dict[str, Any]:
     """Settings of a preset, a YAML file of the package.
 
     Raises:
-        ValueError: there is no such preset.
+        SettingsError: there is no such preset.
     """
     if name not in preset_names():
-        raise ValueError(f"no preset {name!r}, expected one of {', '.join(preset_names())}")
-    return _read_mapping(PRESETS / f"{name}.yaml")
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    settings = yaml.safe_load(path.read_text()) or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: found {type(settings).__name__}, expected a mapping of settings")
-    return settings
+        raise SettingsError(f"no preset {name!r}, expected one of {', '.join(preset_names())}")
+    return read_mapping(PRESETS / f"{name}.yaml")

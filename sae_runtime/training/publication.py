@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.dictionary.formats.published import save_dictionary
-from sae_runtime.dictionary.manifest import BackboneReference, Manifest, Provenance
-from sae_runtime.dictionary.statistics import LatentStatistics
-from sae_runtime.evaluation.dictionary_evaluation import DictionaryEvaluation, evaluate_dictionary, packed_passes
-from sae_runtime.evaluation.latent_statistics import LatentStatisticsBuilder
+from sae_runtime.dictionary.manifest import Manifest, Provenance
+from sae_runtime.dictionary.publish import publish
+from sae_runtime.figures.card import density_figures_of, describe_dictionary, render_card
+from sae_runtime.figures.held_out import held_out_figures
+from sae_runtime.figures.statistics import measure_statistics
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
-from sae_runtime.training.activations.run_rows import held_out_rows
-from sae_runtime.training.card import render_card
+from sae_runtime.progress import ProgressMeter
+from sae_runtime.training.activations.run_rows import describe_data, held_out_rows
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.progress import ProgressMeter
+from sae_runtime.training.identity import recorded_settings
+from sae_runtime.version import code_version
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class TrainingResult:
     path: Path
     """Folder of the published dictionary."""
     manifest: Manifest
-    evaluation: DictionaryEvaluation
+    """What it is and how good: the held-out figures are `manifest.evaluation`."""
     dictionary: Dictionary
     """As published: float32 tensors with the values of the stored dtype, statistics attached."""
 
 
-def publish(
+def publish_run(
     config: TrainingConfig, exports: Mapping[Site, Mapping[str, Any]], meter: ProgressMeter
 ) -> tuple[TrainingResult, ...]:
     """Measures and publishes the dictionaries of a run, in the order of its sites; all appear together.
@@ -91,65 +91,31 @@ def _publish_one(
 ) -> TrainingResult:
     dictionary = dictionary_of(config, site, fields).to(config.device)  # the figures are those of what is stored
     meter.begin("statistics", config.statistics_tokens)
-    statistics = measure_statistics(
-        backbone, dictionary, held_out_rows(config, backbone, config.statistics_tokens), progress=meter
-    )
+    rows = held_out_rows(config, backbone, config.statistics_tokens)
+    statistics = measure_statistics(backbone, dictionary, rows, progress=meter)
     meter.begin("evaluate", config.evaluation_tokens)
-    evaluation = evaluate_dictionary(
-        backbone, dictionary, held_out_rows(config, backbone, config.evaluation_tokens), progress=meter.reach
-    )
-    meter.begin("publish", 1)
+    rows = held_out_rows(config, backbone, config.evaluation_tokens)
+    figures = held_out_figures(backbone, dictionary, rows, progress=meter)
+    meter.begin("publish", 1, "dictionary")
     dictionary = replace(dictionary.to("cpu"), statistics=statistics)
     provenance = Provenance(
-        code_version=_code_version(),
-        config=config.provenance(),
+        code_version=code_version(),
+        config=recorded_settings(config),
         seed=config.seed,
         tokens=config.n_steps * config.batch_tokens,
-        data=", ".join(f"{path.name} ({_size(path)} bytes)" for path in config.data),
+        data=describe_data(config),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    manifest = save_dictionary(
+    described = describe_dictionary(dictionary, backbone.name) | figures | density_figures_of(statistics)
+    manifest = publish(
         dictionary,
         path,
-        backbone=BackboneReference(config.backbone, backbone.fingerprint, backbone.tokenizer_fingerprint),
+        backbone,
         dtype=config.storage_dtype,
         context_length=config.context_length or backbone.context_length,
         provenance=provenance,
-        evaluation=evaluation.figures(),
-        card=render_card(dictionary, evaluation, statistics, provenance, config.backbone),
+        evaluation=figures,
+        card=render_card(described, provenance=provenance),
     )
     meter.reach(1)
-    return TrainingResult(path, manifest, evaluation, replace(dictionary, manifest=manifest))
-
-
-@torch.no_grad()
-def measure_statistics(
-    backbone: Backbone,
-    dictionary: Dictionary,
-    rows: Iterator[list[int]],
-    *,
-    tokens_per_pass: int = 8_192,
-    progress: ProgressMeter | None = None,
-) -> LatentStatistics:
-    """Per-latent statistics of a dictionary on rows of tokens."""
-    assert dictionary.site is not None
-    site = Site.parse(dictionary.site)
-    builder = LatentStatisticsBuilder(dictionary.n_latents)
-    for packed in packed_passes(rows, tokens_per_pass):
-        packed = packed.to(backbone.device)
-        builder.add(dictionary.encode(backbone.forward(packed, capture=[site]).activations[site]))
-        if progress is not None:
-            progress.reach(builder.n_tokens)
-    return builder.build()
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-
-
-def _code_version() -> str:
-    try:
-        return f"saeserve {metadata.version('saeserve')}"
-    except metadata.PackageNotFoundError:
-        return "saeserve (not installed)"
+    return TrainingResult(path, manifest, replace(dictionary, manifest=manifest))

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 
-from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
-from sae_runtime.training.activations.run_rows import held_out_rows
-from sae_runtime.training.activations.source import open_activation_source
-from sae_runtime.training.checkpoint import (
-    check_identity,
-    load_checkpoint,
-    run_identity,
-    save_checkpoint,
-)
+from sae_runtime.progress import ProgressCallback, ProgressMeter
+from sae_runtime.training.checkpoint import FileCheckpoint
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.initialisation import MEDIAN_SAMPLES
-from sae_runtime.training.progress import ProgressCallback, ProgressMeter, figures_by_site, mean_metrics
-from sae_runtime.training.publication import TrainingResult, measure_statistics, publish
-from sae_runtime.training.run_log import RunLog
+from sae_runtime.training.publication import TrainingResult, publish_run
 from sae_runtime.training.stop_signals import StopSignals, TrainingStopped
-from sae_runtime.training.trainers import StepMetrics, Trainer, new_trainer, restored_trainer
-
-__all__ = ["TrainingResult", "TrainingStopped", "held_out_rows", "measure_statistics", "publish", "run_training"]
-
-PROGRESS_INTERVAL = 0.5
-"""Least seconds between two progress events of a stage."""
+from sae_runtime.training.worker import Worker
 
 
 def run_training(config: TrainingConfig, progress: ProgressCallback | None = None) -> tuple[TrainingResult, ...]:
@@ -50,8 +34,8 @@ def run_training(config: TrainingConfig, progress: ProgressCallback | None = Non
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        meter = ProgressMeter(progress, PROGRESS_INTERVAL)
-        results = publish(config, _train(config, meter), meter)
+        meter = ProgressMeter(progress)
+        results = publish_run(*_train(config, meter), meter)
         config.checkpoint_path.unlink(missing_ok=True)
         return results
     finally:
@@ -72,84 +56,20 @@ def check_paths(config: TrainingConfig) -> None:
             raise FileNotFoundError(f"no text file at {path}")
 
 
-def _train(config: TrainingConfig, meter: ProgressMeter) -> dict[Site, dict[str, Any]]:
-    """Trains to the last step; what the trainers export."""
+def _train(config: TrainingConfig, meter: ProgressMeter) -> tuple[TrainingConfig, dict[Site, dict[str, Any]]]:
+    """Trains to the last step; the settings as they are recorded, and what the trainers export."""
     meter.begin("prepare", config.buffer_tokens)
-    backbone = Backbone.load(config.backbone, dtype=config.backbone_dtype, device=config.reading_device)
-    run = _Run(config, backbone)
+    worker = Worker(config, FileCheckpoint(config.checkpoint_path))
     try:
-        run.train(meter)
-        return {site: trainer.export() for site, trainer in run.trainers.items()}
-    finally:
-        run.source.close()
-
-
-class _Run:
-    """Everything that a checkpoint holds, and the loop over it."""
-
-    def __init__(self, config: TrainingConfig, backbone: Backbone) -> None:
-        self.config = config
-        self.sites = [backbone.check_site(site) for site in config.all_sites]
-        self.identity = run_identity(config, backbone)
-        # A checkpoint that does not fit is refused before any text is read.
-        path = config.checkpoint_path
-        saved = load_checkpoint(path) if path.exists() else None
-        if saved is not None:
-            check_identity(saved.get("identity", {}), self.identity, path)
-        self.source = open_activation_source(config, backbone, self.sites)
-        self.trainers: dict[Site, Trainer]
-        if saved is not None:
-            self.source.load_state_dict(saved["source"])
-            self.trainers = {site: restored_trainer(config, saved["trainers"][str(site)]) for site in self.sites}
-        else:
-            sample = self.source.peek(min(MEDIAN_SAMPLES, config.buffer_tokens))
-            self.trainers = {site: new_trainer(config, backbone.site_width(site), sample[site]) for site in self.sites}
-        self.between_steps = True
-        """Whether all that a checkpoint holds is of the same step."""
-
-    @property
-    def step_count(self) -> int:
-        return next(iter(self.trainers.values())).step_count
-
-    def train(self, meter: ProgressMeter) -> None:
-        """Trains to the last step, with checkpoints on the way and at the end."""
-        config, saved_at = self.config, time.monotonic()
-        meter.begin("train", config.n_steps * config.batch_tokens, done=self.step_count * config.batch_tokens)
-        with StopSignals() as stop, RunLog.open(config, self.step_count) as log:
+        with StopSignals() as stop:
             try:
-                while self.step_count < config.n_steps and stop.received is None:
-                    metrics = self._step()
-                    meter.advance(config.batch_tokens, mean_metrics(list(metrics.values())))
-                    if self.step_count % config.log_interval == 0:
-                        log.log(self.step_count, self.step_count * config.batch_tokens, figures_by_site(metrics))
-                    if config.checkpoint_interval and time.monotonic() - saved_at >= config.checkpoint_interval:
-                        self.save()
-                        saved_at = time.monotonic()
-            except KeyboardInterrupt:
-                if config.checkpoint_interval and self.between_steps:
-                    self.save()
+                finished = worker.train(meter, lambda: stop.received is not None)
+            except KeyboardInterrupt:  # the second one, or that of a callback
+                if config.checkpoint_interval:
+                    worker.save()
                 raise
-            if config.checkpoint_interval:
-                self.save()  # also at the end: evaluation or publication may still fail
-            if stop.received is not None and self.step_count < config.n_steps:
+            if not finished and stop.received is not None:
                 raise TrainingStopped(stop.received)
-
-    def save(self) -> None:
-        state = {
-            "identity": self.identity,
-            "source": self.source.state_dict(),
-            "trainers": {str(site): trainer.state_dict() for site, trainer in self.trainers.items()},
-        }
-        save_checkpoint(state, self.config.checkpoint_path)
-
-    def _step(self) -> dict[Site, StepMetrics]:
-        self.between_steps = False
-        batch = self.source.next_batch(self.config.batch_tokens)
-        try:
-            metrics = {site: trainer.step(batch[site]) for site, trainer in self.trainers.items()}
-        except FloatingPointError as error:
-            path = self.config.checkpoint_path
-            kept = f"; the last checkpoint is {path}" if path.exists() else ""
-            raise FloatingPointError(f"{error}{kept}") from error
-        self.between_steps = True
-        return metrics
+        return worker.config, worker.exports()
+    finally:
+        worker.close()

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from sae_runtime.atomic import atomic_file
 from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.identity import recorded_settings
 
 
 class _Sink(Protocol):
@@ -86,7 +88,8 @@ class _MetricsFile:
         if path.exists():
             kept = _lines_until(path, step) if step else []
             if kept:
-                _replace_lines(path, kept)
+                with atomic_file(path) as file:
+                    file.write("".join(kept).encode())
             else:
                 path.replace(path.with_name(path.name + ".previous"))
         self._file: IO[str] = path.open("a", encoding="utf-8")
@@ -122,18 +125,6 @@ def _lines_until(path: Path, step: int) -> list[str]:
         if found <= step and line.endswith("\n"):
             kept.append(line)
     return kept
-
-
-def _replace_lines(path: Path, lines: list[str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _TensorBoard:
@@ -178,7 +169,7 @@ class _WeightsAndBiases:
             name=config.published_name,
             id=run_id,
             resume="allow",
-            config=config.provenance(),
+            config=recorded_settings(config),
         )
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:

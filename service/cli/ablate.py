@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from service.cli.argument_types import natural
@@ -21,7 +21,8 @@ from service.cli.command_error import CommandError
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.feature_names import dictionary_of, feature_name
 from service.cli.json_output import print_json
-from service.client.causal import AblationStudy, FeatureEffect
+from service.cli.tables import Entries, data_table, interval, print_table
+from service.client import AblationStudy, FeatureEffect
 
 DEFAULT_STRONGEST = 10
 
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(study)
     else:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         console.print(
             Text(
                 f"{study.n_texts} texts, {study.n_targets:,} predictions, loss {study.loss:.3f} nats, "
@@ -111,10 +112,10 @@ def run(arguments: argparse.Namespace) -> int:
                 style="dim",
             )
         )
-        console.print(_table(study, names, several=len(arguments.ablation or []) > 1))
+        print_table(console, _table(study, names, several=len(arguments.ablation or []) > 1))
         if arguments.distance:
             console.print()
-            console.print(_distance_table(study))
+            print_table(console, _distance_table(study))
     if arguments.plot:
         from service.cli.causal_plots import draw_ablation
 
@@ -123,23 +124,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(study: AblationStudy, names: list[str], several: bool) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("feature", style="cyan", no_wrap=True)
-    if several:
-        table.add_column("to")
-    for column in ("active on", "Δ loss", "95 %", "Δ right", "KL", "KL where active"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name in names:
-        table.add_column(f"Δ logit {name}", justify="right")
+    replaced = [Column("to")] if several else []
+    figures = ("active on", "Δ loss", "95 %", "Δ right", "KL", "KL where active")
+    table = data_table("feature", *replaced, *figures, *(f"Δ logit {name}" for name in names))
     for effect in study.effects:
-        low, high = effect.delta_loss_interval
-        cells = [_name(effect)]
+        cells: list[str | Entries] = [_name(effect)]
         if several:
             cells.append(effect.ablation)
         cells += [
             f"{effect.active_tokens:,} in {effect.active_texts}",
             f"{effect.everywhere.delta_loss:+.4f}",
-            f"{low:+.4f} to {high:+.4f}",
+            interval(*effect.delta_loss_interval),
             f"{effect.everywhere.delta_accuracy:+.2%}",
             f"{effect.everywhere.kl:.4f}",
             f"{effect.at_active.kl:.4f}",
@@ -151,16 +146,8 @@ def _table(study: AblationStudy, names: list[str], several: bool) -> Table:
 
 def _distance_table(study: AblationStudy) -> Table:
     buckets = sorted({(each.first, each.last) for effect in study.effects for each in effect.by_distance})
-    table = Table(
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        title="KL by distance from the changed token",
-        title_justify="left",
-    )
-    table.add_column("feature", style="cyan", no_wrap=True)
-    for first, last in buckets:
-        table.add_column(str(first) if first == last else f"{first}-{last}", justify="right")
+    columns = (str(first) if first == last else f"{first}-{last}" for first, last in buckets)
+    table = data_table("feature", *columns, title="KL by distance from the changed token")
     for effect in study.effects:
         found = {(each.first, each.last): each.figures.kl for each in effect.by_distance}
         table.add_row(_name(effect), *(f"{found[bucket]:.4f}" if bucket in found else "" for bucket in buckets))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from service.cli.argument_types import natural
 from service.cli.causal_options import add_output_arguments, draw_plot, name_tokens, token
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.json_output import print_json
+from service.cli.tables import data_table, print_table, token_column
 from service.cli.token_view import visible
-from service.client.causal import Attributions
+from service.client import Attributions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,10 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(found)
     else:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         what = f"logit of {names[0]!r}" + (f" less that of {names[1]!r}" if len(names) > 1 else "")
         console.print(Text(f"{what} after token {found.position}: {found.metric:.3f}\n", style="bold cyan"))
-        console.print(_table(found))
+        print_table(console, _table(found))
         console.print(Text(_summary(found), style="dim"))
     if arguments.plot:
         from service.cli.causal_plots import draw_attributions
@@ -64,12 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(found: Attributions) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("feature", style="cyan", no_wrap=True)
-    table.add_column("#", justify="right", style="dim")
-    table.add_column("token", no_wrap=True, overflow="ellipsis", max_width=24)
-    for column in ("activation", "gradient", "attribution", "ablation"):
-        table.add_column(column, justify="right")
+    number = Column("#", justify="right", style="dim")
+    table = data_table("feature", number, token_column(), "activation", "gradient", "attribution", "ablation")
     assert found.tokens is not None
     for each in found.attributions:
         table.add_row(

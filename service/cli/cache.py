@@ -7,13 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sae_runtime.training.activations.cache import CacheGroup, clear_cache, list_groups
 from service.cli.command_error import CommandError
 from service.cli.json_output import print_json
-
-_LEAST_WIDTH = 110  # a group's name is what `clear` takes: it must not be cut short
+from service.cli.tables import data_table, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,15 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([_facts(group) for group in groups])
         return 0
-    console = Console(highlight=False)
-    console.width = max(console.width, _LEAST_WIDTH)
+    console = Console(highlight=False, markup=False)
     total = sum(group.bytes for group in groups) / 1e9
     if arguments.action == "clear":
         console.print(f"Deleted {len(groups)} groups, {total:.3f} GB")
     elif not groups:
         console.print(f"No cached activations in {arguments.folder}", soft_wrap=True)
     else:
-        console.print(_table(groups))
+        print_table(console, _table(groups))
         console.print(f"{total:.3f} GB in {arguments.folder}", soft_wrap=True)
     return 0
 
@@ -64,7 +62,7 @@ def _facts(group: CacheGroup) -> dict[str, object]:
 
 
 def _table(groups: list[CacheGroup]) -> Table:
-    table = Table("group", "backbone", "passes", "GB", "last used", box=None)
+    table = data_table("group", Column("backbone"), "passes", "GB", Column("last used"))
     for group in groups:
         used = datetime.fromtimestamp(group.used, UTC).strftime("%Y-%m-%d %H:%M")
         backbone = str(group.description.get("backbone", ""))

@@ -15,7 +15,7 @@ from service.client import Client, SaeserveError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from service.client.causal import Token
+    from service.client.options import Token
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:

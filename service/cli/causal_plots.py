@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_runtime.evaluation.plots import MissingPlotLibrary
-from service.client.causal import AblationStudy, Attributions, Contrast, Scores
+from service.client import AblationStudy, Attributions, Contrast, Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sae_runtime.causal.texts_needed import clearest_p_value, texts_needed
 from service.cli.argument_types import natural
 from service.cli.causal_options import add_output_arguments, add_truncate_argument, draw_plot
 from service.cli.command_error import CommandError
@@ -15,7 +16,11 @@ from service.cli.connection import add_connection_arguments, connected
 from service.cli.edit_options import describe
 from service.cli.features import read_files
 from service.cli.json_output import print_json
-from service.client.causal import Contrast, SetScore, SuggestionTrial
+from service.cli.tables import Entries, data_table, print_table
+from service.client import Contrast, SetScore, SuggestionTrial
+
+DEFAULT_FDR = 0.05
+"""At which the server counts what it finds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(contrast)
     else:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         console.print(
             Text(
                 f"{len(a)} texts against {len(b)}; {contrast.n_tested:,} features tested, "
@@ -81,7 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
                 style="dim",
             )
         )
-        console.print(_table(contrast))
+        if contrast.features:
+            print_table(console, _table(contrast))
+        if advice := _advice(contrast, len(a), len(b), arguments.fdr):
+            console.print(Text(f"\n{advice}", style="yellow"))
         if arguments.suggest:
             _print_suggestion(console, contrast)
     if arguments.plot:
@@ -91,11 +99,25 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _advice(contrast: Contrast, n_a: int, n_b: int, fdr: float) -> str:
+    """What to say where no feature passes; nothing where some do."""
+    passes = bool(contrast.features) if fdr else contrast.n_found > 0
+    if passes or not contrast.n_tested:
+        return "" if passes else "No feature fires on any of the texts."
+    level = fdr or DEFAULT_FDR
+    nothing = f"No feature passes a false discovery rate of {level:g}."
+    p, needed_p = clearest_p_value(n_a, n_b), level / contrast.n_tested
+    if p <= needed_p:
+        return nothing
+    return (
+        f"{nothing} The texts are too few: a feature that fires on all texts of one set and on none of the other has "
+        f"p = {p:.1e} with {n_a} and {n_b} texts, and passes alone among {contrast.n_tested:,} with p <= "
+        f"{needed_p:.1e}. That takes {texts_needed(contrast.n_tested, level)} texts in each set."
+    )
+
+
 def _table(contrast: Contrast) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("feature", style="cyan", no_wrap=True)
-    for column in ("mean a", "mean b", "active a", "active b", "effect size", "AUC", "p", "q"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = data_table("feature", "mean a", "mean b", "active a", "active b", "effect size", "AUC", "p", "q")
     for each in contrast.features:
         table.add_row(
             f"{each.feature[0]}:{each.feature[1]}",
@@ -117,19 +139,17 @@ def _print_suggestion(console: Console, contrast: Contrast) -> None:
         return
     console.print(Text(f"\nSuggested: {describe(contrast.suggestion)}", style="bold cyan"))
     if contrast.trials:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("edit", "Δ loss on a", "Δ loss on b", "favours a by", "KL a", "KL b"):
-            table.add_column(column, justify="left" if column == "edit" else "right")
+        table = data_table("edit", "Δ loss on a", "Δ loss on b", "favours a by", "KL a", "KL b")
         for trial in contrast.trials:
             table.add_row(*_trial(trial))
-        console.print(table)
+        print_table(console, table)
         console.print(Text("scored on the texts that the features were found on; nats a token, 95 %", style="dim"))
 
 
-def _trial(trial: SuggestionTrial) -> list[str]:
-    def change(score: SetScore) -> str:
+def _trial(trial: SuggestionTrial) -> list[str | Entries]:
+    def change(score: SetScore) -> Entries:
         low, high = score.interval
-        return f"{score.delta_loss:+.4f} ({low:+.4f} to {high:+.4f})"
+        return Entries((f"{score.delta_loss:+.4f}", f"({low:+.4f} to", f"{high:+.4f})"), gap=" ")
 
     return [
         describe(trial.edits),

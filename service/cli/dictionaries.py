@@ -6,11 +6,11 @@ import argparse
 import json
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from service.cli.connection import add_connection_arguments, connected
-from service.cli.fact_table import fact_table
 from service.cli.json_output import print_json
+from service.cli.tables import data_table, fact_table, print_table
 from service.client import DictionaryDetails, DictionaryInfo
 
 
@@ -26,20 +26,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(shown)
     elif isinstance(shown, DictionaryDetails):
-        Console().print(_details(shown))
+        print_table(Console(markup=False), _details(shown))
     else:
-        Console().print(_list(shown))
+        print_table(Console(markup=False), _list(shown))
     return 0
 
 
 def _list(dictionaries: tuple[DictionaryInfo, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("dictionary", style="cyan", no_wrap=True)
-    table.add_column("site")
-    for column in ("latents", "width"):
-        table.add_column(column, justify="right")
-    table.add_column("activation")
-    table.add_column("statistics")
+    table = data_table("dictionary", Column("site"), "latents", "width", Column("activation"), Column("statistics"))
     for each in dictionaries:
         table.add_row(
             each.name,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from yaml import YAMLError
+from rich.text import Text
 
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.formats import check_backbone, load_dictionary
@@ -18,16 +15,15 @@ from sae_runtime.errors import DictionaryFormatError, FingerprintMismatch, Unkno
 from sae_runtime.evaluation.evaluate import complete_settings, evaluate
 from sae_runtime.evaluation.figure_names import describe
 from sae_runtime.evaluation.plots import MissingPlotLibrary
-from sae_runtime.evaluation.progress import EvaluationProgress
 from sae_runtime.evaluation.report import EvaluationReport
 from sae_runtime.evaluation.settings import EvaluationSettings
 from sae_runtime.model.backbone import Backbone
+from sae_runtime.settings import read_settings
 from service.cli.command_error import CommandError
-from service.cli.fact_table import fact_table
+from service.cli.job_progress import ProgressDisplay
 from service.cli.json_output import print_json
-from service.cli.setting_flags import add_setting_flags, given_settings, problem
-
-_LOG_INTERVAL_S = 10.0
+from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
+from service.cli.tables import fact_table, print_table
 
 _SHOWN = (
     "nmse",
@@ -69,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings = _read_settings(arguments)
+    with settings_errors():
+        settings = read_settings(EvaluationSettings, arguments.config, given_settings(arguments, EvaluationSettings))
     missing = [str(path) for path in settings.data if not path.exists()]
     if missing:  # before anything is loaded
         raise CommandError(f"no text file or token folder at {', '.join(missing)}")
@@ -79,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     out = settings.out or Path(f"{dictionary.name or Path(arguments.dictionary).stem}-evaluation")
     provenance = dictionary.manifest.provenance if dictionary.manifest else None
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     code = 0
     try:
         report.write(out, provenance)
@@ -91,58 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"dictionary": arguments.dictionary, "path": str(out), "figures": report.figures})
     else:
-        _print_figures(Console(highlight=False), report.figures, out)
+        _print_figures(Console(highlight=False, markup=False), report.figures, out)
     return code
-
-
-class StageDisplay:
-    """A progress bar for each stage; on something that is no terminal, a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bars = Progress(
-            TextColumn("{task.description:<13}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeRemainingColumn(),
-            TextColumn("{task.completed:,.0f} {task.fields[unit]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._stage = ""
-        self._line_at = 0.0
-
-    def __enter__(self) -> StageDisplay:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def show(self, event: EvaluationProgress) -> None:
-        """Shows a moment of the evaluation."""
-        if event.stage != self._stage:
-            self._task = self._bars.add_task(event.stage, total=event.total, unit=event.unit)
-            self._stage, self._line_at = event.stage, 0.0
-        assert self._task is not None
-        self._bars.update(self._task, completed=event.done)
-        done = event.done >= event.total
-        if not self._console.is_terminal and (done or time.monotonic() - self._line_at > _LOG_INTERVAL_S):
-            self._line_at = time.monotonic()
-            self._console.print(f"{event.stage} {event.done:,} of {event.total:,} {event.unit}", soft_wrap=True)
-
-
-def _read_settings(arguments: argparse.Namespace) -> EvaluationSettings:
-    given = given_settings(arguments, EvaluationSettings)
-    try:
-        if arguments.config is None:
-            return EvaluationSettings(**given)
-        return EvaluationSettings.from_yaml(arguments.config, **given)
-    except ValidationError as error:
-        raise CommandError("; ".join(problem(each) for each in error.errors()), exit_code=2) from error
-    except (OSError, ValueError, YAMLError) as error:
-        raise CommandError(f"cannot read settings: {error}", exit_code=2) from error
 
 
 def _measure(name: str, settings: EvaluationSettings) -> tuple[Dictionary, EvaluationReport]:
@@ -154,16 +101,16 @@ def _measure(name: str, settings: EvaluationSettings) -> tuple[Dictionary, Evalu
         settings.backbone or (manifest.backbone.name if manifest else "builtin"), device=settings.device
     )
     check_backbone(dictionary, backbone)
-    with StageDisplay(Console(stderr=True, highlight=False)) as display:
+    with ProgressDisplay(Console(stderr=True, highlight=False)) as display:
         return dictionary, evaluate(backbone, dictionary, settings, display.show)
 
 
 def _print_figures(console: Console, figures: dict[str, Any], out: Path) -> None:
-    rows = {}
+    rows: dict[str, str | Text] = {}
     for name in _SHOWN:
         value = figures.get(name)
         if value is not None:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            rows[name] = f"{shown:>9}  [dim]{describe(name)}[/dim]"
-    console.print(fact_table(rows))
+            rows[name] = Text.assemble(f"{shown:>9}  ", (describe(name), "dim"))
+    print_table(console, fact_table(rows))
     console.print(f"Everything is in {out}; start with CARD.md", soft_wrap=True, markup=False)

@@ -16,9 +16,9 @@ from service.cli.command_error import CommandError
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.feature_names import FeatureName, feature_name
 from service.cli.json_output import print_json
-from service.cli.token_view import view_aggregate, view_tokens
+from service.cli.token_view import show_aggregate, show_tokens
 from service.client import DictionaryFeatures, Extraction, InputFeatures, Limits, Tokens
-from service.client.messages import ExtractOptions
+from service.client.options import ExtractOptions
 
 DEFAULT_TOP_K = 5
 
@@ -139,7 +139,7 @@ def _pairs(batches: Iterable[list[str]], replies: Iterable[Extraction]) -> Itera
 
 
 def _show(entries: Iterable[tuple[str, InputFeatures]], total: int, aggregation: str) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for number, (_, entry) in enumerate(entries, 1):
         title = f"text {number} of {total}: " if total > 1 else ""
         dropped = f", {entry.truncated_tokens:,} more cut off" if entry.truncated_tokens else ""
@@ -149,7 +149,10 @@ def _show(entries: Iterable[tuple[str, InputFeatures]], total: int, aggregation:
             console.print(
                 Text.assemble(title, (name, "bold cyan"), f"  {entry.n_tokens:,} {noun}{dropped}{how}"), end="\n\n"
             )
-            console.print(view_tokens(entry, features) if aggregation == "none" else view_aggregate(features.features))
+            if aggregation == "none":
+                show_tokens(console, entry, features)
+            else:
+                show_aggregate(console, features.features)
             console.print()
 
 

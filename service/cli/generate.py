@@ -15,7 +15,7 @@ from service.cli.edit_options import add_edit_arguments, describe, preset_edits,
 from service.cli.generation_view import GenerationView
 from service.cli.json_output import print_json
 from service.client import Edit, GenerationResult
-from service.client.messages import GenerateOptions
+from service.client.options import GenerateOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

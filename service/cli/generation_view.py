@@ -9,9 +9,10 @@ from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from service.cli.tables import Entries, data_table, print_table, token_column
 from service.cli.token_view import visible
 from service.client import GeneratedChunk, GenerationResult, TopTokens
 
@@ -30,7 +31,8 @@ class GenerationView:
         self._prompt = prompt
         self._edits = edits
         self._several = several
-        self._out, self._about = Console(highlight=False), Console(stderr=True, highlight=False)
+        self._out = Console(highlight=False, markup=False)
+        self._about = Console(stderr=True, highlight=False, markup=False)
         self._texts: dict[_Key, str] = {}
         self._printed: _Key | None = None
         self._live: Live | None = None
@@ -75,7 +77,7 @@ class GenerationView:
             if result.top or result.features:
                 if len(ordered) > 1:
                     self._out.print(Text(self._title((not result.unedited, result.sample)), style="bold cyan"))
-                self._out.print(token_table(result))
+                print_table(self._out, token_table(result))
 
     def _head(self, key: _Key) -> None:
         title = self._title(key)
@@ -109,14 +111,10 @@ class GenerationView:
 def token_table(result: GenerationResult) -> Table:
     """One row a token: its probability, the likeliest ones at its place, and the features that fired on it."""
     dictionaries = list(result.features[0].dictionaries) if result.features else []
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("#", justify="right", style="dim")
-    table.add_column("token", no_wrap=True, overflow="ellipsis", max_width=24)
-    table.add_column("probability", justify="right")
-    if result.top:
-        table.add_column("likeliest", no_wrap=True, overflow="ellipsis")
-    for name in dictionaries:
-        table.add_column(name, style="cyan", no_wrap=True, overflow="ellipsis")
+    number = Column("#", justify="right", style="dim")
+    likeliest = [Column("likeliest")] if result.top else []
+    features = [Column(name, style="cyan") for name in dictionaries]
+    table = data_table(number, token_column(), "probability", *likeliest, *features)
     pieces, cells = _features_by_position(result, dictionaries)
     first_generated = result.prompt_tokens
     last = first_generated + len(result.token_ids)
@@ -133,17 +131,17 @@ def token_table(result: GenerationResult) -> Table:
 
 def _features_by_position(
     result: GenerationResult, dictionaries: Iterable[str]
-) -> tuple[dict[int, bytes], dict[int, list[str]]]:
+) -> tuple[dict[int, bytes], dict[int, list[Entries]]]:
     """The tokens' bytes, where they are known, and the text of the features of each dictionary, by position."""
     pieces: dict[int, bytes] = {}
-    cells: dict[int, list[str]] = {}
+    cells: dict[int, list[Entries]] = {}
     for features in result.features:
         for i in range(len(features.token_ids)):
             position = features.first_position + i
             if features.pieces:
                 pieces[position] = features.pieces[i]
             cells[position] = [
-                "  ".join(f"{f} {v:.2f}" for f, v in zip(*features.dictionaries[name].row(i), strict=True))
+                Entries(f"{f} {v:.2f}" for f, v in zip(*features.dictionaries[name].row(i), strict=True))
                 for name in dictionaries
             ]
     for place, top in enumerate(result.top):
@@ -153,12 +151,12 @@ def _features_by_position(
     return pieces, cells
 
 
-def _likeliest(top: TopTokens) -> Text:
+def _likeliest(top: TopTokens) -> Entries:
     pieces = [visible(piece) for piece in top.pieces] or [f"id {token}" for token in top.token_ids]
-    text = Text()
-    for piece, logprob in zip(pieces, top.logprobs, strict=True):
-        text.append(piece, "bold").append(f" {math.exp(logprob):.3f}  ", "dim")
-    return text
+    return Entries(
+        Text.assemble((piece, "bold"), (f" {math.exp(logprob):.3f}", "dim"))
+        for piece, logprob in zip(pieces, top.logprobs, strict=True)
+    )
 
 
 def _reason(result: GenerationResult) -> str:

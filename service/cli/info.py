@@ -8,8 +8,8 @@ from dataclasses import asdict
 from rich.console import Console
 
 from service.cli.connection import add_connection_arguments, connected
-from service.cli.fact_table import fact_table
 from service.cli.json_output import print_json
+from service.cli.tables import fact_table, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
         "dictionaries": ", ".join(info.dictionaries),
         "edit presets": ", ".join(preset.name for preset in info.edit_presets) or "none",
     }
-    console = Console()
-    console.print(fact_table(about))
+    console = Console(markup=False)
+    print_table(console, fact_table(about))
     limits = {
         name: f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}" for name, limit in asdict(info.limits).items()
     }
     table = fact_table(limits)
     table.title, table.title_justify, table.title_style = "Limits of requests", "left", "bold"
     console.print()
-    console.print(table)
+    print_table(console, table)
     return 0

@@ -14,6 +14,7 @@ from importlib import metadata
 from types import ModuleType
 
 from service.cli.command_error import CommandError
+from service.cli.parser import CommandParser
 
 COMMANDS = {
     "serve": "serve the model and its dictionaries on this machine",
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(name: str | None) -> tuple[argparse.ArgumentParser, ModuleType | None]:
     """The parser of everything, with the arguments of one subcommand only, and that subcommand's module."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="saeserve",
         description="Sparse autoencoders on a live language model: which features fire on a text, and what changes "
         "when they do.",

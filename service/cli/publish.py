@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from sae_runtime.dictionary.formats import load_dictionary
+from sae_runtime.builtin import HELD_OUT
+from sae_runtime.data.text_sample import read_sample
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.formats import check_backbone, load_dictionary
 from sae_runtime.dictionary.formats.published import STORED_DTYPES, read_statistics
-from sae_runtime.dictionary.publish import measure_on_text, publish
+from sae_runtime.dictionary.publish import publish
 from sae_runtime.errors import DictionaryFormatError, UnknownDictionary
+from sae_runtime.figures.held_out import held_out_figures
+from sae_runtime.figures.statistics import measure_on_text
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
 from service.cli.command_error import CommandError
-from service.cli.fact_table import fact_table
 from service.cli.json_output import print_json
+from service.cli.tables import fact_table, print_table
+
+_FIT_TOKENS = 8_192
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Writes a dictionary of any format (SAELens, sparsify, dictionary_learning, OpenAI or published) as a folder "
         "in the published form, for a backbone. With --data its latents are measured on text, which edits in multiples "
-        "of a feature's maximum and ablation to the mean need."
+        "of a feature's maximum and ablation to the mean need. How well it reconstructs the backbone's activations is "
+        "shown always: a dictionary made for another model, site or input scale shows there."
     )
     parser.add_argument("dictionary", metavar="DICTIONARY", help="a folder or file of any format, or a builtin name")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
@@ -50,16 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.tokens < 1:
         raise CommandError(f"--tokens is {arguments.tokens}, expected 1 or more", exit_code=2)
+    if arguments.out.exists() and not arguments.overwrite:  # before anything is measured
+        raise CommandError(f"{arguments.out} exists; choose another folder, or give --overwrite")
     try:
         dictionary = load_dictionary(arguments.dictionary, device=arguments.device)
         backbone = Backbone.load(arguments.backbone, device=arguments.device)
         placed = dictionary if arguments.site is None else replace(dictionary, site=str(Site.parse(arguments.site)))
+        check_backbone(placed, backbone)
+        fit, warnings = _check_fit(placed, backbone, arguments)
         statistics = None
         if arguments.statistics is not None:
             statistics = read_statistics(arguments.statistics)
         elif arguments.data:
             statistics = measure_on_text(
-                placed, backbone, arguments.data, arguments.tokens, context_length=arguments.context_length
+                backbone, placed, arguments.data, arguments.tokens, context_length=arguments.context_length
             )
         manifest = publish(
             placed,
@@ -73,6 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except (OSError, ValueError, DictionaryFormatError, UnknownDictionary) as error:
         raise CommandError(str(error)) from error
+    for warning in warnings:
+        print(f"saeserve: warning: {warning}", file=sys.stderr)
     measured = statistics or dictionary.statistics
     facts: dict[str, str] = {
         "name": manifest.name,
@@ -85,9 +101,46 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(
             facts
             | {"latents": manifest.n_latents, "statistics_tokens": None if measured is None else measured.n_tokens}
+            | {"fit": fit or None}
         )
         return 0
     facts["latents"] = f"{manifest.n_latents:,}"
+    if fit:
+        facts["NMSE"] = f"{fit['nmse']:.4f} over {fit['n_tokens']:,} tokens (1 is predicting the mean)"
+        facts["L0"] = f"{fit['l0']:.1f} active latents per token"
     facts["statistics"] = "none" if measured is None else f"over {measured.n_tokens:,} tokens"
-    Console(highlight=False).print(fact_table(facts))
+    print_table(Console(highlight=False, markup=False), fact_table(facts))
     return 0
+
+
+def _check_fit(
+    dictionary: Dictionary, backbone: Backbone, arguments: argparse.Namespace
+) -> tuple[dict[str, float], list[str]]:
+    """Held-out figures of how well the dictionary fits the backbone (none if unknown), and what speaks against it."""
+    warnings = []
+    origin = dictionary.origin
+    if origin is not None and origin.model and _plain_name(origin.model) != _plain_name(backbone.name):
+        warnings.append(f"its file says that it was made for {origin.model}; the backbone is {backbone.name}")
+    if dictionary.site is None or dictionary.transcoder:
+        return {}, warnings  # without a site publishing fails; a transcoder does not reconstruct what it reads
+    recorded = origin.context_length if origin is not None else None
+    length = min(arguments.context_length or recorded or backbone.context_length, backbone.context_length)
+    try:
+        sample = read_sample(backbone, arguments.data or [HELD_OUT], _FIT_TOKENS, context_length=length)
+        figures = held_out_figures(backbone, dictionary, sample.rows)
+    except ValueError as error:
+        return {}, [*warnings, f"its reconstruction cannot be measured: {error}"]
+    fit = {str(name): figures[name] for name in ("nmse", "l0", "loss_recovered", "n_tokens") if name in figures}
+    nmse = fit.get("nmse", math.inf)  # undefined where all activations are equal
+    if not nmse < 1:
+        warnings.append(
+            f"its NMSE is {nmse:.2f}, which is worse than predicting the mean activation: it seems to belong to "
+            f"another model, another site than {dictionary.site}, or inputs of another scale"
+        )
+    return fit, warnings
+
+
+def _plain_name(model: str) -> str:
+    """Without the owner, and with one name for GPT-2 small."""
+    name = model.rstrip("/").rpartition("/")[2].lower()
+    return "gpt2" if name == "gpt2-small" else name

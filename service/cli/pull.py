@@ -13,8 +13,8 @@ from sae_runtime.dictionary.pull.download import DownloadSettings, PullError
 from sae_runtime.dictionary.pull.pull import Pulled, PullSettings, pull
 from sae_runtime.errors import DictionaryFormatError
 from service.cli.command_error import CommandError
-from service.cli.fact_table import fact_table
 from service.cli.json_output import print_json
+from service.cli.tables import fact_table, print_table
 
 DEFAULTS = PullSettings(hub_base="")
 
@@ -81,7 +81,7 @@ def _print(pulled: Pulled, *, as_json: bool) -> None:
         ]
         print_json({"path": str(pulled.path), "name": manifest.name, "license": pulled.license, "files": files})
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(f"Published {manifest.name} in {pulled.path}", soft_wrap=True)
     rows = {
         "site": manifest.site,
@@ -92,7 +92,7 @@ def _print(pulled: Pulled, *, as_json: bool) -> None:
     for file in pulled.files:
         checked = ", ".join(file.verified) or "nothing to compare with"
         rows[file.path.name] = f"{file.size:,} bytes, sha256 {file.sha256[:16]}…, checked: {checked}"
-    console.print(fact_table(rows))
+    print_table(console, fact_table(rows))
     console.print(f"Serve it: saeserve serve --dictionaries {pulled.path}", soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ import argparse
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from service.cli.causal_options import (
@@ -20,8 +20,9 @@ from service.cli.causal_options import (
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.edit_options import add_edit_arguments, describe, preset_edits, resolve_edits
 from service.cli.json_output import print_json
+from service.cli.tables import data_table, print_table, token_column
 from service.cli.token_view import visible
-from service.client.causal import InputScore, Scores
+from service.client import InputScore, Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,15 +62,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"edits": shown, "scores": scores})
     else:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         console.print(Text(describe(shown), style="bold cyan"))
         if len(scores) > 1 or arguments.summary:
-            console.print(_summary(texts, scores))
+            print_table(console, _summary(texts, scores))
         if not arguments.summary:
             for number, each in enumerate(scores.inputs, 1):
                 if len(scores) > 1:
                     console.print(f"\ntext {number} of {len(scores)}")
-                console.print(_token_table(each, names))
+                print_table(console, _token_table(each, names))
         console.print(_totals(scores))
     if arguments.plot:
         from service.cli.causal_plots import draw_scores
@@ -80,17 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _token_table(score: InputScore, names: list[str]) -> Table:
     edited = score.edited
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("#", justify="right", style="dim")
-    table.add_column("token", no_wrap=True, overflow="ellipsis", max_width=24)
-    table.add_column("loss", justify="right")
-    if edited is not None:
-        table.add_column("edited", justify="right")
-        table.add_column("Δ loss", justify="right")
-        table.add_column("KL", justify="right")
-    table.add_column("right")
-    for name in names:
-        table.add_column(f"logit {name}", justify="right")
+    number = Column("#", justify="right", style="dim")
+    changes = () if edited is None else ("edited", "Δ loss", "KL")
+    logits = (f"logit {name}" for name in names)
+    table = data_table(number, token_column(), "loss", *changes, Column("right"), *logits)
     assert score.tokens is not None
     for i, piece in enumerate(score.tokens.pieces):
         # The prediction of token i is made after token i - 1.
@@ -117,10 +111,7 @@ def _token_table(score: InputScore, names: list[str]) -> Table:
 
 
 def _summary(texts: list[str], scores: Scores) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("text", no_wrap=True, overflow="ellipsis", max_width=40)
-    for column in ("tokens", "loss", "edited", "Δ loss", "mean KL", "right", "edited"):
-        table.add_column(column, justify="right")
+    table = data_table(Column("text", max_width=40), "tokens", "loss", "edited", "Δ loss", "mean KL", "right", "edited")
     for text, each in zip(texts, scores.inputs, strict=True):
         cells: list[str | Text] = [" ".join(text.split()), str(each.n_tokens), f"{each.unedited.mean_loss:.3f}"]
         if each.edited is not None and each.kl is not None:

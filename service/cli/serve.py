@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
 from service.local_ray import StartError, check_ports, local_ray, ray_is_silent, uses_haproxy
-from service.settings import ServeSettings, SettingsError, add_setting_flags, load_settings, setting_fields
+from service.settings import ServeSettings, load_settings
 
 APP_NAME = "saeserve"
 _POLL_S = 0.1
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings.")
     parser.add_argument("--verbose", action="store_true", help="Show the logs of Ray and of the replicas.")
-    add_setting_flags(parser.add_argument_group("settings"))
+    add_setting_flags(parser, ServeSettings)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,23 +41,23 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns the exit code: 0 after Ctrl-C or SIGTERM, 1 if the service could not start or has died.
     """
-    given = vars(arguments)
-    verbose: bool = given["verbose"]
+    verbose: bool = arguments.verbose
+    with settings_errors():
+        settings = load_settings(arguments.config, given_settings(arguments, ServeSettings))
     try:
-        settings = load_settings(given["config"], {name: given.get(name) for name, _, _ in setting_fields()})
         check_ports(settings)
         _stop_on_signals()
         with local_ray(settings, verbose=verbose) as directory:
             _stop_on_signals()  # again: ray.init sets its own handler
             with _progress("starting saeserve", quiet=verbose), ray_is_silent(verbose=verbose):
                 metrics_dir = settings.metrics_dir or str(directory / "metrics")
-                _start(settings.model_copy(update={"metrics_dir": metrics_dir}))
-            print(_ready_line(settings), flush=True)
+                device = _start(settings.model_copy(update={"metrics_dir": metrics_dir}))
+            print(_ready_line(settings, device), flush=True)
             _watch()
         return 0
     except (_Stop, KeyboardInterrupt, SystemExit):  # Ray turns what a signal handler raises into the others
         return 0
-    except (SettingsError, StartError) as error:
+    except StartError as error:
         print(f"saeserve: {error}", file=sys.stderr)
         return 1
     except Exception as error:  # Ray's, of many kinds, with the traces of several processes
@@ -67,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
 
 
-def _start(settings: ServeSettings) -> None:
-    """Deploys the application and waits until calls are answered.
+def _start(settings: ServeSettings) -> str:
+    """Deploys the application and waits until calls are answered. Gives what it computes on.
 
     Raises:
         StartError: a replica failed, there is no such device, or it took too long.
@@ -80,6 +81,8 @@ def _start(settings: ServeSettings) -> None:
     from service.app import SERVICER_FUNCTIONS, build_app
 
     there: float = ray.cluster_resources().get("GPU", 0.0)
+    settings = settings.share_gpus(there)
+    assert settings.gpus_per_replica is not None
     wanted = settings.replicas * settings.gpus_per_replica
     if wanted > there:
         raise StartError(
@@ -94,7 +97,8 @@ def _start(settings: ServeSettings) -> None:
     target = serve.RunTarget(target=build_app(settings), name=APP_NAME)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     _await_running(deadline)
-    _await_serving(settings, deadline)
+    device = _await_serving(settings, deadline)
+    return f"{device}, {settings.gpus_per_replica:g} GPU a replica" if settings.gpus_per_replica else device
 
 
 def _await_running(deadline: float) -> None:
@@ -124,10 +128,12 @@ def _start_failure(message: str) -> str | None:
     return rest.partition("\n")[0].strip() if found else None
 
 
-def _await_serving(settings: ServeSettings, deadline: float) -> None:
-    """Asks the health service through the port that clients use."""
+def _await_serving(settings: ServeSettings, deadline: float) -> str:
+    """Asks the health service through the port that clients use. Gives the device that a replica computes on."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from service.pb.saeserve.v1 import server_service_pb2, server_service_pb2_grpc
 
     with grpc.insecure_channel(_address(settings, settings.grpc_port)) as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -135,7 +141,9 @@ def _await_serving(settings: ServeSettings, deadline: float) -> None:
             try:
                 reply = health.Check(health_pb2.HealthCheckRequest(), timeout=5)
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
+                    server = server_service_pb2_grpc.ServerServiceStub(channel)
+                    device: str = server.GetServerInfo(server_service_pb2.GetServerInfoRequest(), timeout=5).device
+                    return device
                 answer = "NOT_SERVING"
             except grpc.RpcError as error:
                 answer = error.code().name
@@ -160,13 +168,14 @@ def _watch() -> None:
             raise StartError(f"Ray has stopped: {error}") from None
 
 
-def _ready_line(settings: ServeSettings) -> str:
+def _ready_line(settings: ServeSettings, device: str) -> str:
     grpc_address = _address(settings, settings.grpc_port)
     default = ServeSettings.model_fields["grpc_port"].default == settings.grpc_port
     call = 'saeserve features "some text"' + ("" if default else f" --address {grpc_address}")
+    http_address = _address(settings, settings.http_port)
     slow = "" if uses_haproxy(settings) else " [Ray Serve's own proxy; HAProxy is not used]"
     return (
-        f"saeserve is ready{slow}: gRPC {grpc_address}, HTTP http://{_address(settings, settings.http_port)}. "
+        f"saeserve is ready on {device}{slow}: gRPC {grpc_address}, HTTP http://{http_address}. "
         f"Try: {call}   (Ctrl-C stops)"
     )
 

@@ -3,70 +3,69 @@
 from __future__ import annotations
 
 import argparse
-import types
+import contextlib
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sae_runtime.settings import SettingsError, alternatives, flag_of, from_text, setting_fields
+from service.cli.command_error import CommandError
+from service.cli.parser import WRONG_USAGE, YesOrNo
+
 
 def add_setting_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
-    """One flag for each field, named and described as the field."""
+    """One flag for each field, named and described as the field: --engine.max-batch-tokens for a nested one."""
     group = parser.add_argument_group("settings")
-    for name, field in model.model_fields.items():
+    for name, info in setting_fields(model):
         # SUPPRESS: what is not given must not hide the file's value.
-        group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=_help(field), **_form(field))
+        group.add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS, help=_help(info), **_form(info))
 
 
 def given_settings(arguments: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]:
-    """The settings that stood on the command line, as text; "none" is None."""
-    given = {name: value for name, value in vars(arguments).items() if name in model.model_fields}
-    return {name: None if value == "none" else value for name, value in given.items()}
+    """The settings that stood on the command line, as text, by dotted name."""
+    given = vars(arguments)
+    return {name: _value(info, given[name]) for name, info in setting_fields(model) if name in given}
 
 
-def problem(error: Any) -> str:
-    """One of pydantic's errors as a line for the person at the terminal."""
-    name = ".".join(str(part) for part in error["loc"])
-    match error["type"]:
-        case "missing":
-            return f"{name} is not given (in the file, or as {flag(name)})"
-        case "extra_forbidden":
-            return f"{name}: no such setting"
-        case "value_error":
-            message = str(error["ctx"]["error"])
-            return f"{name}: {message}" if name else message
-        case _:
-            return f"{name}: {error['msg']}, found {error['input']!r}"
+@contextlib.contextmanager
+def settings_errors() -> Iterator[None]:
+    """Makes wrong settings wrong usage of the command."""
+    try:
+        yield
+    except SettingsError as error:
+        raise CommandError(str(error), exit_code=WRONG_USAGE) from error
 
 
-def flag(name: str) -> str:
-    """The flag of a field."""
-    return "--" + name.replace("_", "-")
+def _value(info: FieldInfo, given: Any) -> Any:
+    # A list that can also be a word is written with commas, as in the environment.
+    return ",".join(given) if isinstance(given, list) and _words(alternatives(info)) else from_text(info, given)
 
 
-def _help(field: FieldInfo) -> str:
-    text = (field.description or "").replace("%", "%%")
-    if field.is_required() or field.default is None or field.default == ():
+def _help(info: FieldInfo) -> str:
+    text = (info.description or "").replace("%", "%%")
+    default = info.get_default(call_default_factory=True)
+    if info.is_required() or default is None or default == ():
         return text
-    return f"{text} [{field.default}]"
+    return f"{text} [{'empty' if default == '' else default}]"
 
 
-def _form(field: FieldInfo) -> dict[str, Any]:
+def _form(info: FieldInfo) -> dict[str, Any]:
     """How argparse reads a field. Values stay text: the settings object converts and checks them, as for a file."""
-    kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
+    kinds = [kind for kind in alternatives(info) if kind is not type(None)]
     if kinds == [bool]:
-        return {"action": argparse.BooleanOptionalAction}
-    if any(typing.get_origin(kind) is Literal for kind in kinds):
-        return {"choices": [value for kind in kinds for value in typing.get_args(kind)]}
+        return {"action": YesOrNo}
     for kind in kinds:
         if typing.get_origin(kind) is tuple:
             item = typing.get_args(kind)[0]
             return {"nargs": "+", "metavar": "FILE" if item is Path else "N" if item in (int, float) else "TEXT"}
+    if words := _words(kinds):
+        return {"choices": words}
     return {"metavar": "PATH" if Path in kinds else "N" if {int, float} & set(kinds) else "TEXT"}
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
+def _words(kinds: typing.Iterable[Any]) -> list[str]:
+    return [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]

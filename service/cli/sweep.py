@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 
 from sae_runtime.errors import DictionaryFormatError
+from sae_runtime.progress import ProgressCallback
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.progress import ProgressCallback
 from sae_runtime.training.sweep import PLOT, REPORT, SweepResult, run_sweep
 from service.cli import train
 from service.cli.command_error import CommandError
+from service.cli.job_progress import ProgressDisplay
 from service.cli.json_output import print_json
+from service.cli.tables import data_table, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +43,11 @@ def _numbers(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> int:
     base = train.read_config(arguments)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
 
     def begin(index: int, total: int, config: TrainingConfig) -> ProgressCallback:
         console.print(f"run {index + 1} of {total}: n_latents {config.n_latents}, k {config.k}")
-        return train.ProgressDisplay(console).show
+        return ProgressDisplay(console).show
 
     try:
         result = run_sweep(base, arguments.grid_n_latents, arguments.grid_k, begin=begin)
@@ -64,20 +66,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(result: SweepResult, base: TrainingConfig) -> None:
-    console = Console(highlight=False)
-    table = Table("latents", "k", "NMSE", "fitted", title="held-out NMSE")
+    console = Console(highlight=False, markup=False)
+    table = data_table(Column("latents", justify="right"), "k", "NMSE", "fitted", title="held-out NMSE")
     for point in result.points:
         fitted = "" if result.fit is None else f"{result.fit.loss(point.n_latents, point.k):.4f}"
         table.add_row(f"{point.n_latents:,}", str(point.k), f"{point.loss:.4f}", fitted)
-    console.print(table)
+    print_table(console, table)
     if result.fit is None:
         console.print(f"No fit: {result.reason}")
     else:
-        law = Table("parameter", "value", "95 % interval", title="L(n, k)")
+        law = data_table("parameter", "value", "95 % interval", title="L(n, k)")
         for name, value in result.fit.parameters.items():
             low, high = result.fit.intervals[name]
             law.add_row(name, f"{value:.3f}", f"{low:.3f} to {high:.3f}")
-        console.print(law)
+        print_table(console, law)
         console.print(f"R² of log NMSE {result.fit.r_squared:.4f}, residual {100 * result.fit.residual_std:.2f} %")
     plot = f" and {PLOT}" if (base.out / PLOT).exists() else ""
     console.print(f"Written: {REPORT}{plot} in {base.out}", soft_wrap=True)

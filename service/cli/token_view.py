@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.style import Style
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text
 
+from service.cli.tables import Entries, data_table, print_table, token_column
 from service.client import DictionaryFeatures, InputFeatures, SparseRows, Tokens
 
 _BAR_CELLS = 10
@@ -18,40 +19,38 @@ _FAINT, _STRONG = (255, 244, 224), (255, 138, 30)  # shades of orange, readable 
 _SMALLEST_SHADE = 0.05
 
 
-def view_tokens(entry: InputFeatures, features: DictionaryFeatures) -> RenderableType:
-    """One row a token: the shaded text, then each token with its features, strongest first."""
+def show_tokens(console: Console, entry: InputFeatures, features: DictionaryFeatures) -> None:
+    """Prints the shaded text, then a row for each token with its features, strongest first."""
     assert entry.tokens is not None
     rows = list(features.features)
     strongest = np.array([values[0] if len(values) else 0.0 for _, values in rows], np.float32)
     largest = float(strongest.max(initial=0.0))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("#", justify="right", style="dim")
-    table.add_column("token", no_wrap=True, overflow="ellipsis", max_width=24)
-    table.add_column("feature", justify="right", style="cyan")
-    table.add_column("activation", no_wrap=True)
-    if features.reconstruction_error is not None:
-        table.add_column("error", justify="right")
-    table.add_column("others", style="dim", no_wrap=True, overflow="ellipsis")
+    number, feature = Column("#", justify="right", style="dim"), Column("feature", justify="right", style="cyan")
+    error = () if features.reconstruction_error is None else ("error",)
+    activation, others = Column("activation", no_wrap=True), Column("others", style="dim")
+    table = data_table(number, token_column(), feature, activation, *error, others)
     for i, (indices, values) in enumerate(rows):
         cells: list[RenderableType] = [str(i), visible(entry.tokens.pieces[i])]
         cells += [str(indices[0]), _bar(float(values[0]), largest)] if len(values) else ["-", ""]
         if features.reconstruction_error is not None:
             cells.append(f"{features.reconstruction_error[i]:.3f}")
-        cells.append("  ".join(f"{f} {v:.2f}" for f, v in zip(indices[1:], values[1:], strict=True)))
+        cells.append(Entries(f"{f} {v:.2f}" for f, v in zip(indices[1:], values[1:], strict=True)))
         table.add_row(*cells)
-    return Group(shaded(entry.tokens, strongest), "", table)
+    console.print(shaded(entry.tokens, strongest), end="\n\n")
+    print_table(console, table)
 
 
-def view_aggregate(features: SparseRows) -> RenderableType:
-    """One row an input: its features, strongest first."""
+def show_aggregate(console: Console, features: SparseRows) -> None:
+    """Prints a row for each feature of a text, strongest first."""
     indices, values = features.row(0)
     largest = float(values.max(initial=0.0))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("feature", justify="right", style="cyan")
-    table.add_column("activation", no_wrap=True)
+    table = data_table(Column("feature", justify="right", style="cyan"), Column("activation", no_wrap=True))
     for feature, activation in zip(indices, values, strict=True):
         table.add_row(str(feature), _bar(float(activation), largest))
-    return table if len(values) else Text("no feature fires", style="dim")
+    if len(values):
+        print_table(console, table)
+    else:
+        console.print(Text("no feature fires", style="dim"))
 
 
 def shaded(tokens: Tokens, activations: Sequence[float] | np.ndarray) -> Text:

@@ -6,20 +6,18 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sae_runtime.data.token_folder.manifest import TokenManifest
 from sae_runtime.data.token_folder.reader import TokenFolder
 from sae_runtime.data.token_folder.tokenize import TokenizeConfig, TokenizeProgress, tokenize
+from sae_runtime.settings import read_settings
 from service.cli.command_error import CommandError
-from service.cli.fact_table import fact_table
 from service.cli.json_output import print_json
-from service.cli.setting_flags import add_setting_flags, given_settings, problem
+from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
+from service.cli.tables import fact_table, print_table
 
 _LOG_INTERVAL_S = 10.0
 
@@ -57,10 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"path": str(path), **figures})
         return 0
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(f"{'Verified' if arguments.check else 'Wrote'} {path}", soft_wrap=True)
     rows = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in figures.items()}
-    console.print(fact_table(rows))
+    print_table(console, fact_table(rows))
     if not arguments.check:
         console.print(f"Train on it: saeserve train --data {path} ...", soft_wrap=True)
     return 0
@@ -70,21 +68,13 @@ def read_config(arguments: argparse.Namespace) -> TokenizeConfig:
     """Settings of the file and the flags.
 
     Raises:
-        CommandError: a setting is unknown, missing or wrong; one line for each.
+        CommandError: a setting is unknown, missing or wrong; tells of all of them.
     """
-    try:
-        settings: Any = {} if arguments.config is None else yaml.safe_load(arguments.config.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise CommandError(f"cannot read settings: {error}", exit_code=2) from error
-    if not isinstance(settings, dict):
-        raise CommandError(f"{arguments.config}: found {type(settings).__name__}, expected settings", exit_code=2)
-    settings |= given_settings(arguments, TokenizeConfig)
+    flags = given_settings(arguments, TokenizeConfig)
     if arguments.source:
-        settings["sources"] = arguments.source
-    try:
-        return TokenizeConfig(**settings)
-    except ValidationError as error:
-        raise CommandError("; ".join(problem(each) for each in error.errors()), exit_code=2) from error
+        flags["sources"] = arguments.source
+    with settings_errors():
+        return read_settings(TokenizeConfig, arguments.config, flags)
 
 
 def _figures(manifest: TokenManifest) -> dict[str, str | int]:

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import argparse
 import signal
-import time
 from pathlib import Path
 
-from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from yaml import YAMLError
+from rich.text import Text
 
 from sae_runtime.dictionary.manifest import Manifest
 from sae_runtime.errors import DictionaryFormatError
 from sae_runtime.evaluation.figure_names import describe
 from sae_runtime.training.config import TrainingConfig, preset_names
-from sae_runtime.training.distributed.worker import workers_folder
-from sae_runtime.training.progress import TrainingProgress
-from sae_runtime.training.run import TrainingStopped, run_training
+from sae_runtime.training.distributed.sharded_checkpoint import workers_folder
+from sae_runtime.training.run import run_training
+from sae_runtime.training.stop_signals import TrainingStopped
 from service.cli.command_error import CommandError
-from service.cli.fact_table import fact_table
+from service.cli.job_progress import ProgressDisplay
 from service.cli.json_output import print_json
-from service.cli.setting_flags import add_setting_flags, given_settings, problem
+from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
+from service.cli.tables import fact_table, print_table
 from service.cli.train_workers import add_worker_flags, train_on_workers
-
-_LOG_INTERVAL_S = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = read_config(arguments)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     try:
         with ProgressDisplay(console) as display:
             if arguments.workers is None:
@@ -75,69 +71,9 @@ def read_config(arguments: argparse.Namespace) -> TrainingConfig:
     Raises:
         CommandError: a setting is unknown, missing or wrong; one line for each.
     """
-    try:
-        return TrainingConfig.from_yaml(
-            arguments.config, preset=arguments.preset, **given_settings(arguments, TrainingConfig)
-        )
-    except ValidationError as error:
-        raise CommandError("; ".join(problem(each) for each in error.errors()), exit_code=2) from error
-    except (OSError, ValueError, YAMLError) as error:
-        raise CommandError(f"cannot read settings: {error}", exit_code=2) from error
-
-
-class ProgressDisplay:
-    """A progress bar for each stage of a run; on something that is no terminal, a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bars = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._stage = ""
-        self._figures = ""
-        self._line_at = 0.0
-
-    def __enter__(self) -> ProgressDisplay:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def show(self, event: TrainingProgress) -> None:
-        """Shows a moment of the run; figures of training stay until there are new ones."""
-        if event.stage != self._stage:
-            if self._task is not None:
-                self._bars.update(self._task, completed=self._bars.tasks[self._task].total)
-            self._task = self._bars.add_task(event.stage, total=event.total_tokens, figures="")
-            self._stage, self._figures, self._line_at = event.stage, "", 0.0
-        if event.nmse is not None or event.stage != "train":
-            self._figures = _figures(event)
-        assert self._task is not None
-        self._bars.update(self._task, completed=event.tokens, total=event.total_tokens, figures=self._figures)
-        done = event.tokens >= event.total_tokens
-        if not self._console.is_terminal and (done or time.monotonic() - self._line_at > _LOG_INTERVAL_S):
-            self._line_at = time.monotonic()
-            share = f"{event.stage} {event.tokens:,} of {event.total_tokens:,}"
-            self._console.print(f"{share}  {self._figures}".rstrip(), soft_wrap=True)
-
-
-def _figures(event: TrainingProgress) -> str:
-    parts = [f"{event.tokens_per_second:,.0f} tokens/s"] if event.tokens_per_second and event.stage != "publish" else []
-    if event.nmse is not None:
-        parts.append(f"NMSE {event.nmse:.4f}")
-    if event.l0 is not None:
-        parts.append(f"L0 {event.l0:.1f}")
-    if event.dead_fraction is not None:
-        parts.append(f"dead {100 * event.dead_fraction:.1f} %")
-    return "  ".join(parts)
+    with settings_errors():
+        given = given_settings(arguments, TrainingConfig)
+        return TrainingConfig.from_yaml(arguments.config, preset=arguments.preset, **given)
 
 
 def _summary(path: Path, manifest: Manifest) -> dict[str, object]:
@@ -145,11 +81,11 @@ def _summary(path: Path, manifest: Manifest) -> dict[str, object]:
 
 
 def _print_result(path: Path, manifest: Manifest) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(f"Published {manifest.name} in {path}", soft_wrap=True)
-    rows = {}
+    rows: dict[str, str | Text] = {}
     for name, value in manifest.evaluation.items():
         shown = f"{value:,.0f}" if name == "n_tokens" else f"{value:.4f}"
-        rows[name] = f"{shown:>9}  [dim]{describe(name)}[/dim]"
-    console.print(fact_table(rows))
+        rows[name] = Text.assemble(f"{shown:>9}  ", (describe(name), "dim"))
+    print_table(console, fact_table(rows))
     console.print(f"Serve it: saeserve serve --dictionaries {path}", soft_wrap=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from sae_runtime.dictionary.formats.published import read_manifest
 from sae_runtime.dictionary.manifest import Manifest
+from sae_runtime.progress import ProgressCallback
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.progress import ProgressCallback
 from service.cli.argument_types import natural
 from service.cli.command_error import CommandError
 from service.local_ray import StartError
-from service.training.distribution import Distribution, TrainingFailed
+from service.training.ray_session import Distribution, TrainingFailed
 
 
 def add_worker_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,21 +3,26 @@
 Client is for ordinary code, AsyncClient for asyncio; both have the same calls.
 """
 
-from service.client.aio import AsyncClient, AsyncGeneration
-from service.client.causal import (
-    AblationStudy,
-    Attributions,
-    Contrast,
+from sae_runtime.causal.report import (
     DistanceEffect,
     EffectFigures,
     FeatureAttribution,
     FeatureContrast,
     FeatureEffect,
-    InputScore,
-    Scores,
+    FeatureId,
     SetScore,
     SuggestionTrial,
     TokenScores,
+)
+from service.client.aio import AsyncClient, AsyncGeneration
+from service.client.catalog import (
+    BackboneInfo,
+    DictionaryDetails,
+    DictionaryInfo,
+    EditPreset,
+    Limits,
+    Provenance,
+    ServerInfo,
 )
 from service.client.edits import (
     AfterText,
@@ -48,22 +53,16 @@ from service.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from service.client.measurements import AblationStudy, Attributions, Contrast, InputScore, Scores
 from service.client.results import (
-    BackboneInfo,
     Decoding,
-    DictionaryDetails,
     DictionaryFeatures,
-    DictionaryInfo,
-    EditPreset,
     Encoding,
     Extraction,
     GeneratedChunk,
     GenerationResult,
     InputFeatures,
     InputStatistics,
-    Limits,
-    Provenance,
-    ServerInfo,
     SparseRows,
     Timing,
     TokenFeatures,
@@ -102,6 +101,7 @@ __all__ = [
     "FeatureAttribution",
     "FeatureContrast",
     "FeatureEffect",
+    "FeatureId",
     "FieldViolation",
     "GeneratedChunk",
     "Generation",

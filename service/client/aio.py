@@ -1,4 +1,8 @@
-"""The client for asyncio code: the same calls as service.client.sync."""
+"""The client for asyncio code.
+
+protos/generate_sync.py writes sync.py, the client for ordinary code, from this file: a change here goes there with
+`make proto`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,22 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.client import causal, messages, results
+from service.client import catalog, measurements, messages, replies, results
 from service.client import channel as channels
 from service.client.edits import Edit
 from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Unavailable, error_of_call
+from service.client.generation import GenerationReader
+from service.client.options import (
+    AblateOptions,
+    AttributeOptions,
+    ContrastOptions,
+    ExtractOptions,
+    GenerateOptions,
+    Input,
+    Inputs,
+    ScoreOptions,
+    SelectionOptions,
+)
 from service.client.retry import Attempts, RetryPolicy
 from service.pb.saeserve.v1 import (
     catalog_service_pb2,
@@ -36,10 +52,12 @@ class AsyncClient:
 
         async with AsyncClient() as client:
             reply = await client.extract_features("The cat sat on the mat.", top_k=5)
-            async for chunk in client.generate("Once upon a time"):
-                print(chunk.text, end="")
+            indices, values = reply[0]["resid-mid"].row(3)  # features of the fourth token
 
-    Arguments, results, errors and retries are those of Client. A task that is cancelled cancels its call.
+    Calls raise SaeserveError's subclasses. UNAVAILABLE is retried as `retry` says, inside the call's timeout; streams
+    only until their first message has arrived, extract_features_stream never.
+
+    A task that is cancelled cancels its call.
     """
 
     def __init__(
@@ -53,7 +71,17 @@ class AsyncClient:
         metadata: channels.Metadata = (),
         options: channels.ChannelOptions = (),
     ) -> None:
-        """As Client."""
+        """Connects on the first call.
+
+        Args:
+            address: host:port of the gRPC server.
+            timeout_s: deadline of calls with one reply, attempts and waits together; math.inf for none.
+            generate_timeout_s: the same for generate, ablate_features, attribute_features and contrast_features.
+            retry: when failed calls are tried again; RetryPolicy() if not given.
+            credentials: for TLS, such as grpc.ssl_channel_credentials(); cleartext if not given.
+            metadata: sent with every call, such as [("authorization", "Bearer ...")].
+            options: gRPC channel options that win over the client's own.
+        """
         self.address = address
         self._timeout_s = timeout_s
         self._generate_timeout_s = generate_timeout_s
@@ -88,25 +116,43 @@ class AsyncClient:
 
     async def extract_features(
         self,
-        inputs: messages.Inputs,
+        inputs: Inputs,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.ExtractOptions],
+        **options: Unpack[ExtractOptions],
     ) -> results.Extraction:
-        """As Client.extract_features."""
+        """Runs texts through the backbone and returns the features that fire on them.
+
+        Args:
+            inputs: one text, several texts, the token ids of one text, or a list of those.
+            dictionaries: names; all that are loaded if not given (asked once, then remembered).
+            timeout_s: the client's default if not given.
+            **options: see ExtractOptions.
+        """
         request = messages.extract_features_request(inputs, await self._names(dictionaries), **options)
-        return messages.read_extraction(await self._unary(self._features.ExtractFeatures, request, timeout_s))
+        return replies.read_extraction(await self._unary(self._features.ExtractFeatures, request, timeout_s))
 
     async def extract_features_stream(
         self,
-        requests: Iterable[messages.Inputs] | AsyncIterable[messages.Inputs],
+        requests: Iterable[Inputs] | AsyncIterable[Inputs],
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.ExtractOptions],
+        **options: Unpack[ExtractOptions],
     ) -> AsyncIterator[results.Extraction]:
-        """As Client.extract_features_stream; `requests` is read in this event loop and may be asynchronous itself."""
+        """extract_features over a stream: each element of `requests` is one call's inputs; replies keep their order.
+
+        Many requests are under way at once, so this is the quick way through much text. `requests` is read in this
+        event loop and may be asynchronous itself. An exception that it raises ends the stream, after the replies to
+        what came before it.
+
+        Args:
+            requests: each element as `inputs` of extract_features.
+            dictionaries: names; all that are loaded if not given.
+            timeout_s: deadline of the whole stream; none if not given.
+            **options: see ExtractOptions.
+        """
         names = await self._names(dictionaries)
         failures: list[Exception] = []
 
@@ -115,7 +161,7 @@ class AsyncClient:
                 async for inputs in _asynchronous(requests):
                     request = messages.extract_features_request(inputs, names, **options)
                     yield feature_service_pb2.ExtractFeaturesStreamRequest(request=request)
-            except Exception as failure:  # grpc would log it and cancel the call
+            except Exception as failure:  # grpc would log it and end the call in its own way
                 failures.append(failure)
 
         call: Any = self._features.ExtractFeaturesStream(
@@ -123,7 +169,7 @@ class AsyncClient:
         )
         try:
             async for reply in call:
-                yield messages.read_extraction(reply.response)
+                yield replies.read_extraction(reply.response)
         except grpc.RpcError as failure:
             raise error_of_call(failure) from failure
         finally:
@@ -137,11 +183,11 @@ class AsyncClient:
         activations: Any,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.SelectionOptions],
+        **options: Unpack[SelectionOptions],
     ) -> results.Encoding:
-        """As Client.encode_activations."""
+        """Encodes activations [n, d_in] (anything numpy can read; float16 travels as it is)."""
         request = messages.encode_activations_request(dictionary, activations, **options)
-        return messages.read_encoding(await self._unary(self._features.EncodeActivations, request, timeout_s))
+        return replies.read_encoding(await self._unary(self._features.EncodeActivations, request, timeout_s))
 
     async def decode_features(
         self,
@@ -152,115 +198,166 @@ class AsyncClient:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> results.Decoding:
-        """As Client.decode_features."""
+        """Turns features back into activations [n, d_in].
+
+        Without the `input_statistics` of encode_activations, the reconstruction of a dictionary that normalises its
+        input stays in the normalised space.
+        """
         request = messages.decode_features_request(dictionary, features, input_statistics, request_id=request_id)
-        return messages.read_decoding(await self._unary(self._features.DecodeFeatures, request, timeout_s))
+        return replies.read_decoding(await self._unary(self._features.DecodeFeatures, request, timeout_s))
 
     # Interventions
 
     def generate(
         self,
-        prompt: messages.Input,
+        prompt: Input,
         edits: Iterable[Edit] = (),
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.GenerateOptions],
+        **options: Unpack[GenerateOptions],
     ) -> AsyncGeneration:
-        """As Client.generate; the call starts at once."""
+        """Continues a prompt while features are edited.
+
+            generation = client.generate("Once upon a time", [set_feature("resid-mid", 123, 4.0)])
+            async for chunk in generation:
+                print(chunk.text, end="", flush=True)
+            (await generation.result()).finish_reason
+
+        The call starts at once.
+
+        Args:
+            prompt: a text or token ids.
+            edits: made by set_feature, add_to_feature and their like (service/client/edits.py), or read from YAML.
+            timeout_s: deadline of the whole generation; the client's default if not given.
+            **options: see GenerateOptions.
+        """
         request = messages.generate_request(prompt, edits, **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
 
         def open_call(remaining_s: float | None) -> Any:
             return self._intervention.Generate(request, timeout=remaining_s, metadata=self._metadata)
 
-        return AsyncGeneration(open_call, Attempts(self._retry, timeout), messages.GenerationReader(request))
+        return AsyncGeneration(open_call, Attempts(self._retry, timeout), GenerationReader(request))
 
     async def score(
         self,
-        inputs: messages.Inputs,
+        inputs: Inputs,
         edits: Iterable[Edit] = (),
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.ScoreOptions],
-    ) -> causal.Scores:
-        """As Client.score."""
-        request = causal.score_request(inputs, edits, **options)
-        return causal.read_scores(await self._unary(self._intervention.Score, request, timeout_s))
+        **options: Unpack[ScoreOptions],
+    ) -> measurements.Scores:
+        """Teacher-forced log-probabilities of texts, unedited and edited.
+
+        Args:
+            inputs: one text, several texts, the token ids of one text, or a list of those; at least two tokens each.
+            edits: act on every text; none gives the unedited scores only.
+            timeout_s: the client's default if not given.
+            **options: see ScoreOptions.
+        """
+        request = messages.score_request(inputs, edits, **options)
+        return replies.read_scores(await self._unary(self._intervention.Score, request, timeout_s))
 
     async def ablate_features(
         self,
-        inputs: messages.Inputs,
-        features: Iterable[causal.Feature] | int = 10,
+        inputs: Inputs,
+        features: Iterable[tuple[str, int]] | int = 10,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.AblateOptions],
-    ) -> causal.AblationStudy:
-        """As Client.ablate_features."""
+        **options: Unpack[AblateOptions],
+    ) -> measurements.AblationStudy:
+        """What taking features away, one at a time, does to the predictions on texts.
+
+        Args:
+            inputs: as `inputs` of score.
+            features: (dictionary, feature) pairs, or how many of the features that write most on the texts.
+            dictionaries: where the strongest are looked for; all that are loaded if not given.
+            timeout_s: the client's default for generations if not given.
+            **options: see AblateOptions.
+        """
         names = await self._names(dictionaries) if isinstance(features, int) else ()
-        request = causal.ablate_request(inputs, features, names, **options)
+        request = messages.ablate_request(inputs, features, names, **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_ablation(await self._unary(self._intervention.AblateFeatures, request, timeout))
+        return replies.read_ablation(await self._unary(self._intervention.AblateFeatures, request, timeout))
 
     async def attribute_features(
         self,
-        text: messages.Input,
+        text: Input,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.AttributeOptions],
-    ) -> causal.Attributions:
-        """As Client.attribute_features."""
-        request = causal.attribute_request(text, await self._names(dictionaries), **options)
+        **options: Unpack[AttributeOptions],
+    ) -> measurements.Attributions:
+        """Which features on which tokens drive a logit: activation x gradient, and exact ablation of the largest.
+
+        Args:
+            text: a text or token ids.
+            dictionaries: names; all that are loaded if not given.
+            timeout_s: the client's default for generations if not given.
+            **options: see AttributeOptions.
+        """
+        request = messages.attribute_request(text, await self._names(dictionaries), **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_attributions(await self._unary(self._intervention.AttributeFeatures, request, timeout))
+        return replies.read_attributions(await self._unary(self._intervention.AttributeFeatures, request, timeout))
 
     async def contrast_features(
         self,
-        a: Sequence[messages.Input],
-        b: Sequence[messages.Input],
+        a: Sequence[Input],
+        b: Sequence[Input],
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.ContrastOptions],
-    ) -> causal.Contrast:
-        """As Client.contrast_features."""
-        request = causal.contrast_request(a, b, await self._names(dictionaries), **options)
+        **options: Unpack[ContrastOptions],
+    ) -> measurements.Contrast:
+        """Which features tell two sets of texts apart, and an edit towards the first.
+
+        Args:
+            a: at least two texts (or lists of token ids).
+            b: at least two more.
+            dictionaries: names; all that are loaded if not given.
+            timeout_s: the client's default for generations if not given.
+            **options: see ContrastOptions.
+        """
+        request = messages.contrast_request(a, b, await self._names(dictionaries), **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_contrast(await self._unary(self._intervention.ContrastFeatures, request, timeout))
+        return replies.read_contrast(await self._unary(self._intervention.ContrastFeatures, request, timeout))
 
     # Catalogue and server
 
     async def list_dictionaries(
         self, *, request_id: str | None = None, timeout_s: float | None = None
-    ) -> tuple[results.DictionaryInfo, ...]:
-        """As Client.list_dictionaries."""
+    ) -> tuple[catalog.DictionaryInfo, ...]:
+        """The dictionaries that are loaded, sorted by name."""
         request = catalog_service_pb2.ListDictionariesRequest(request_id=request_id or "")
-        return messages.read_dictionaries(await self._unary(self._catalog.ListDictionaries, request, timeout_s))
+        return replies.read_dictionaries(await self._unary(self._catalog.ListDictionaries, request, timeout_s))
 
     async def get_dictionary(
         self, name: str, *, request_id: str | None = None, timeout_s: float | None = None
-    ) -> results.DictionaryDetails:
-        """As Client.get_dictionary."""
+    ) -> catalog.DictionaryDetails:
+        """One dictionary with its provenance and measured figures."""
         request = catalog_service_pb2.GetDictionaryRequest(request_id=request_id or "", name=name)
-        return messages.read_dictionary_details(await self._unary(self._catalog.GetDictionary, request, timeout_s))
+        return replies.read_dictionary_details(await self._unary(self._catalog.GetDictionary, request, timeout_s))
 
-    async def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> results.ServerInfo:
-        """As Client.server_info."""
+    async def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> catalog.ServerInfo:
+        """Versions, the backbone, and the limits that requests must keep to."""
         request = server_service_pb2.GetServerInfoRequest(request_id=request_id or "")
-        info = messages.read_server_info(await self._unary(self._server.GetServerInfo, request, timeout_s))
+        info = replies.read_server_info(await self._unary(self._server.GetServerInfo, request, timeout_s))
         self._loaded = info.dictionaries
         return info
 
     async def is_healthy(self, service: str = "", *, timeout_s: float = 5.0) -> bool:
-        """As Client.is_healthy."""
+        """Whether the server answers and says that it (or one gRPC service of it, by its full name) is serving.
+
+        Raises NotFound for a service that does not exist.
+        """
         try:
             return await self._check(service, timeout_s)
         except (Unavailable, DeadlineExceeded):
             return False
 
     async def wait_until_ready(self, timeout_s: float = 60.0, service: str = "") -> None:
-        """As Client.wait_until_ready."""
+        """Returns once is_healthy holds; raises DeadlineExceeded with the last state after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while True:
             last_error: SaeserveError | None = None
@@ -307,9 +404,7 @@ class AsyncClient:
 class AsyncGeneration(AsyncIterator[results.GeneratedChunk]):
     """A generation under way: iterate over its chunks, then await its result. Leaving `async with` cancels it."""
 
-    def __init__(
-        self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: messages.GenerationReader
-    ) -> None:
+    def __init__(self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: GenerationReader) -> None:
         self._open_call = open_call
         self._attempts = attempts
         self._reader = reader
@@ -367,8 +462,8 @@ class AsyncGeneration(AsyncIterator[results.GeneratedChunk]):
 
 
 async def _asynchronous(
-    requests: Iterable[messages.Inputs] | AsyncIterable[messages.Inputs],
-) -> AsyncIterator[messages.Inputs]:
+    requests: Iterable[Inputs] | AsyncIterable[Inputs],
+) -> AsyncIterator[Inputs]:
     if isinstance(requests, AsyncIterable):
         async for each in requests:
             yield each

@@ -1,16 +1,13 @@
-"""What calls return: frozen dataclasses that hold numpy arrays. Sizes: n rows, nnz entries, t tokens."""
+"""What extractions and generations return, in numpy arrays. Sizes: n rows, nnz entries, t tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from sae_runtime.edits.edit import Edit
 
 FloatArray = NDArray[np.float32]
 UintArray = NDArray[np.uint32]
@@ -231,120 +228,3 @@ class GenerationResult:
     """If asked for: of consecutive tokens, together all but the last. Those of the prompt are with sample 0 alone."""
     sample: int = 0
     unedited: bool = False
-
-
-@dataclass(frozen=True)
-class DictionaryInfo:
-    """A dictionary that is served."""
-
-    name: str
-    site: str
-    architecture: str
-    d_in: int
-    n_latents: int
-    k: int | None
-    """Most features kept per token; None where the architecture has no such number."""
-    normalizes_input: bool
-    """Whether decode_features needs the input statistics of encode_activations."""
-    has_statistics: bool
-    """Whether unit="max" and ablation to the mean are possible."""
-    context_length: int | None
-    """Tokens in a training context, if known."""
-    normalization: str = "none"
-    """Of each input row: "none", "layer_norm" or "constant_norm"."""
-    has_skip_connection: bool = False
-    """Whether decoding needs the raw input too, so that decode_features is refused."""
-    transcoder: bool = False
-    """Whether it decodes to another activation than it reads, so that it cannot be edited."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """How a dictionary was made."""
-
-    code_version: str
-    seed: int
-    tokens: int
-    data: str
-    created: datetime | None
-    config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class DictionaryDetails:
-    """A dictionary in full."""
-
-    dictionary: DictionaryInfo
-    provenance: Provenance | None
-    """None for files that do not say."""
-    evaluation: Mapping[str, float]
-    """Figures measured on held-out text when it was published."""
-
-
-@dataclass(frozen=True)
-class BackboneInfo:
-    """The language model that is served."""
-
-    name: str
-    fingerprint: str
-    n_layers: int
-    d_model: int
-    vocab_size: int
-    context_length: int
-    dtype: str
-    sites: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What requests must keep to; the fields of the Limits message in server_service.proto."""
-
-    max_inputs: int
-    max_tokens_per_input: int
-    max_tokens_per_request: int
-    max_text_bytes: int
-    max_activation_rows: int
-    max_dictionaries: int
-    max_selected_features: int
-    max_new_tokens: int
-    max_edits: int
-    max_edit_strength: float
-    max_stop_strings: int
-    max_stop_bytes: int
-    max_concurrent_generations: int
-    max_queued_tokens: int
-    max_relative_change: float
-    max_cache_tokens: int
-    max_samples: int
-    max_top_logprobs: int
-    max_ablated_features: int
-    max_variant_tokens: int
-    max_logit_tokens: int
-    max_attributions: int
-    max_contrast_texts: int
-    max_contrast_tokens: int
-
-
-@dataclass(frozen=True)
-class EditPreset:
-    """A named set of edits that the server keeps."""
-
-    name: str
-    description: str
-    edits: tuple[Edit, ...]
-
-
-@dataclass(frozen=True)
-class ServerInfo:
-    """The server: versions, model, dictionaries, limits."""
-
-    version: str
-    library_versions: Mapping[str, str]
-    backbone: BackboneInfo
-    dictionaries: tuple[str, ...]
-    limits: Limits
-    device: str
-    cache_bytes: int
-    """Memory that the key-value cache of a replica takes."""
-    edit_presets: tuple[EditPreset, ...]
-    """By name, sorted."""

@@ -1,19 +1,34 @@
-"""The client for ordinary (blocking) code."""
+"""The client for ordinary (blocking) code.
+
+Generated from aio.py by protos/generate_sync.py; do not edit. Change aio.py and run `make proto`.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.client import causal, messages, results
+from service.client import catalog, measurements, messages, replies, results
 from service.client import channel as channels
 from service.client.edits import Edit
 from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Unavailable, error_of_call
+from service.client.generation import GenerationReader
+from service.client.options import (
+    AblateOptions,
+    AttributeOptions,
+    ContrastOptions,
+    ExtractOptions,
+    GenerateOptions,
+    Input,
+    Inputs,
+    ScoreOptions,
+    SelectionOptions,
+)
 from service.client.retry import Attempts, RetryPolicy
 from service.pb.saeserve.v1 import (
     catalog_service_pb2,
@@ -26,7 +41,7 @@ from service.pb.saeserve.v1 import (
     server_service_pb2_grpc,
 )
 
-Reply = TypeVar("Reply")
+_END_OF_STREAM: Any = object()
 
 
 class Client:
@@ -72,11 +87,12 @@ class Client:
             self._channel = grpc.insecure_channel(address, channel_options)
         else:
             self._channel = grpc.secure_channel(address, credentials, channel_options)
-        self._features = feature_service_pb2_grpc.FeatureServiceStub(self._channel)
-        self._intervention = intervention_service_pb2_grpc.InterventionServiceStub(self._channel)
-        self._catalog = catalog_service_pb2_grpc.CatalogServiceStub(self._channel)
-        self._server = server_service_pb2_grpc.ServerServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        # The stubs work on both kinds of channels; their types know only one at a time.
+        self._features: Any = feature_service_pb2_grpc.FeatureServiceStub(self._channel)
+        self._intervention: Any = intervention_service_pb2_grpc.InterventionServiceStub(self._channel)
+        self._catalog: Any = catalog_service_pb2_grpc.CatalogServiceStub(self._channel)
+        self._server: Any = server_service_pb2_grpc.ServerServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._loaded: tuple[str, ...] | None = None
 
     def close(self) -> None:
@@ -95,11 +111,11 @@ class Client:
 
     def extract_features(
         self,
-        inputs: messages.Inputs,
+        inputs: Inputs,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.ExtractOptions],
+        **options: Unpack[ExtractOptions],
     ) -> results.Extraction:
         """Runs texts through the backbone and returns the features that fire on them.
 
@@ -110,15 +126,15 @@ class Client:
             **options: see ExtractOptions.
         """
         request = messages.extract_features_request(inputs, self._names(dictionaries), **options)
-        return messages.read_extraction(self._unary(self._features.ExtractFeatures, request, timeout_s))
+        return replies.read_extraction(self._unary(self._features.ExtractFeatures, request, timeout_s))
 
     def extract_features_stream(
         self,
-        requests: Iterable[messages.Inputs],
+        requests: Iterable[Inputs],
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.ExtractOptions],
+        **options: Unpack[ExtractOptions],
     ) -> Iterator[results.Extraction]:
         """extract_features over a stream: each element of `requests` is one call's inputs; replies keep their order.
 
@@ -139,7 +155,7 @@ class Client:
                 for inputs in requests:
                     request = messages.extract_features_request(inputs, names, **options)
                     yield feature_service_pb2.ExtractFeaturesStreamRequest(request=request)
-            except Exception as failure:  # grpc would log it and hide it behind a status of its own
+            except Exception as failure:  # grpc would log it and end the call in its own way
                 failures.append(failure)
 
         call: Any = self._features.ExtractFeaturesStream(
@@ -147,7 +163,7 @@ class Client:
         )
         try:
             for reply in call:
-                yield messages.read_extraction(reply.response)
+                yield replies.read_extraction(reply.response)
         except grpc.RpcError as failure:
             raise error_of_call(failure) from failure
         finally:
@@ -161,11 +177,11 @@ class Client:
         activations: Any,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.SelectionOptions],
+        **options: Unpack[SelectionOptions],
     ) -> results.Encoding:
         """Encodes activations [n, d_in] (anything numpy can read; float16 travels as it is)."""
         request = messages.encode_activations_request(dictionary, activations, **options)
-        return messages.read_encoding(self._unary(self._features.EncodeActivations, request, timeout_s))
+        return replies.read_encoding(self._unary(self._features.EncodeActivations, request, timeout_s))
 
     def decode_features(
         self,
@@ -182,23 +198,26 @@ class Client:
         input stays in the normalised space.
         """
         request = messages.decode_features_request(dictionary, features, input_statistics, request_id=request_id)
-        return messages.read_decoding(self._unary(self._features.DecodeFeatures, request, timeout_s))
+        return replies.read_decoding(self._unary(self._features.DecodeFeatures, request, timeout_s))
 
     # Interventions
 
     def generate(
         self,
-        prompt: messages.Input,
+        prompt: Input,
         edits: Iterable[Edit] = (),
         *,
         timeout_s: float | None = None,
-        **options: Unpack[messages.GenerateOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Generation:
         """Continues a prompt while features are edited.
 
-            for chunk in (generation := client.generate("Once upon a time", [set_feature("resid-mid", 123, 4.0)])):
+            generation = client.generate("Once upon a time", [set_feature("resid-mid", 123, 4.0)])
+            for chunk in generation:
                 print(chunk.text, end="", flush=True)
             generation.result().finish_reason
+
+        The call starts at once.
 
         Args:
             prompt: a text or token ids.
@@ -212,16 +231,16 @@ class Client:
         def open_call(remaining_s: float | None) -> Any:
             return self._intervention.Generate(request, timeout=remaining_s, metadata=self._metadata)
 
-        return Generation(open_call, Attempts(self._retry, timeout), messages.GenerationReader(request))
+        return Generation(open_call, Attempts(self._retry, timeout), GenerationReader(request))
 
     def score(
         self,
-        inputs: messages.Inputs,
+        inputs: Inputs,
         edits: Iterable[Edit] = (),
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.ScoreOptions],
-    ) -> causal.Scores:
+        **options: Unpack[ScoreOptions],
+    ) -> measurements.Scores:
         """Teacher-forced log-probabilities of texts, unedited and edited.
 
         Args:
@@ -230,18 +249,18 @@ class Client:
             timeout_s: the client's default if not given.
             **options: see ScoreOptions.
         """
-        request = causal.score_request(inputs, edits, **options)
-        return causal.read_scores(self._unary(self._intervention.Score, request, timeout_s))
+        request = messages.score_request(inputs, edits, **options)
+        return replies.read_scores(self._unary(self._intervention.Score, request, timeout_s))
 
     def ablate_features(
         self,
-        inputs: messages.Inputs,
-        features: Iterable[causal.Feature] | int = 10,
+        inputs: Inputs,
+        features: Iterable[tuple[str, int]] | int = 10,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.AblateOptions],
-    ) -> causal.AblationStudy:
+        **options: Unpack[AblateOptions],
+    ) -> measurements.AblationStudy:
         """What taking features away, one at a time, does to the predictions on texts.
 
         Args:
@@ -252,18 +271,18 @@ class Client:
             **options: see AblateOptions.
         """
         names = self._names(dictionaries) if isinstance(features, int) else ()
-        request = causal.ablate_request(inputs, features, names, **options)
+        request = messages.ablate_request(inputs, features, names, **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_ablation(self._unary(self._intervention.AblateFeatures, request, timeout))
+        return replies.read_ablation(self._unary(self._intervention.AblateFeatures, request, timeout))
 
     def attribute_features(
         self,
-        text: messages.Input,
+        text: Input,
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.AttributeOptions],
-    ) -> causal.Attributions:
+        **options: Unpack[AttributeOptions],
+    ) -> measurements.Attributions:
         """Which features on which tokens drive a logit: activation x gradient, and exact ablation of the largest.
 
         Args:
@@ -272,19 +291,19 @@ class Client:
             timeout_s: the client's default for generations if not given.
             **options: see AttributeOptions.
         """
-        request = causal.attribute_request(text, self._names(dictionaries), **options)
+        request = messages.attribute_request(text, self._names(dictionaries), **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_attributions(self._unary(self._intervention.AttributeFeatures, request, timeout))
+        return replies.read_attributions(self._unary(self._intervention.AttributeFeatures, request, timeout))
 
     def contrast_features(
         self,
-        a: Sequence[messages.Input],
-        b: Sequence[messages.Input],
+        a: Sequence[Input],
+        b: Sequence[Input],
         dictionaries: str | Sequence[str] | None = None,
         *,
         timeout_s: float | None = None,
-        **options: Unpack[causal.ContrastOptions],
-    ) -> causal.Contrast:
+        **options: Unpack[ContrastOptions],
+    ) -> measurements.Contrast:
         """Which features tell two sets of texts apart, and an edit towards the first.
 
         Args:
@@ -294,30 +313,30 @@ class Client:
             timeout_s: the client's default for generations if not given.
             **options: see ContrastOptions.
         """
-        request = causal.contrast_request(a, b, self._names(dictionaries), **options)
+        request = messages.contrast_request(a, b, self._names(dictionaries), **options)
         timeout = channels.timeout_of(timeout_s, self._generate_timeout_s)
-        return causal.read_contrast(self._unary(self._intervention.ContrastFeatures, request, timeout))
+        return replies.read_contrast(self._unary(self._intervention.ContrastFeatures, request, timeout))
 
     # Catalogue and server
 
     def list_dictionaries(
         self, *, request_id: str | None = None, timeout_s: float | None = None
-    ) -> tuple[results.DictionaryInfo, ...]:
+    ) -> tuple[catalog.DictionaryInfo, ...]:
         """The dictionaries that are loaded, sorted by name."""
         request = catalog_service_pb2.ListDictionariesRequest(request_id=request_id or "")
-        return messages.read_dictionaries(self._unary(self._catalog.ListDictionaries, request, timeout_s))
+        return replies.read_dictionaries(self._unary(self._catalog.ListDictionaries, request, timeout_s))
 
     def get_dictionary(
         self, name: str, *, request_id: str | None = None, timeout_s: float | None = None
-    ) -> results.DictionaryDetails:
+    ) -> catalog.DictionaryDetails:
         """One dictionary with its provenance and measured figures."""
         request = catalog_service_pb2.GetDictionaryRequest(request_id=request_id or "", name=name)
-        return messages.read_dictionary_details(self._unary(self._catalog.GetDictionary, request, timeout_s))
+        return replies.read_dictionary_details(self._unary(self._catalog.GetDictionary, request, timeout_s))
 
-    def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> results.ServerInfo:
+    def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> catalog.ServerInfo:
         """Versions, the backbone, and the limits that requests must keep to."""
         request = server_service_pb2.GetServerInfoRequest(request_id=request_id or "")
-        info = messages.read_server_info(self._unary(self._server.GetServerInfo, request, timeout_s))
+        info = replies.read_server_info(self._unary(self._server.GetServerInfo, request, timeout_s))
         self._loaded = info.dictionaries
         return info
 
@@ -363,7 +382,7 @@ class Client:
             return self._loaded if self._loaded is not None else self.server_info().dictionaries
         return [dictionaries] if isinstance(dictionaries, str) else dictionaries
 
-    def _unary(self, rpc: Callable[..., Reply], request: object, timeout_s: float | None) -> Reply:
+    def _unary(self, rpc: Callable[..., Any], request: object, timeout_s: float | None) -> Any:
         attempts = Attempts(self._retry, channels.timeout_of(timeout_s, self._timeout_s))
         while True:
             try:
@@ -379,9 +398,7 @@ class Client:
 class Generation(Iterator[results.GeneratedChunk]):
     """A generation under way: iterate over its chunks, then ask for its result. Leaving a `with` block cancels it."""
 
-    def __init__(
-        self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: messages.GenerationReader
-    ) -> None:
+    def __init__(self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: GenerationReader) -> None:
         self._open_call = open_call
         self._attempts = attempts
         self._reader = reader
@@ -390,12 +407,11 @@ class Generation(Iterator[results.GeneratedChunk]):
 
     def __next__(self) -> results.GeneratedChunk:
         while True:
-            try:
-                message = self._receive()
-            except StopIteration:
+            message = self._receive()
+            if message is None:
                 if not self._reader.complete:
-                    raise channels.ended_early() from None
-                raise
+                    raise channels.ended_early()
+                raise StopIteration
             chunk = self._reader.read(message)
             if chunk is not None:
                 return chunk
@@ -422,10 +438,11 @@ class Generation(Iterator[results.GeneratedChunk]):
     ) -> None:
         self.cancel()
 
-    def _receive(self) -> intervention_service_pb2.GenerateResponse:
+    def _receive(self) -> intervention_service_pb2.GenerateResponse | None:
+        """The next message, or None at the end of the stream."""
         while True:
             try:
-                message: intervention_service_pb2.GenerateResponse = next(self._call)
+                message = next(self._call, _END_OF_STREAM)
             except grpc.RpcError as failure:
                 error = error_of_call(failure)
                 delay = None if self._started else self._attempts.delay_after(error)
@@ -433,6 +450,6 @@ class Generation(Iterator[results.GeneratedChunk]):
                     raise error from failure
             else:
                 self._started = True
-                return message
+                return None if message is _END_OF_STREAM else message
             time.sleep(delay)
             self._call = self._open_call(self._attempts.remaining_s())

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
 from sae_runtime.edits.edit import (
@@ -30,6 +29,7 @@ from sae_runtime.edits.edit import (
     ReferenceTokens,
     Unit,
 )
+from sae_runtime.settings import SettingsError, read_yaml
 from service.edits.conditions import parse_condition
 
 
@@ -184,9 +184,9 @@ def read_edits(file: Path) -> tuple[Edit, ...]:
 
 def _items(file: Path) -> Sequence[Any]:
     try:
-        items = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise EditFileError(f"cannot read edits from {file}: {error}") from None
+        items = read_yaml(file, "edits")
+    except SettingsError as error:
+        raise EditFileError(str(error)) from None
     if not isinstance(items, list):
         raise EditFileError(f"{file} must hold a list, not {'nothing' if items is None else type(items).__name__}")
     return items

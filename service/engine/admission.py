@@ -5,11 +5,11 @@ Limits and messages for users are the callers' business. Every check raises Valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.edits import Edit, InvalidEdit, check_edits
 from sae_runtime.model.backbone import Backbone
-from sae_runtime.model.sites import Site
 from service.engine.work import DecodeWork, Selection
 
 
@@ -23,16 +23,14 @@ def check_row(row: Sequence[int], backbone: Backbone, limit: int) -> None:
         raise ValueError(f"token id {bad} is outside the vocabulary of {backbone.vocab_size}")
 
 
-def site_of(name: str, dictionary: Dictionary, backbone: Backbone) -> Site:
-    """The site that a dictionary reads; ValueError if the backbone lacks it or has it with another width."""
-    assert dictionary.site is not None
-    site = backbone.check_site(dictionary.site)
-    if backbone.site_width(site) != dictionary.d_in:
-        raise ValueError(
-            f"dictionary {name!r} reads {dictionary.d_in} values, but {site} of {backbone.name!r} has "
-            f"{backbone.site_width(site)}"
-        )
-    return site
+def check_row_edits(
+    edits: Sequence[Edit], dictionaries: Mapping[str, Dictionary], prompt_length: int, backbone: Backbone
+) -> None:
+    """Edits that can run together on one row, their references resolved."""
+    check_edits(edits, dictionaries, prompt_length, backbone)
+    for index, edit in enumerate(edits):
+        if edit.reference is not None:
+            raise InvalidEdit("reference", "has not been run; see Engine.resolve_references", index)
 
 
 def split_rows(rows: Sequence[tuple[int, ...]], budget: int) -> list[Sequence[tuple[int, ...]]]:
@@ -52,11 +50,8 @@ def split_rows(rows: Sequence[tuple[int, ...]], budget: int) -> list[Sequence[tu
 
 def check_selection(selection: Selection, dictionary: Dictionary) -> None:
     """Selected features that the dictionary has."""
-    if selection.kind == "features" and selection.features:
-        low, high = min(selection.features), max(selection.features)
-        if low < 0 or high >= dictionary.n_latents:
-            bad = low if low < 0 else high
-            raise ValueError(f"feature {bad} is outside the {dictionary.n_latents} of dictionary {dictionary.name!r}")
+    if selection.kind == "features":
+        dictionary.check_latents(selection.features)
 
 
 def check_csr(work: DecodeWork, dictionary: Dictionary) -> None:
@@ -69,8 +64,7 @@ def check_csr(work: DecodeWork, dictionary: Dictionary) -> None:
         raise ValueError(
             f"row_splits end with {splits[-1]}, but there are {len(csr.indices)} indices and {len(csr.values)} values"
         )
-    if len(csr.indices) and int(csr.indices.max()) >= dictionary.n_latents:
-        raise ValueError(f"feature {int(csr.indices.max())} is outside the {dictionary.n_latents} of the dictionary")
+    dictionary.check_latents([int(csr.indices.max(initial=0))])
     if (work.mean is None) != (work.std is None):
         raise ValueError("mean and std must be given together")
     n = len(splits) - 1

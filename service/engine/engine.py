@@ -7,19 +7,29 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits import check_edits
+from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
+from sae_runtime.edits import Edit
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
-from service.engine.admission import check_csr, check_row, check_selection, site_of, split_rows
-from service.engine.causal import KINDS, CausalEngine, run_causal
-from service.engine.causal_work import (
+from service.engine.admission import check_csr, check_row, check_row_edits, check_selection, split_rows
+from service.engine.batch import (
+    DecodePart,
+    EncodePart,
+    ExtractPart,
+    run_decode,
+    run_encode,
+)
+from service.engine.errors import EngineStopped
+from service.engine.generation import RunningBatch, StepOutcome
+from service.engine.lanes import Lanes, extract_in_lanes
+from service.engine.measure import KINDS, Measurements, run_measurements
+from service.engine.measure_work import (
     AblateResult,
     AblateWork,
     AttributeResult,
@@ -29,21 +39,10 @@ from service.engine.causal_work import (
     ScoreResult,
     ScoreWork,
 )
-from service.engine.continuation import Continuation
-from service.engine.errors import EngineStopped, UnknownDictionary
-from service.engine.execution import (
-    DecodePart,
-    EncodePart,
-    ExtractPart,
-    run_decode,
-    run_encode,
-)
-from service.engine.generation import Generation, StepOutcome
-from service.engine.lanes import Lanes, extract_in_lanes
-from service.engine.mailbox import Mailbox
 from service.engine.observer import EngineObserver
 from service.engine.scheduler import Part, Scheduler, Turn
 from service.engine.selection import join_arrays, join_rows
+from service.engine.sequence import GenerateRequest, Mailbox
 from service.engine.settings import EngineSettings
 from service.engine.work import (
     DecodeResult,
@@ -116,17 +115,17 @@ class Engine:
         self.dictionaries = dict(dictionaries)
         self.settings = settings
         self._observer = observer
-        self._sites = {name: site_of(name, d, backbone) for name, d in self.dictionaries.items() if d.site is not None}
+        self._sites = {name: d.site_in(backbone) for name, d in self.dictionaries.items() if d.site is not None}
         self._max_sequence_tokens = min(
             settings.max_sequence_tokens or sys.maxsize, settings.max_cache_tokens, backbone.context_length
         )
         if backbone.device.type != "cpu":
             settings = settings.model_copy(update={"split_batch_tokens": 0})
-        self._scheduler: Scheduler[Continuation] = Scheduler(settings)
-        self._generation = Generation(backbone, self.dictionaries, settings, self._max_sequence_tokens)
-        self._causal = CausalEngine(backbone, self.dictionaries, settings, self._run, self.extract)
+        self._scheduler: Scheduler[GenerateRequest] = Scheduler(settings)
+        self._running = RunningBatch(backbone, self.dictionaries, settings, self._max_sequence_tokens)
+        self._causal = Measurements(backbone, self.dictionaries, settings, self._run, self.extract)
         self._requests: set[_Request] = set()
-        self._continuations: set[Continuation] = set()
+        self._generating: set[GenerateRequest] = set()
         self._lanes: Lanes | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -172,15 +171,15 @@ class Engine:
 
     def check_fits(self, work: GenerateWork) -> None:
         """ValueError, naming the setting, for work that does not fit the slots or the key-value cache."""
-        self._generation.check_fits(work)
+        self._running.check_fits(work)
 
     def snapshot(self) -> EngineSnapshot:
         """What waits and runs now."""
         return EngineSnapshot(
-            queued_items=self._scheduler.queued_parts + self._scheduler.queued_generations + self._generation.n_waiting,
+            queued_items=self._scheduler.queued_parts + self._scheduler.queued_generations + self._running.n_waiting,
             queued_tokens=self._scheduler.queued_tokens,
-            active_generations=self._generation.n_active,
-            cache_tokens=self._generation.reserved_tokens,
+            active_generations=self._running.n_active,
+            cache_tokens=self._running.reserved_tokens,
         )
 
     async def extract(self, work: ExtractWork, *, under_way: bool = False) -> ExtractResult:
@@ -249,12 +248,12 @@ class Engine:
         self._check_accepting()
         self._check_generation(work)
         mailbox = Mailbox()
-        continuation = Continuation(work, mailbox.put)
-        free_slots = self.settings.max_concurrent_generations - self._generation.n_active
+        request = GenerateRequest(work, mailbox.put)
+        free_slots = self.settings.max_concurrent_generations - self._running.n_active
         self._scheduler.put_generation(
-            continuation, len(work.prompt), 0 if self._generation.n_waiting else free_slots // work.n_sequences
+            request, len(work.prompt), 0 if self._running.n_waiting else free_slots // work.n_sequences
         )
-        self._continuations.add(continuation)
+        self._generating.add(request)
         self._idle.clear()
         running = work.n_sequences
         try:
@@ -265,10 +264,14 @@ class Engine:
                     running -= isinstance(event, GenerationEnd)
                     yield event
         finally:
-            continuation.cancelled = True
-            self._scheduler.discard_generation(continuation)
-            self._continuations.discard(continuation)
+            request.cancelled = True
+            self._scheduler.discard_generation(request)
+            self._generating.discard(request)
             self._note_idle()
+
+    async def resolve_references(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """The edits as `score` and `generate` take them: every "resample" made a "set"; references are token ids."""
+        return await self._causal.resolve_references(edits)
 
     async def score(self, work: ScoreWork) -> ScoreResult:
         """Teacher-forced scores of rows, unedited and edited."""
@@ -306,21 +309,14 @@ class Engine:
         for name in work.features.dictionaries if work.features else ():
             self._dictionary(name)
             self._site(name)
-        check_edits(work.edits, self.dictionaries, len(work.prompt))
-        self._generation.check_fits(work)
+        check_row_edits(work.edits, self.dictionaries, len(work.prompt), self.backbone)
+        self._running.check_fits(work)
 
     def _dictionary(self, name: str) -> Dictionary:
-        dictionary = self.dictionaries.get(name)
-        if dictionary is None:
-            known = ", ".join(sorted(self.dictionaries)) or "none"
-            raise UnknownDictionary(f"no dictionary {name!r}; loaded: {known}")
-        return dictionary
+        return find_dictionary(name, self.dictionaries)
 
     def _site(self, name: str) -> Site:
-        site = self._sites.get(name)
-        if site is None:
-            raise ValueError(f"dictionary {name!r} does not say which site it reads")
-        return site
+        return self._sites.get(name) or self._dictionary(name).require_site()
 
     # Event loop
 
@@ -346,7 +342,7 @@ class Engine:
             self._note_idle()
 
     def _note_idle(self) -> None:
-        if not self._requests and not self._continuations:
+        if not self._requests and not self._generating:
             self._idle.set()
 
     def _take_batch(self, outcome: _BatchOutcome) -> None:
@@ -376,20 +372,20 @@ class Engine:
 
     def _take_step(self, outcome: StepOutcome) -> None:
         """Hands the events of a generation step to their streams."""
-        for continuation, event in outcome.events:
-            continuation.deliver(event)
+        for request, event in outcome.events:
+            request.deliver(event)
         if self._observer is not None and outcome.n_rows:
             self._observer.batch_done("generate", outcome.n_rows, outcome.n_tokens, outcome.seconds)
-            for continuation in outcome.started:
-                self._observer.waited("generate", continuation.queue_s or 0.0)
+            for request in outcome.started:
+                self._observer.waited("generate", request.queue_s or 0.0)
 
     def _fail_everything(self, error: Exception) -> None:
         self._accepting = False
         for request in self._requests:
             if not request.future.done():
                 request.future.set_exception(error)
-        for continuation in self._continuations:
-            continuation.deliver(error)
+        for generating in self._generating:
+            generating.deliver(error)
 
     # Model thread
 
@@ -406,13 +402,13 @@ class Engine:
             )
             with torch.inference_mode():
                 while True:
-                    turn = self._scheduler.next_turn(lambda: self._generation.n_active > 0)
+                    turn = self._scheduler.next_turn(lambda: self._running.n_active > 0)
                     # A number of this thread's, cheap to change.
                     torch.set_num_threads(decode_threads if turn is Turn.GENERATION else threads)
                     if turn is Turn.STOP:
                         return
                     if turn is Turn.GENERATION:
-                        self._call_soon(self._take_step, self._generation.step(self._scheduler.next_generation))
+                        self._call_soon(self._take_step, self._running.step(self._scheduler.next_generation))
                     else:
                         self._call_soon(self._take_batch, self._run_batch(turn))
         except BaseException as error:
@@ -449,7 +445,7 @@ class Engine:
                 case "encode":
                     return list(run_encode(works))
                 case _ if kind in KINDS:
-                    return run_causal(self.backbone, works)
+                    return run_measurements(self.backbone, works)
                 case _:
                     return list(run_decode(works))
         except Exception as error:

@@ -13,8 +13,8 @@ from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.edits import EditOutOfRange
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.kv_cache import KVCache
-from service.engine.continuation import RESERVATION_STEP, Continuation, Event, GeneratedSequence
 from service.engine.errors import NonFiniteActivations
+from service.engine.sequence import RESERVATION_STEP, Event, GeneratedSequence, GenerateRequest
 from service.engine.settings import EngineSettings
 from service.engine.step import Row, RowResult, StepRunner
 from service.engine.work import GenerateWork, GenerationEnd
@@ -24,15 +24,15 @@ from service.engine.work import GenerateWork, GenerationEnd
 class StepOutcome:
     """One generation step, for the event loop to hand on."""
 
-    events: list[tuple[Continuation, Event]]
-    started: list[Continuation]
+    events: list[tuple[GenerateRequest, Event]]
+    started: list[GenerateRequest]
     """Requests whose first step this was."""
     n_rows: int
     n_tokens: int
     seconds: float
 
 
-class Generation:
+class RunningBatch:
     """The running batch and its key-value cache. `step` decodes one token for every sequence in it."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Generation:
         self._free_slots = list(range(self._n_slots))
         self._reserved = 0
         self._active: list[GeneratedSequence] = []
-        self._next: Continuation | None = None
+        self._next: GenerateRequest | None = None
         """The request that waits for room; those behind it wait as well, so that it is never overtaken."""
 
     @cached_property
@@ -97,7 +97,7 @@ class Generation:
                 f"tokens of the key-value cache, which holds max_cache_tokens = {self._cache_tokens}"
             )
 
-    def step(self, next_waiting: Callable[[], Continuation | None]) -> StepOutcome:
+    def step(self, next_waiting: Callable[[], GenerateRequest | None]) -> StepOutcome:
         """Lets cancelled requests leave and waiting ones join, and runs one forward pass for all.
 
         Args:
@@ -121,9 +121,9 @@ class Generation:
 
     # Coming and going
 
-    def _join(self, next_waiting: Callable[[], Continuation | None]) -> list[tuple[Continuation, Event]]:
+    def _join(self, next_waiting: Callable[[], GenerateRequest | None]) -> list[tuple[GenerateRequest, Event]]:
         """Takes waiting requests in while there is room; the errors of those whose edits cannot be made ready."""
-        failed: list[tuple[Continuation, Event]] = []
+        failed: list[tuple[GenerateRequest, Event]] = []
         while self._free_slots:
             request = self._next or next_waiting()
             if request is None:
@@ -186,7 +186,7 @@ class Generation:
         # One row failed all. None has advanced, so that they can run again, alone.
         return [self._run([row])[0] for row in rows]
 
-    def _advance(self, row: Row, result: RowResult | Exception) -> list[tuple[Continuation, Event]]:
+    def _advance(self, row: Row, result: RowResult | Exception) -> list[tuple[GenerateRequest, Event]]:
         """Takes one row's result into its sequences; what they deliver. Ended sequences leave."""
         sequence, request = row.sequence, row.sequence.request
         if sequence.slot < 0:  # another sequence of its request has failed in this step
@@ -207,7 +207,7 @@ class Generation:
             sequence.followers = []
         if not takers:  # in the midst of its prompt
             return [(request, event) for event in sequence.take_features()]
-        events: list[tuple[Continuation, Event]] = []
+        events: list[tuple[GenerateRequest, Event]] = []
         for own, sampled in zip(takers, result.sampled, strict=True):
             is_end = sampled.id == self._end_of_text
             is_full = len(own.tokens) + 1 >= self._max_tokens

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from sae_runtime.model.backbone import Backbone
-from service.engine.execution import ExtractPart, run_extract
+from service.engine.batch import ExtractPart, run_extract
 from service.engine.work import DictionaryRows
 
 MIN_LANE_TOKENS = 64

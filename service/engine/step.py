@@ -14,10 +14,10 @@ from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.kv_cache import KVCache
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
-from service.engine.continuation import GeneratedSequence
 from service.engine.errors import NonFiniteActivations
 from service.engine.sampling import SampledToken, sample
 from service.engine.selection import RowRange, select
+from service.engine.sequence import GeneratedSequence
 from service.engine.work import Csr, Selection, TokenFeatures
 
 

@@ -174,6 +174,7 @@ class GenerateWork:
     stop: tuple[str, ...] = ()
     """A sequence ends before the first of these to be completed; none is empty."""
     edits: tuple[Edit, ...] = ()
+    """References resolved, see Engine.resolve_references."""
     ignore_end_of_text: bool = False
     samples: int = 1
     """How many sequences; they run the prompt once. Sample i is the same whatever their number is."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 from sae_runtime.model.sites import LOCATIONS
+from sae_runtime.version import installed_version
 from service.engine.settings import EngineSettings
 from service.pb.saeserve.v1 import server_service_pb2 as pb
 from service.rpc.call import Call
 from service.rpc.limits import Limits
-from service.rpc.served import ServedModel
+from service.rpc.model import ServedModel
 
 _LIBRARIES = ("torch", "transformers", "ray")
 
@@ -17,12 +16,12 @@ _LIBRARIES = ("torch", "transformers", "ray")
 class ServerRpc:
     """Handlers of ServerService."""
 
-    def __init__(self, served: ServedModel, limits: Limits, engine_settings: EngineSettings) -> None:
-        backbone = served.backbone
+    def __init__(self, model: ServedModel, limits: Limits, engine_settings: EngineSettings) -> None:
+        backbone = model.backbone
         # Nothing of this changes while the replica lives.
         self._info = pb.GetServerInfoResponse(
-            version=_version("saeserve"),
-            library_versions={name: version for name in _LIBRARIES if (version := _version(name))},
+            version=installed_version("saeserve") or "",
+            library_versions={name: version for name in _LIBRARIES if (version := installed_version(name))},
             backbone=pb.Backbone(
                 name=backbone.name,
                 fingerprint=backbone.fingerprint,
@@ -33,7 +32,7 @@ class ServerRpc:
                 dtype=str(backbone.dtype).removeprefix("torch."),
                 sites=[f"{layer}.{location}" for layer in range(backbone.n_layers) for location in LOCATIONS],
             ),
-            dictionaries=list(served.dictionaries),
+            dictionaries=list(model.dictionaries),
             limits=pb.Limits(
                 **limits.model_dump(exclude={"default_new_tokens"}),
                 max_concurrent_generations=engine_settings.max_concurrent_generations,
@@ -42,17 +41,10 @@ class ServerRpc:
             ),
             cache_bytes=engine_settings.max_cache_tokens * backbone.cache_bytes_per_token,
             device=str(backbone.device),
-            edit_presets=served.presets,
+            edit_presets=model.presets,
         )
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:
         reply = pb.GetServerInfoResponse(request_id=call.request_id)
         reply.MergeFrom(self._info)
         return reply
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -11,15 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sae_runtime.progress import Progress, ProgressCallback
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.distributed.sharded_checkpoint import read_json
-from sae_runtime.training.distributed.worker import check_distribution, workers_folder
-from sae_runtime.training.progress import ProgressCallback, TrainingProgress
+from sae_runtime.training.distributed.sharded_checkpoint import read_json, workers_folder
 from sae_runtime.training.run import check_paths
 from sae_runtime.training.stop_signals import StopSignals, TrainingStopped
+from sae_runtime.training.worker import check_distribution
 from service.local_ray import StartError
-from service.training.distribution import Distribution, TrainingFailed
-from service.training.ray_session import ray_session
+from service.training.ray_session import Distribution, TrainingFailed, ray_session
 from service.training.ray_worker import FAILURE, PROGRESS, STOP, run_worker
 
 _LOOK_EVERY_S = 0.2
@@ -57,8 +56,7 @@ def train_on_ray(
             _watch(run, folder, show, stop)
     failure = read_json(folder / FAILURE)
     if failure is not None:
-        kept = f"; the last checkpoint is {folder}" if failure["kind"] == FloatingPointError.__name__ else ""
-        raise TrainingFailed(failure["message"] + kept)
+        raise TrainingFailed(failure["message"])
     if stop.received is not None and not config.out.exists():
         raise TrainingStopped(stop.received)
     if run.error is not None:
@@ -128,7 +126,7 @@ def _watch(run: _Run, folder: Path, show: ProgressCallback, stop: StopSignals) -
         run.join(_LOOK_EVERY_S)
         ended = not run.is_alive()
         for line in next(lines):
-            show(TrainingProgress(**json.loads(line)))
+            show(Progress(**json.loads(line)))
         if stop.received is not None and deadline == math.inf:
             (folder / STOP).touch()
             deadline = time.monotonic() + _STOP_WITHIN_S

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sae_runtime.progress import Progress, ProgressMeter
 from sae_runtime.training.communicator import ProcessGroupCommunicator
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.distributed.sharded_checkpoint import write_json
-from sae_runtime.training.distributed.worker import Worker, workers_folder
-from sae_runtime.training.progress import ProgressMeter, TrainingProgress
-from sae_runtime.training.publication import publish
-from sae_runtime.training.run import PROGRESS_INTERVAL
+from sae_runtime.training.distributed.sharded_checkpoint import ShardedCheckpoint, workers_folder, write_json
+from sae_runtime.training.publication import publish_run
+from sae_runtime.training.worker import Worker
 
 PROGRESS, FAILURE, STOP = "progress.jsonl", "failure.json", "stop"
 """Files beside the checkpoints: what the first worker reports; why the run cannot go on; the wish that it stops."""
@@ -55,9 +54,9 @@ def _train_and_publish(config: TrainingConfig, latent_shards: int, folder: Path)
         torch.set_num_threads(config.threads)
     communicator = ProcessGroupCommunicator(latent_shards)
     first = communicator.data_rank == 0 and communicator.shard_rank == 0
-    meter = ProgressMeter(_Reporter(folder / PROGRESS) if first else None, PROGRESS_INTERVAL)
+    meter = ProgressMeter(_Reporter(folder / PROGRESS) if first else None)
     meter.begin("prepare", config.buffer_tokens)
-    worker = Worker(config, communicator)
+    worker = Worker(config, ShardedCheckpoint(folder, communicator), communicator)
     try:
         if not worker.train(meter, (folder / STOP).exists):
             return
@@ -65,7 +64,7 @@ def _train_and_publish(config: TrainingConfig, latent_shards: int, folder: Path)
     finally:
         worker.close()
     if exports:
-        publish(config, exports, meter)
+        publish_run(worker.config, exports, meter)
 
 
 class _Reporter:
@@ -75,6 +74,6 @@ class _Reporter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
 
-    def __call__(self, event: TrainingProgress) -> None:
+    def __call__(self, event: Progress) -> None:
         self._file.write(json.dumps(dataclasses.asdict(event)) + "\n")
         self._file.flush()

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.local_ray import free_ports
+from service.ports import free_ports
 
 READY_TIMEOUT_S = 240
 T = TypeVar("T")

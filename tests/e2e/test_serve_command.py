@@ -12,7 +12,7 @@ import pytest
 
 import sae_runtime
 from service.client import Client
-from service.local_ray import free_ports
+from service.ports import free_ports
 from tests.e2e.running_service import RunningService, run_serve, start_service
 from tests.e2e.tiny_model import TinyModel
 
@@ -22,7 +22,7 @@ BUILTIN = Path(sae_runtime.__file__).parent / "builtin" / "backbone"
 def alive(processes: list[object]) -> list[object]:
     import psutil
 
-    _, left = psutil.wait_procs(processes, timeout=5)
+    _, left = psutil.wait_procs(processes, timeout=60)
     return list(left)
 
 
@@ -46,6 +46,11 @@ def test_wrong_dictionary_is_one_line_and_leaves_nothing(tiny_model: TinyModel, 
     assert re.fullmatch(r"saeserve: .*missing.*\n", ended.stderr)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", grpc_port))
+
+
+def test_the_ready_line_says_the_device_and_the_addresses(service: RunningService) -> None:
+    assert service.ready_line.startswith("saeserve is ready on cpu")
+    assert f"gRPC {service.grpc_address}, HTTP http://{service.http_address}. " in service.ready_line
 
 
 def test_ctrl_c_twice_leaves_no_process(service: RunningService) -> None:

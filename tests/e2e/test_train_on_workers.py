@@ -18,12 +18,12 @@ from torch import Tensor
 
 from sae_runtime import load_dictionary
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.distributed.worker import workers_folder
+from sae_runtime.training.distributed.sharded_checkpoint import workers_folder
 from sae_runtime.training.run import run_training
 from tests.e2e.running_service import poll
 from tests.sae_runtime.conftest import tiny_backbone_folder  # noqa: F401 (a fixture)
-from tests.sae_runtime.training.distributed.test_worker import train_undisturbed
 from tests.sae_runtime.training.distributed.worker_processes import WorkerProcesses
+from tests.sae_runtime.training.test_worker import train_undisturbed
 
 STEPS = 300
 RELATIVE = 1e-3
@@ -105,7 +105,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_right(settings: dict[str, 
     assert err.count("prepare 0 of") == 2, f"workers were not started twice:\n{err}"
     assert f"train {STEPS * 256:,} of {STEPS * 256:,}" in err
     # Nothing is left but the dictionary.
-    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
     assert not workers_folder(config).exists()
 
     found = weights(config.out)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sae_runtime.atomic import atomic_file, flush_folder
 from sae_runtime.data.documents import Document, mix
 from sae_runtime.data.rows import Encode, encode_texts, encoded, is_held_out
 from sae_runtime.data.sources import DocumentSource, find_sources
@@ -26,6 +25,7 @@ from sae_runtime.data.token_folder.manifest import (
 )
 from sae_runtime.data.token_folder.shard_files import OpenShard, check_sums
 from sae_runtime.model.backbone import Backbone
+from sae_runtime.version import installed_version
 
 _JOURNAL = "journal.json"
 _PROGRESS_INTERVAL_S = 0.5
@@ -116,7 +116,7 @@ def tokenize(
         dtype="uint16" if backbone.vocab_size <= 1 << 16 else "uint32",
         held_out_fraction=config.held_out_fraction,
         sources=tuple(source.identity for source in sources),
-        code_version=metadata.version("saeserve"),
+        code_version=installed_version("saeserve") or "unknown",
         train=(),
         held_out=(),
     )
@@ -130,7 +130,7 @@ def tokenize(
         raise ValueError(f"no text to train on in {', '.join(config.sources)}")
     _put_manifest(partial, finished)
     partial.replace(config.out)
-    _flush_folder(config.out.parent)
+    flush_folder(config.out.parent)
     return finished
 
 
@@ -286,22 +286,9 @@ def _put_manifest(folder: Path, manifest: TokenManifest) -> None:
     for path in folder.iterdir():
         if path.name not in named and path.name != MANIFEST_FILE:
             path.unlink()  # the journal, and shards that an interruption left half written
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with atomic_file(path) as file:
+        file.write(text.encode())

@@ -14,7 +14,6 @@ from sae_runtime.dictionary.formats import dictionary_learning, openai, saelens,
 from sae_runtime.dictionary.formats.published import MANIFEST_FILE, load_published
 from sae_runtime.dictionary.formats.torch_file import read_torch_file
 from sae_runtime.errors import DictionaryFormatError, FingerprintMismatch, UnknownDictionary
-from sae_runtime.model.sites import Site
 
 if TYPE_CHECKING:
     from sae_runtime.model.backbone import Backbone
@@ -71,16 +70,9 @@ def check_backbone(dictionary: Dictionary, backbone: Backbone) -> None:
             )
     if dictionary.site is not None:
         try:
-            site = backbone.check_site(Site.parse(dictionary.site))
+            dictionary.site_in(backbone)
         except ValueError as error:
-            raise DictionaryFormatError(
-                f"dictionary {dictionary.name!r} does not fit {backbone.name!r}: {error}"
-            ) from error
-        if (width := backbone.site_width(site)) != dictionary.d_in:
-            raise DictionaryFormatError(
-                f"dictionary {dictionary.name!r} reads {dictionary.d_in} values per token, "
-                f"site {site} of backbone {backbone.name!r} has {width}"
-            )
+            raise DictionaryFormatError(f"{dictionary} does not fit {backbone.name!r}: {error}") from error
 
 
 def _read(path: Path, dtype: torch.dtype, device: str | torch.device) -> Dictionary:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sae_runtime.atomic import atomic_file
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.formats.origin import Origin
 from sae_runtime.dictionary.formats.torch_file import read_torch_file
@@ -105,7 +105,6 @@ def save_openai(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
         pre_bias = dictionary.output_bias
         shift = dictionary.encoder.double() @ pre_bias.double()
         latent_bias = latent_bias_without_pre_bias(dictionary) + shift
-    path = Path(path)
     names = {"relu": "ReLU", "identity": "Identity"}
     topk = {"k": dictionary.k, "postact_fn": names[dictionary.postact]} if dictionary.activation == "topk" else {}
 
@@ -127,16 +126,8 @@ def save_openai(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
         torch.ones(n_latents) if statistics is None else stored(statistics.firing_rate)
     )
     state["latents_mean_square"] = torch.zeros(n_latents) if statistics is None else stored(statistics.mean_square)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_file(Path(path)) as file:
+        torch.save(state, file)
 
 
 def _activation(

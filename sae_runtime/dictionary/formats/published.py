@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_runtime.atomic_folder import atomic_folder
+from sae_runtime.atomic import atomic_folder
 from sae_runtime.dictionary.dictionary import OPTIONAL_TENSORS, Dictionary
 from sae_runtime.dictionary.formats.weights import build_dictionary, check_tensors, convert, read_safetensors
 from sae_runtime.dictionary.manifest import BackboneReference, Manifest, Provenance
@@ -60,14 +60,12 @@ def save_dictionary(
     statistics = statistics or dictionary.statistics
     if statistics is not None and statistics.n_latents != dictionary.n_latents:
         raise ValueError(f"statistics are of {statistics.n_latents} latents, expected {dictionary.n_latents}")
-    if dictionary.site is None:
-        raise ValueError("publishing needs the dictionary's site")
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(STORED_DTYPES)}")
     manifest = Manifest(
         name=name or dictionary.name or path.name,
         backbone=backbone,
-        site=dictionary.site,
+        site=str(dictionary.require_site()),
         architecture=dictionary.activation,
         d_in=dictionary.d_in,
         n_latents=dictionary.n_latents,

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_runtime.atomic_folder import atomic_folder
+from sae_runtime.atomic import atomic_folder
 from sae_runtime.dictionary.dictionary import Activation, Dictionary
 from sae_runtime.dictionary.formats.hooks import hook_of_site, site_of_hook
 from sae_runtime.dictionary.formats.origin import Origin

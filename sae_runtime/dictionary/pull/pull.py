@@ -7,18 +7,18 @@ import json
 import shutil
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sae_runtime.dictionary.formats import check_backbone, load_dictionary
-from sae_runtime.dictionary.formats.published import save_dictionary
-from sae_runtime.dictionary.manifest import BackboneReference, Manifest, Provenance
+from sae_runtime.dictionary.formats import load_dictionary
+from sae_runtime.dictionary.manifest import Manifest, Provenance
+from sae_runtime.dictionary.publish import publish
 from sae_runtime.dictionary.pull.download import DownloadSettings, Fetched, Progress, RemoteFile, check_url, download
 from sae_runtime.dictionary.pull.hub import find_hub_folder
 from sae_runtime.dictionary.pull.names import HubName, parse_name
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
+from sae_runtime.version import code_version
 
 OPENAI_BASE = "https://openaipublic.blob.core.windows.net"
 OPENAI_LICENSE = "mit"  # of the repository that published them
@@ -88,17 +88,14 @@ def pull(name: str, out: Path, settings: PullSettings | None = None, progress: P
     if site is None:
         raise ValueError(f"the files of {name} do not say which site it belongs to; give the site")
     dictionary = replace(dictionary, site=site, name=settings.name or out.name)
-    check_backbone(dictionary, backbone)
     origin, before = dictionary.origin, dictionary.manifest
-    manifest = save_dictionary(
+    manifest = publish(
         dictionary,
         out,
-        backbone=BackboneReference(backbone.name, backbone.fingerprint, backbone.tokenizer_fingerprint),
+        backbone,
         dtype=settings.dtype,
-        context_length=origin.context_length if origin else before.context_length if before else None,
-        evaluation=before.evaluation if before else None,
         provenance=Provenance(
-            code_version=f"saeserve {metadata.version('saeserve')}",
+            code_version=code_version(),
             config={
                 "pulled": name,
                 "version": wanted.version,

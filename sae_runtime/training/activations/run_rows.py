@@ -16,6 +16,7 @@ from sae_runtime.data.rows import (
     is_held_out,
     mixed_documents,
     shuffled_held_out,
+    take_tokens,
 )
 from sae_runtime.data.token_folder.manifest import lone_token_folder, read_manifest
 from sae_runtime.data.token_folder.reader import (
@@ -24,7 +25,6 @@ from sae_runtime.data.token_folder.reader import (
     TokenFolder,
     shuffled_documents,
 )
-from sae_runtime.evaluation.dictionary_evaluation import take_tokens
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.training.activations.streams import RowSource
 from sae_runtime.training.config import TrainingConfig

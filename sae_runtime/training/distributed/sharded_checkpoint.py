@@ -11,7 +11,6 @@ the whole run may be killed at any moment. The folder must be one that all worke
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,34 +18,43 @@ from typing import Any
 
 import torch
 
+from sae_runtime.atomic import atomic_file
 from sae_runtime.training.activations.source import merge_source_states
-from sae_runtime.training.checkpoint import check_identity, load_checkpoint, save_checkpoint
+from sae_runtime.training.checkpoint import load_checkpoint, save_checkpoint
 from sae_runtime.training.communicator import Communicator
+from sae_runtime.training.config import TrainingConfig
 
 _LATEST = "latest.json"
 
 
-class ShardedCheckpoint:
-    """The checkpoints of one run in one folder."""
+def workers_folder(config: TrainingConfig) -> Path:
+    """Where the workers of a run keep checkpoints and what they hand over; all must see it."""
+    return config.checkpoint_path.with_suffix(".workers")
 
-    def __init__(self, folder: Path, communicator: Communicator, identity: dict[str, Any]) -> None:
-        """`identity`: `run_identity` of the run; a checkpoint of another is refused. The folder need not exist."""
-        self.folder = folder
+
+class ShardedCheckpoint:
+    """The checkpoint of a run with many workers, in one folder."""
+
+    def __init__(self, folder: Path, communicator: Communicator) -> None:
+        """The folder need not exist."""
+        self.path = folder
         self._communicator = communicator
-        self._identity = identity
         self._rank = communicator.data_rank * communicator.n_shards + communicator.shard_rank
 
-    def save(self, step: int, trainer: dict[str, Any], source: dict[str, Any]) -> None:
+    def exists(self) -> bool:
+        return (self.path / _LATEST).exists()
+
+    def save(self, identity: dict[str, Any], step: int, trainers: dict[str, Any], source: dict[str, Any]) -> None:
         """Writes this worker's part; a meeting of all workers. Earlier steps are removed once this one is complete.
 
         Raises:
             OSError: some worker could not write; the last checkpoint is as it was.
         """
-        folder = self.folder / f"step-{step}"
+        folder = self.path / f"step-{step}"
         failure: OSError | None = None
         try:
             if self._communicator.data_rank == 0:
-                save_checkpoint(trainer, folder / f"shard-{self._communicator.shard_rank}.pt")
+                save_checkpoint(trainers, folder / f"shard-{self._communicator.shard_rank}.pt")
             save_checkpoint(source, folder / f"source-{self._rank}.pt")
         except OSError as error:
             failure = error
@@ -58,30 +66,32 @@ class ShardedCheckpoint:
             ) from failure
         if self._rank == 0:
             latest = {"step": step, "workers": self._workers, "latent_shards": self._communicator.n_shards}
-            write_json({**latest, "identity": self._identity}, self.folder / _LATEST)
-            for other in self.folder.glob("step-*"):
+            write_json({**latest, "identity": identity}, self.path / _LATEST)
+            for other in self.path.glob("step-*"):
                 if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
         self._meet(False)  # nobody begins the next one before this one is the latest
 
-    def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """What `save` was given last, for this worker, or None if there is no checkpoint.
+    def identity(self) -> dict[str, Any] | None:
+        latest = read_json(self.path / _LATEST)
+        return None if latest is None else latest.get("identity", {})
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `save` was given last, for this worker. There must be a checkpoint.
 
         The number of replicas may have changed since; that of shards may not.
 
         Raises:
-            ValueError: the checkpoint is of another run, or cannot be read.
+            ValueError: the checkpoint cannot be read, or is of another number of shards.
         """
-        latest = read_json(self.folder / _LATEST)
-        if latest is None:
-            return None
-        check_identity(latest.get("identity", {}), self._identity, self.folder)
+        latest = read_json(self.path / _LATEST)
+        assert latest is not None
         if latest["latent_shards"] != self._communicator.n_shards:
             raise ValueError(
-                f"{self.folder} is of {latest['latent_shards']} latent shards, this run has "
+                f"{self.path} is of {latest['latent_shards']} latent shards, this run has "
                 f"{self._communicator.n_shards}; restore the number, or remove the folder to start anew"
             )
-        folder = self.folder / f"step-{latest['step']}"
+        folder = self.path / f"step-{latest['step']}"
         trainer = load_checkpoint(folder / f"shard-{self._communicator.shard_rank}.pt")
         if latest["workers"] == self._workers:
             return trainer, load_checkpoint(folder / f"source-{self._rank}.pt")
@@ -99,14 +109,9 @@ class ShardedCheckpoint:
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:
-    """Writes a JSON file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes a JSON file that appears complete or not at all."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value).encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_runtime.dictionary.normalization import normalize_rows
+from sae_runtime.kernels.products import default_compute_dtype
 from sae_runtime.training.communicator import SINGLE, Communicator
 from sae_runtime.training.config import PENALISED, TrainingConfig
 from sae_runtime.training.initialisation import MEDIAN_SAMPLES, geometric_median
@@ -121,7 +122,11 @@ class Trainer(ABC):
         self.n_latents, self.d_in = self.encoder.shape
         self.variance = variance
         self.input_scale = input_scale
-        self.compute_dtype: torch.dtype = getattr(torch, config.compute_dtype)
+        self.compute_dtype: torch.dtype = (
+            default_compute_dtype(config.device)
+            if config.compute_dtype == "auto"
+            else getattr(torch, config.compute_dtype)
+        )
         self.tokens_since_fired = torch.zeros(self.n_latents, dtype=torch.int64, device=config.device)
         self.step_count = 0
         self.batch_rows = 0  # rows of the current batch, those of all replicas together

@@ -6,6 +6,8 @@ import pytest
 
 from sae_runtime.builtin.study import MOST_TEXTS, QUESTIONS, WINDOW, Question, Study, speed
 
+pytestmark = pytest.mark.any_cpu
+
 
 @pytest.fixture(scope="module")
 def study() -> Study:

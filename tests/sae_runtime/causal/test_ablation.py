@@ -9,17 +9,17 @@ import torch
 from sae_runtime import Backbone, Dictionary
 from sae_runtime.causal.ablation import (
     AblationStudy,
-    FeatureId,
     in_batches,
     strongest_features,
     total_activation,
 )
-from sae_runtime.causal.ablation_report import AblationReport, FeatureEffect, StudyResult, summarize
+from sae_runtime.causal.ablation_report import StudyResult, summarize
 from sae_runtime.causal.bootstrap import mean_interval
+from sae_runtime.causal.report import AblationReport, FeatureEffect, FeatureId
 from tests.sae_runtime.causal.conftest import HookedModel, latents
 
 TOKENS = (50, 8)
-REPLACEMENTS = ("zero", "mean")
+ABLATIONS = ("zero", "mean")
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def report(
 ) -> AblationReport:
     results = []
     for part in (rows[:3], rows[3:]):  # two studies, as an engine cuts a long request
-        study = AblationStudy(backbone64, dictionaries64, part, features, REPLACEMENTS, tokens=TOKENS, single_tokens=2)
+        study = AblationStudy(backbone64, dictionaries64, part, features, ABLATIONS, tokens=TOKENS, single_tokens=2)
         effects = [effect for batch in in_batches(study.variants, 64) for effect in study.run(batch)]
         results.append(StudyResult.of(study, effects))
-    return summarize(features, REPLACEMENTS, results, n_chosen=len(TOKENS))
+    return summarize(features, ABLATIONS, results, n_chosen=len(TOKENS))
 
 
 class Reference:
@@ -46,7 +46,7 @@ class Reference:
     def __init__(self, hooked: HookedModel, row: list[int], effect: FeatureEffect, position: int | None = None) -> None:
         name, feature = effect.feature.dictionary, effect.feature.feature
         statistics = hooked.dictionaries[name].statistics
-        new = 0.0 if effect.replacement == "zero" else float(statistics.mean[feature])
+        new = 0.0 if effect.ablation == "zero" else float(statistics.mean[feature])
         plain, _ = hooked.logits(row)
 
         def replace(z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -150,8 +150,8 @@ def test_silent_features_do_not_run(
     feature = int((on.sum(0) == 2).nonzero()[0])
     active = on[:, feature].tolist()
     study = AblationStudy(backbone64, dictionaries64, rows, [FeatureId("stream", feature)], ("zero", "mean"))
-    assert [v.row for v in study.variants if v.replacement == "zero"] == [i for i, on in enumerate(active) if on]
-    assert [v.row for v in study.variants if v.replacement == "mean"] == list(range(len(rows)))
+    assert [v.row for v in study.variants if v.ablation == "zero"] == [i for i, on in enumerate(active) if on]
+    assert [v.row for v in study.variants if v.ablation == "mean"] == list(range(len(rows)))
     assert [row.item() for row in study.activity[0].active_tokens.gt(0)] == active
 
 

@@ -11,16 +11,15 @@ import pytest
 import torch
 
 from sae_runtime import Backbone, Dictionary, Edit
-from sae_runtime.causal.ablation import FeatureId
 from sae_runtime.causal.contrast import (
-    FeatureContrast,
     active_columns,
     aggregate_texts,
     contrast_columns,
     contrast_features,
     false_discovery_rates,
 )
-from sae_runtime.causal.suggestion import Trial, at_strength, set_scores, suggest_edit
+from sae_runtime.causal.report import FeatureContrast, FeatureId
+from sae_runtime.causal.suggestion import at_strength, set_score, suggest_edit
 from tests.sae_runtime.causal.conftest import latents
 
 
@@ -126,8 +125,7 @@ def test_suggestions() -> None:
     with pytest.raises(ValueError, match="no recorded maximum"):
         suggest_edit(contrast(0.9), [1.0], recorded_maximum=0.0)
 
-    scores = set_scores([(1.0, 0.3, 4, 5), (-3.0, 0.9, 6, 7)])
-    assert scores.delta_loss == pytest.approx(-0.2)
-    assert scores.interval == pytest.approx((-0.5, 0.25))
-    assert scores.kl == pytest.approx(0.1)
-    assert Trial((towards,), scores, set_scores([(2.0, 0.1, 4, 5)])).shift == pytest.approx(0.7)
+    score = set_score([(1.0, 0.3, 4, 5), (-3.0, 0.9, 6, 7)])
+    assert score.delta_loss == pytest.approx(-0.2)
+    assert score.interval == pytest.approx((-0.5, 0.25))
+    assert score.kl == pytest.approx(0.1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_runtime import Backbone, PackedTokens, Site
 from sae_runtime.causal.prefix import Change, SharedPrefix
-from sae_runtime.model.backbone import PausedForward
+from sae_runtime.model.forward import PausedForward
 from sae_runtime.model.sites import LOCATIONS
 
 SITES = [Site(layer, location) for layer in range(2) for location in LOCATIONS]

@@ -17,6 +17,8 @@ from torch import Tensor
 from sae_runtime.model.sites import Site
 from sae_runtime.training.activations.shuffle import ShuffleBuffer
 
+pytestmark = pytest.mark.any_cpu
+
 SITE = Site.parse("0.resid_pre")
 CAPACITY, BATCH, DOCUMENT = 4096, 128, 64
 HALF = CAPACITY // 2

@@ -14,7 +14,9 @@ from sae_runtime.data.rows import (
     encode_texts,
     is_held_out,
     mixed_documents,
+    packed_passes,
     shuffled_held_out,
+    take_tokens,
 )
 
 END = 0
@@ -112,3 +114,9 @@ def test_the_backbones_tokenizer(tiny_backbone) -> None:  # type: ignore[no-unty
     encoder, end_of_text = encode_texts(tiny_backbone)
     assert end_of_text == 0
     assert encoder(["ab", "é"]) == [tiny_backbone.tokenizer.encode(text) for text in ("ab", "é")]
+
+
+def test_passes_hold_whole_rows_within_the_bound() -> None:
+    rows = [[1] * n for n in (5, 5, 30, 2, 2)]
+    assert [p.lengths for p in packed_passes(rows, 12)] == [(5, 5), (30,), (2, 2)]
+    assert [len(row) for row in take_tokens(rows, 11)] == [5, 5, 30]

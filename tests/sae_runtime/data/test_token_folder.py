@@ -27,6 +27,8 @@ from sae_runtime.training.activations.run_rows import (
 )
 from sae_runtime.training.config import TrainingConfig
 
+pytestmark = pytest.mark.any_cpu
+
 END = 0
 
 

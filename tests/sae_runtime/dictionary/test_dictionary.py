@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_runtime import Dictionary
+from sae_runtime import Backbone, Dictionary
+from sae_runtime.dictionary.dictionary import find_dictionary
+from sae_runtime.errors import UnknownDictionary
+from sae_runtime.model.sites import Site
 
 D_IN, N_LATENTS, K = 24, 300, 12
 
@@ -131,7 +134,7 @@ def test_chosen_features_are_columns_of_the_dense_latents(kind: str) -> None:
     columns = torch.tensor([7, 299, 0, 7])
     chosen = dictionary.encode_features(x, columns)
     torch.testing.assert_close(chosen, dictionary.encode_dense(x)[:, columns], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"feature 300 is outside 0\.\.299"):
+    with pytest.raises(ValueError, match=r"latent 300 is outside 0\.\.299"):
         dictionary.encode_features(x, torch.tensor([1, 300]))
 
 
@@ -294,3 +297,36 @@ def test_decode_passes_gradients_to_values() -> None:
     dictionary.decode(replace(features, values=values)).sum().backward()
     assert values.grad is not None
     assert values.grad.abs().sum() > 0
+
+
+def test_the_site_in_a_backbone() -> None:
+    backbone = Backbone.random(n_layers=2, d_model=16, n_heads=2)
+    dictionary = replace(make_dictionary(), name="d", site="1.resid_pre")
+    assert dictionary.require_site() == Site(1, "resid_pre")
+    wide = Backbone.random(n_layers=2, d_model=dictionary.d_in, n_heads=2)
+    assert dictionary.site_in(wide) == Site(1, "resid_pre")
+    assert dictionary.site_in(wide, "0.resid_pre") == Site(0, "resid_pre")
+    with pytest.raises(ValueError, match=rf"dictionary 'd' reads {dictionary.d_in} values per token, site 1.* has 16"):
+        dictionary.site_in(backbone)
+    with pytest.raises(ValueError, match="layers 0 to 1"):
+        dictionary.site_in(wide, "2.resid_pre")
+    with pytest.raises(ValueError, match="dictionary 'd' does not say which site it reads; give one"):
+        replace(dictionary, site=None).site_in(wide)
+
+
+def test_latents_that_it_has() -> None:
+    dictionary = make_dictionary()
+    dictionary.check_latents([])
+    dictionary.check_latents([0, 299])
+    for latents in ([0, 300], torch.tensor([-1, 4])):
+        with pytest.raises(ValueError, match=r"latent (300|-1) is outside 0\.\.299 of the dictionary"):
+            dictionary.check_latents(latents)
+
+
+def test_dictionaries_by_name() -> None:
+    dictionaries = {"b": make_dictionary(), "a": make_dictionary()}
+    assert find_dictionary("b", dictionaries) is dictionaries["b"]
+    with pytest.raises(UnknownDictionary, match="no dictionary 'c'; loaded: a, b"):
+        find_dictionary("c", dictionaries)
+    with pytest.raises(UnknownDictionary, match="loaded: none"):
+        find_dictionary("c", {})

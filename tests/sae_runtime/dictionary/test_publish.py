@@ -1,4 +1,4 @@
-"""Files of other projects in the published form: same numbers, checked against the backbone, measured on text."""
+"""Files of other projects in the published form: same numbers, checked against the backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_runtime import Backbone, DictionaryFormatError, FingerprintMismatch, load_dictionary
-from sae_runtime.dictionary.publish import measure_on_text, publish
+from sae_runtime.dictionary.publish import publish
 from tests import golden
 
 GOLDEN = golden.FOLDER
@@ -52,20 +52,3 @@ def test_what_does_not_fit_is_refused(tiny_backbone: Backbone, tmp_path: Path) -
     with pytest.raises(FingerprintMismatch):
         publish(load_dictionary(tmp_path / "d"), tmp_path / "e", other)
     assert not (tmp_path / "e").exists()
-
-
-def test_statistics_are_those_of_the_text(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    """Against the dense latents of all tokens at once; the text is one row of the backbone's context length."""
-    text = "the quick brown fox jumps over it"[:32]
-    (tmp_path / "text.txt").write_text(text)
-    dictionary = load_dictionary(GOLDEN / "saelens_jumprelu_none_nosub")
-    done: list[int] = []
-    statistics = measure_on_text(dictionary, tiny_backbone, [tmp_path / "text.txt"], 32, progress=done.append)
-    assert tiny_backbone.tokenizer is not None
-    ids = torch.tensor([tiny_backbone.tokenizer.encode(text)])
-    x = tiny_backbone.activations(ids, sites=["1.resid_post_mlp"])["1.resid_post_mlp"][0]
-    z = dictionary.encode_dense(x)
-    assert (statistics.n_tokens, done) == (32, [32])
-    torch.testing.assert_close(statistics.firing_rate, (z > 0).float().mean(dim=0), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(statistics.mean, z.mean(dim=0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(statistics.max, z.amax(dim=0), rtol=1e-4, atol=1e-5)

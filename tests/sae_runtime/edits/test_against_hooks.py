@@ -23,7 +23,7 @@ from sae_runtime.edits import (
     check_edits,
     resolve_references,
 )
-from sae_runtime.model.backbone import ForwardResult
+from sae_runtime.model.forward import ForwardResult
 from tests.sae_runtime.edits.plain import PlainModel, plain_dictionaries
 
 LAST = Site.parse("1.resid_post_mlp")

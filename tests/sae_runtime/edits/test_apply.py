@@ -394,7 +394,7 @@ def test_what_an_edit_cannot_say(edit: Edit, field: str, reason: str) -> None:
         "far": make_dictionary(site="7.resid_pre"),
         "decoder": replace(make_dictionary(), transcoder=True),
     }
-    backbone = Backbone.random(n_layers=2, d_model=8, n_heads=2)
+    backbone = Backbone.random(n_layers=2, d_model=D_IN, n_heads=2)
     with pytest.raises(InvalidEdit, match=rf"^edits\[0\]\.{field}: .*{reason}"):
         check_edits([edit], dictionaries, backbone=None if edit.condition else backbone)
 

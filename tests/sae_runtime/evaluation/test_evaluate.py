@@ -13,13 +13,13 @@ import pytest
 from sae_runtime import Backbone
 from sae_runtime.data.text_sample import read_sample
 from sae_runtime.dictionary.manifest import BackboneReference, Manifest, Provenance
-from sae_runtime.evaluation.dictionary_evaluation import evaluate_dictionary
 from sae_runtime.evaluation.evaluate import complete_settings, evaluate
 from sae_runtime.evaluation.figure_names import DESCRIPTIONS, describe
 from sae_runtime.evaluation.plots import MissingPlotLibrary
-from sae_runtime.evaluation.progress import EvaluationProgress
 from sae_runtime.evaluation.report import EvaluationReport
 from sae_runtime.evaluation.settings import EvaluationSettings
+from sae_runtime.figures.held_out import held_out_figures
+from sae_runtime.progress import Progress
 from tests.sae_runtime.evaluation.reference import FAMILIES, random_dictionary
 
 README = Path(__file__).parents[3] / "sae_runtime" / "evaluation" / "README.md"
@@ -84,7 +84,7 @@ def test_every_family(
     assert not any(isinstance(value, dict) for value in read.values())
     # The short evaluation of the training job, by other code.
     rows = read_sample(tiny_backbone, settings.data, settings.tokens, seed=0).rows
-    short = evaluate_dictionary(tiny_backbone, dictionary, rows).figures()
+    short = held_out_figures(tiny_backbone, dictionary, rows)
     for name, value in short.items():
         assert read[name] == pytest.approx(value, rel=1e-2 if name == "loss_recovered" else 1e-4), name
 
@@ -190,7 +190,7 @@ def test_without_matplotlib_the_rest_is_written(
 
 
 def test_progress_of_every_stage_ends_at_its_total(tiny_backbone: Backbone, settings: EvaluationSettings) -> None:
-    events: list[EvaluationProgress] = []
+    events: list[Progress] = []
     evaluate(tiny_backbone, random_dictionary(), settings, events.append)
     stages = list(dict.fromkeys(event.stage for event in events))
     assert stages == ["baselines", "splice", "features", "probes", "n2g", "ablation", "single splice", "geometry"]

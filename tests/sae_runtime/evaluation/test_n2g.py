@@ -106,7 +106,7 @@ def test_explanations_are_those_of_the_definition(tiny_backbone: Backbone, sampl
     assert sorted(f.latent for f in firings) == list(range(48))
     for f in firings:
         assert f.tokens.tolist() == np.flatnonzero(dense[:, f.latent] > 0).tolist()
-        np.testing.assert_allclose(f.values, dense[f.tokens, f.latent], rtol=1e-4)
+        np.testing.assert_allclose(f.values, dense[f.tokens, f.latent], rtol=1e-4, atol=1e-6)
 
     def fires_in_both(f: Firings) -> int:
         return min(int(sample.fit[f.tokens].sum()), int((~sample.fit[f.tokens]).sum()))

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_runtime import Backbone, PackedTokens, Site
-from sae_runtime.model.families import gpt2_weights
-from sae_runtime.model.families.gpt2_config import GPT2Settings
+from sae_runtime.model.families.gpt2 import weights as gpt2_weights
+from sae_runtime.model.families.gpt2.config import GPT2Settings
 from sae_runtime.model.sites import LOCATIONS
 from tests import golden
 

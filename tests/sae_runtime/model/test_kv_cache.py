@@ -139,14 +139,13 @@ def test_the_cache_is_filled_though_nothing_else_is_asked_for(backbone: Backbone
     check_step(backbone, cache, {0: (row, 11, 12)})
 
 
-def test_a_cache_serves_with_and_without_inference_mode() -> None:
-    backbone = Backbone.random()
+def test_a_cache_serves_with_and_without_inference_mode(backbone: Backbone) -> None:
     with torch.inference_mode():
         cache = backbone.new_cache(1)
-        backbone.forward(PackedTokens.from_rows([[1, 2]], slots=[0]), cache=cache)
-    backbone.forward(PackedTokens.from_rows([[3]], past=[2], slots=[0]), cache=cache)
+        check_step(backbone, cache, {0: ([1, 2], 0, 2)})
+    check_step(backbone, cache, {0: ([1, 2, 3], 2, 3)})
     with torch.no_grad():
-        backbone.forward(PackedTokens.from_rows([[4]], slots=[0]), cache=cache)
+        check_step(backbone, cache, {0: ([4], 0, 1)})
 
 
 def test_bfloat16_decoding() -> None:

@@ -19,21 +19,24 @@ from torch import Tensor
 
 from sae_runtime import load_dictionary
 from sae_runtime.model.sites import Site
+from sae_runtime.progress import Progress
 from sae_runtime.training.activations.source import ActivationSource
 from sae_runtime.training.checkpoint import load_checkpoint, save_checkpoint
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.progress import TrainingProgress
-from sae_runtime.training.run import TrainingStopped, run_training
+from sae_runtime.training.run import run_training
+from sae_runtime.training.stop_signals import TrainingStopped
+
+pytestmark = pytest.mark.any_cpu
 
 
 @pytest.fixture(autouse=True)
 def _every_step_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae_runtime.training.run.PROGRESS_INTERVAL", 0.0)
+    monkeypatch.setattr("sae_runtime.progress.INTERVAL", 0.0)
 
 
-def at_tokens(tokens: int, act: Callable[[], None]) -> Callable[[TrainingProgress], None]:
-    def callback(event: TrainingProgress) -> None:
-        if event.stage == "train" and event.tokens >= tokens:
+def at_tokens(tokens: int, act: Callable[[], None]) -> Callable[[Progress], None]:
+    def callback(event: Progress) -> None:
+        if event.stage == "train" and event.done >= tokens:
             act()
 
     return callback
@@ -51,13 +54,14 @@ def assert_bit_equal(a: Path, b: Path) -> None:
 KILLED = """
 import io, json, os, signal, sys
 import torch
+from sae_runtime import progress
 from sae_runtime.training import run
 from sae_runtime.training.checkpoint import load_checkpoint
 from sae_runtime.training.config import TrainingConfig
 
 torch.set_num_threads(1)
 config = TrainingConfig(**json.loads(sys.argv[1]))
-run.PROGRESS_INTERVAL = 0.0
+progress.INTERVAL = 0.0
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -75,14 +79,14 @@ def train(how, count):
         file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
         file.flush()
         kill()
-    def progress(event):
+    def show(event):
         nonlocal done
         done += event.stage == "train"
         if done == count:
             kill()
     if how == "writing":
         torch.save = save_half
-    run.run_training(config, progress if how == "training" else None)
+    run.run_training(config, show if how == "training" else None)
 
 for how, count in json.loads(sys.argv[2]):
     child = os.fork()

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from sae_runtime import Backbone, load_dictionary
-from sae_runtime.evaluation.dictionary_evaluation import evaluate_dictionary
+from sae_runtime.figures.held_out import held_out_figures
+from sae_runtime.kernels.products import default_compute_dtype
+from sae_runtime.progress import Progress
+from sae_runtime.training import worker
+from sae_runtime.training.activations.run_rows import held_out_rows
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.progress import TrainingProgress
-from sae_runtime.training.run import held_out_rows, run_training
+from sae_runtime.training.run import run_training
 from tests.sae_runtime.training.trainers.examples import FAMILIES
 
 
@@ -30,9 +33,9 @@ def assert_bit_equal(a: Path, b: Path) -> None:
         assert torch.equal(tensor, stored_weights(b)[name]), name
 
 
-def interrupt_at(tokens: int) -> Callable[[TrainingProgress], None]:
-    def callback(event: TrainingProgress) -> None:
-        if event.stage == "train" and event.tokens >= tokens:
+def interrupt_at(tokens: int) -> Callable[[Progress], None]:
+    def callback(event: Progress) -> None:
+        if event.stage == "train" and event.done >= tokens:
             raise KeyboardInterrupt
 
     return callback
@@ -40,19 +43,18 @@ def interrupt_at(tokens: int) -> Callable[[TrainingProgress], None]:
 
 @pytest.fixture
 def _every_step_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae_runtime.training.run.PROGRESS_INTERVAL", 0.0)
+    monkeypatch.setattr("sae_runtime.progress.INTERVAL", 0.0)
 
 
 def test_it_publishes_a_dictionary_that_loads_with_figures_that_recompute(settings: dict[str, Any]) -> None:
-    events: list[TrainingProgress] = []
+    events: list[Progress] = []
     config = TrainingConfig(**settings)
     (result,) = run_training(config, events.append)
     assert list(dict.fromkeys(e.stage for e in events)) == ["prepare", "train", "statistics", "evaluate", "publish"]
-    assert events[-1].tokens == events[-1].total_tokens
-    trained = [e for e in events if e.stage == "train" and e.nmse is not None]
-    assert trained[-1].tokens == 12_032  # rounded up to whole batches
-    assert trained[-1].l0 is not None
-    assert 0 < trained[-1].l0 <= 8
+    assert events[-1].done == events[-1].total
+    trained = [e for e in events if e.stage == "train" and "nmse" in e.figures]
+    assert trained[-1].done == 12_032  # rounded up to whole batches
+    assert 0 < trained[-1].figures["l0"] <= 8
 
     backbone = Backbone.load(config.backbone)
     dictionary = load_dictionary(config.out, backbone=backbone)
@@ -61,12 +63,12 @@ def test_it_publishes_a_dictionary_that_loads_with_figures_that_recompute(settin
     assert dictionary.statistics.n_tokens >= 2000
     manifest = dictionary.manifest
     assert manifest is not None
-    assert manifest.evaluation == result.evaluation.figures()
+    assert manifest.evaluation == result.manifest.evaluation
     assert manifest.provenance.tokens == 12_032
     assert manifest.context_length == 32
-    again = evaluate_dictionary(backbone, dictionary, held_out_rows(config, backbone, config.evaluation_tokens))
-    assert again.figures() == pytest.approx(result.evaluation.figures(), rel=1e-5)
-    assert again.nmse < 0.6
+    again = held_out_figures(backbone, dictionary, held_out_rows(config, backbone, config.evaluation_tokens))
+    assert again == pytest.approx(manifest.evaluation, rel=1e-5)
+    assert again["nmse"] < 0.6
     assert "| NMSE |" in (config.out / "CARD.md").read_text()
     assert not config.checkpoint_path.exists()
 
@@ -108,6 +110,35 @@ def test_a_checkpoint_of_another_run_is_refused(settings: dict[str, Any]) -> Non
     TrainingConfig(**settings).checkpoint_path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="is not a checkpoint"):
         run_training(TrainingConfig(**settings))
+
+
+@pytest.mark.usefixtures("_every_step_reports")
+@pytest.mark.filterwarnings("ignore:the run goes on with backbone_dtype")
+def test_the_dtypes_that_a_run_chose_are_recorded_and_kept(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainingConfig(**settings | {"compute_dtype": "auto", "backbone_dtype": "auto"})
+    monkeypatch.setattr(worker, "default_compute_dtype", lambda device: torch.bfloat16)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, interrupt_at(4_000))
+    monkeypatch.setattr(worker, "default_compute_dtype", lambda device: torch.float32)
+    with pytest.warns(
+        UserWarning, match="goes on with compute_dtype bfloat16, as it began; this machine is faster in float32"
+    ):
+        (resumed,) = run_training(config)
+    recorded = resumed.manifest.provenance.config
+    assert (recorded["compute_dtype"], recorded["backbone_dtype"]) == ("bfloat16", "bfloat16")
+    whole = {"compute_dtype": "bfloat16", "backbone_dtype": "bfloat16", "out": config.out.with_name("whole")}
+    run_training(TrainingConfig(**settings | whole))
+    assert_bit_equal(config.out, config.out.with_name("whole"))
+
+
+def test_a_new_run_takes_the_dtype_that_is_fast_here(settings: dict[str, Any]) -> None:
+    config = TrainingConfig(**settings | {"compute_dtype": "auto", "backbone_dtype": "auto", "tokens": 256})
+    (result,) = run_training(config)
+    fast = str(default_compute_dtype("cpu")).removeprefix("torch.")
+    recorded = result.manifest.provenance.config
+    assert (recorded["compute_dtype"], recorded["backbone_dtype"]) == (fast, fast)
 
 
 def test_errors_come_before_the_work(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import grpc
 import numpy as np
 import pytest
 
+from sae_runtime.causal.texts_needed import texts_needed
 from service.client import AsyncClient, Client, NotFound, ablate_feature, set_feature
 from service.replica import ReplicaSettings, ServiceRuntime
-from service.rpc.servicers import add_to_grpc_server, build_handlers
+from service.rpc.register import add_to_grpc_server, build_handlers
 from tests.service.cli.conftest import Output
 from tests.service.conftest import LIMITS, served_dictionaries
 from tests.service.engine.models import small_backbone
@@ -155,12 +156,37 @@ async def test_contrast(run: Callable[..., asyncio.Future[Output]], tmp_path: Pa
     assert sum(line.startswith("mid:") for line in lines) >= 5
     assert any(line.startswith("Suggested: mid:") for line in lines)
     assert plot.read_bytes().startswith(PNG)
+    assert "No feature passes a false discovery rate of 0.05. The texts are too few: " in " ".join(lines)
+    tested = int(lines[0].split("; ")[1].split(" ")[0])
+    assert f"That takes {texts_needed(tested, 0.05)} texts in each set." in " ".join(out.split())
     found = json.loads((await run("contrast", "--a-text", "a", "--a-text", "b", "--b-text", "c", "--b-text", "d",
                                   "--dictionary", "mid", "--json")).out)  # fmt: skip
     assert found["suggestion"] == []
+    many = [*("--a-text", "aaa") * 12, *("--b-text", "zzz") * 12]
+    enough = await run("contrast", *many, "--dictionary", "early", "--count", "1")
+    assert "No feature" not in enough.out
+    strict = await run("contrast", *many, "--dictionary", "early", "--fdr", "1e-12")
+    assert "No feature passes a false discovery rate of 1e-12." in strict.out
+    assert not any(line.startswith("early:") for line in strict.out.splitlines())
     code, _, err = await run("contrast", "--a-text", "a", "--b-text", "b")
     assert code == 2
     assert "expected at least 2 each" in err
+
+
+@pytest.mark.parametrize("columns", ["40", "80", None], ids=["40 columns", "80 columns", "a pipe"])
+async def test_tables_name_features_in_full(
+    run: Callable[..., asyncio.Future[Output]], monkeypatch: pytest.MonkeyPatch, columns: str | None
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns) if columns else monkeypatch.delenv("COLUMNS")
+    ablated = await run("ablate", "abc", "--feature", "early:95", "--distance", "1", "--logit-token", "e")
+    assert [line.split()[0] for line in ablated.out.splitlines() if line.startswith("early:")] == ["early:95"] * 2
+    texts = ["--a-text", "ab", "--a-text", "cd", "--b-text", "1+2", "--b-text", "3*4"]
+    contrast = await run("contrast", *texts, "--dictionary", "early", "--count", "3", "--suggest", "1", "--validate")
+    names = [line.split(" ")[0] for line in contrast.out.splitlines() if line.startswith("early:")]
+    found = json.loads((await run("contrast", *texts, "--dictionary", "early", "--count", "3", "--json")).out)
+    assert names[:3] == [f"early:{each['feature'][1]}" for each in found["features"]]
+    for output in (ablated.out, contrast.out):
+        assert "…" not in output
 
 
 async def test_a_plot_without_matplotlib(

@@ -1,6 +1,5 @@
 """`saeserve evaluate`: settings, files and messages; the measurements are tested in tests/sae_runtime/evaluation."""
 
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -8,15 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from sae_runtime import Backbone
 from sae_runtime.dictionary.formats.published import save_dictionary
 from sae_runtime.dictionary.manifest import BackboneReference
 from sae_runtime.dictionary.statistics import LatentStatistics
-from sae_runtime.evaluation.progress import EvaluationProgress
 from sae_runtime.evaluation.settings import EvaluationSettings
-from service.cli.evaluate import StageDisplay
 from tests.sae_runtime.conftest import tiny_backbone_folder  # noqa: F401 (a fixture)
 from tests.sae_runtime.evaluation.reference import random_dictionary
 
@@ -118,13 +114,3 @@ def test_a_backbone_that_it_was_not_made_for(saeserve: Saeserve, published: Path
     code, _, err = saeserve("evaluate", str(published), "--data", str(text), "--backbone", "builtin")
     assert code == 1
     assert "was made for backbone" in err
-
-
-def test_a_bar_for_each_stage_on_a_terminal():
-    stream = io.StringIO()
-    with StageDisplay(Console(file=stream, width=120, force_terminal=True, color_system=None)) as display:
-        display.show(EvaluationProgress("splice", 500, 2000, "tokens"))
-        display.show(EvaluationProgress("probes", 3, 30, "tasks"))
-    assert "25 %" in stream.getvalue()
-    assert "500 tokens" in stream.getvalue()
-    assert "10 %" in stream.getvalue()

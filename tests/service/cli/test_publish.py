@@ -66,3 +66,38 @@ def test_what_a_format_cannot_say(saeserve: Saeserve, tmp_path: Path):
     assert code == 1
     assert "no builtin dictionary 'nowhere'" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_builtin_dictionary_fits(saeserve: Saeserve, tmp_path: Path):
+    code, out, err = saeserve("publish", "resid-mid", str(tmp_path / "d"), "--json")
+    assert (code, err) == (0, "")
+    fit = json.loads(out)["fit"]
+    assert 0 < fit["nmse"] < 0.5
+    assert fit["n_tokens"] >= 8_192
+    assert "NMSE" in saeserve("publish", "resid-mid", str(tmp_path / "e"))[1]
+
+
+def test_a_dictionary_of_another_model_is_told(
+    saeserve: Saeserve,
+    tmp_path: Path,
+    tiny_backbone_folder: Path,  # noqa: F811
+):
+    """Random weights reconstruct nothing, and the file names gpt2."""
+    command = ["publish", str(GOLDEN / "saelens_gated_layernorm_nosub"), "--backbone", str(tiny_backbone_folder)]
+    code, out, err = saeserve(*command, str(tmp_path / "d"))
+    assert code == 0
+    assert f"made for gpt2; the backbone is {tiny_backbone_folder}" in err
+    assert "which is worse than predicting the mean activation" in err
+    assert "(1 is predicting the mean)" in out
+    # A published one names its backbone's weights, and is refused.
+    code, _, err = saeserve("publish", str(tmp_path / "d"), str(tmp_path / "e"))
+    assert code == 1
+    assert "was made for backbone" in err
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_site_that_is_not_there_is_refused(saeserve: Saeserve, tmp_path: Path, tiny_backbone_folder: Path):  # noqa: F811
+    command = ["publish", str(GOLDEN / "sparsify_topk"), str(tmp_path / "d"), "--backbone", str(tiny_backbone_folder)]
+    code, _, err = saeserve(*command, "--site", "7.resid_pre")
+    assert code == 1
+    assert "layers 0 to 1" in err

@@ -1,6 +1,5 @@
 """`saeserve train`; the offline job itself is tested in tests/sae_runtime."""
 
-import io
 import json
 import signal
 from collections.abc import Callable
@@ -9,10 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 
 from sae_runtime.training.config import TrainingConfig
-from sae_runtime.training.progress import TrainingProgress
 from sae_runtime.training.stop_signals import TrainingStopped
 from service.cli import train
 from service.cli.main import _parser
@@ -83,8 +80,8 @@ def test_every_setting_has_a_flag_and_a_description(saeserve: Saeserve):
         ),
         (["--site", "nonsense", "--data", "a", "--out", "d"], "is not of the form <layer>.<location>"),
         (["--site", "0.resid_pre", "--data", "a", "--out", "d", "--k", "many"], "k: Input should be a valid integer"),
-        (["{file}", "--k", "0"], "k: Input should be greater than or equal to 1, found '0'"),
-        (["{file}.not-there"], "cannot read settings: "),
+        (["{file}", "--k", "0"], "k: Input should be greater than or equal to 1, found '0' (from --k)"),
+        (["{file}.not-there"], "cannot read settings from "),
     ],
 )
 def test_wrong_settings(saeserve: Saeserve, config_file: Path, arguments: list[str], message: str):
@@ -95,7 +92,7 @@ def test_wrong_settings(saeserve: Saeserve, config_file: Path, arguments: list[s
 
 def test_unknown_settings_are_errors(saeserve: Saeserve, config_file: Path):
     config_file.write_text(config_file.read_text() + "learning_rat: 1.0\n")
-    assert saeserve("train", str(config_file))[2] == "saeserve: learning_rat: no such setting\n"
+    assert saeserve("train", str(config_file))[2] == f"saeserve: learning_rat: no such setting (from {config_file})\n"
     config_file.write_text("- a list")
     code, _, err = saeserve("train", str(config_file))
     assert code == 2
@@ -125,30 +122,6 @@ def test_a_terminated_run_says_so_by_its_exit_code(
 
     monkeypatch.setattr(train, "run_training", terminate)
     assert saeserve("train", str(config_file))[0] == 143
-
-
-def test_progress_lines_where_there_is_no_terminal():
-    stream = io.StringIO()
-    with train.ProgressDisplay(Console(file=stream, width=200)) as display:
-        display.show(TrainingProgress("prepare", 0, 100, 0.0))
-        display.show(TrainingProgress("prepare", 100, 100, 50.0))
-        display.show(TrainingProgress("train", 0, 2000, 0.0))
-        display.show(TrainingProgress("train", 2000, 2000, 1234.5, nmse=0.25, l0=4.0, dead_fraction=0.031, loss=1.0))
-    assert stream.getvalue().splitlines() == [
-        "prepare 0 of 100",
-        "prepare 100 of 100  50 tokens/s",
-        "train 0 of 2,000",
-        "train 2,000 of 2,000  1,234 tokens/s  NMSE 0.2500  L0 4.0  dead 3.1 %",
-    ]
-
-
-def test_progress_bar_on_a_terminal():
-    stream = io.StringIO()
-    with train.ProgressDisplay(Console(file=stream, width=120, force_terminal=True, color_system=None)) as display:
-        display.show(TrainingProgress("train", 500, 2000, 1234.5, nmse=0.25, l0=4.0, dead_fraction=0.031, loss=1.0))
-    assert "train " in stream.getvalue()
-    assert "25 %" in stream.getvalue()
-    assert "1,234 tokens/s  NMSE 0.2500  L0 4.0  dead 3.1 %" in stream.getvalue()
 
 
 def test_trains_and_publishes(saeserve: Saeserve, tmp_path: Path, tiny_backbone_folder: Path):  # noqa: F811

@@ -68,6 +68,8 @@ class FakeServer(
     """Every method's calls are in `calls` as (method, request, metadata)."""
 
     calls: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
+    time_left_s: dict[str, float] = field(default_factory=dict)
+    """By method: how long before its deadline the last call came."""
     failures: dict[str, list[Failure]] = field(default_factory=dict)
     """By method: they are used up one after the other."""
     fail_after_chunks: Failure | None = None
@@ -85,6 +87,7 @@ class FakeServer(
 
     def _record(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
         self.calls.append((method, request, dict(context.invocation_metadata())))
+        self.time_left_s[method] = context.time_remaining()
         for failure in self.failures.get(method, []):
             if failure.times:
                 failure.times -= 1

@@ -1,22 +1,18 @@
-"""Requests are built and replies are read as the .proto files say."""
+"""Requests are built as the .proto files say."""
+
+from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from service.client import (
-    SparseRows,
-    ablate_feature,
-    add_to_feature,
-    clamp_feature,
-    edits,
-    messages,
-    scale_feature,
-    set_feature,
-)
-from service.pb.saeserve.v1 import common_pb2, edits_pb2
+from service.client import InputStatistics, SparseRows, messages
+from service.client.options import ExtractOptions, Inputs
+from service.pb.saeserve.v1 import common_pb2
+from tests.service.client.both_clients import Run, value
+from tests.service.client.fake_server import FakeServer
 
 
-def texts_and_ids(inputs: messages.Inputs) -> list[object]:
+def texts_and_ids(inputs: Inputs) -> list[object]:
     request = messages.extract_features_request(inputs, ["d"])
     return [i.text if i.WhichOneof("input") == "text" else list(i.token_ids.ids) for i in request.inputs]
 
@@ -35,7 +31,7 @@ def texts_and_ids(inputs: messages.Inputs) -> list[object]:
         ([], []),
     ],
 )
-def test_inputs(inputs: messages.Inputs, expected: list[object]):
+def test_inputs(inputs: Inputs, expected: list[object]):
     assert texts_and_ids(inputs) == expected
 
 
@@ -54,7 +50,7 @@ def test_bytes_are_no_input():
         ({"threshold": 0.0}, "threshold: 0\n"),
     ],
 )
-def test_selections(options: messages.ExtractOptions, expected: str | None):
+def test_selections(options: ExtractOptions, expected: str | None):
     request = messages.extract_features_request("x", ["d"], **options)
     assert (str(request.selection) if request.HasField("selection") else None) == expected
 
@@ -69,75 +65,6 @@ def test_unknown_names_of_options():
         messages.extract_features_request("x", ["d"], aggregation="median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="overflow is 'cut'"):
         messages.generate_request("x", overflow="cut")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("edit", "expected"),
-    [
-        (
-            set_feature("d", 7, 2.5, unit="max", positions="prompt"),
-            edits_pb2.Edit(
-                dictionary="d",
-                feature=7,
-                set=edits_pb2.Amount(value=2.5, unit=edits_pb2.UNIT_RECORDED_MAXIMUM),
-                positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_PROMPT),
-            ),
-        ),
-        (
-            add_to_feature("d", 7, -1.0, positions=[0, 3]),
-            edits_pb2.Edit(
-                dictionary="d",
-                feature=7,
-                add=edits_pb2.Amount(value=-1.0, unit=edits_pb2.UNIT_RAW),
-                positions=edits_pb2.Positions(explicit=edits_pb2.ExplicitPositions(positions=[0, 3])),
-            ),
-        ),
-        (
-            scale_feature("d", 7, 0.0, positions="generated"),
-            edits_pb2.Edit(
-                dictionary="d",
-                feature=7,
-                scale=0.0,
-                positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_GENERATED),
-            ),
-        ),
-        (
-            clamp_feature("d", 7, maximum=3.0, where=(9, 0.5)),
-            edits_pb2.Edit(
-                dictionary="d",
-                feature=7,
-                clamp=edits_pb2.Clamp(maximum=3.0, unit=edits_pb2.UNIT_RAW),
-                positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_ALL),
-                condition=edits_pb2.Condition(feature=9, threshold=0.5),
-            ),
-        ),
-        (
-            ablate_feature("d", 7),
-            edits_pb2.Edit(
-                dictionary="d",
-                feature=7,
-                ablate=edits_pb2.ABLATION_ZERO,
-                positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_ALL),
-            ),
-        ),
-        (
-            ablate_feature("d", 7, "mean"),
-            edits_pb2.Edit(
-                dictionary="d",
-                feature=7,
-                ablate=edits_pb2.ABLATION_MEAN,
-                positions=edits_pb2.Positions(range=edits_pb2.POSITION_RANGE_ALL),
-            ),
-        ),
-    ],
-)
-def test_edits(edit: edits.Edit, expected: edits_pb2.Edit):
-    assert messages.edit_message(edit) == expected
-
-
-def test_clamp_needs_a_bound():
-    with pytest.raises(ValueError, match="minimum, maximum or both"):
-        clamp_feature("d", 1)
 
 
 def test_generate_options():
@@ -168,12 +95,16 @@ def test_activations_travel_in_their_own_width():
     assert tensor.data == np.array([1, 2], "<f4").tobytes()
 
 
-def test_sparse_rows():
-    rows = SparseRows(
-        np.array([0, 2, 2, 3], np.uint32), np.array([4, 0, 1], np.uint32), np.array([3.0, 1.0, 2.0], np.float32)
-    )
-    assert len(rows) == 3
-    np.testing.assert_array_equal(rows.to_dense(5), [[1, 0, 0, 0, 3], [0, 0, 0, 0, 0], [0, 2, 0, 0, 0]])
-    assert [(list(i), list(v)) for i, v in rows] == [([4, 0], [3, 1]), ([], []), ([1], [2])]
-    with pytest.raises(IndexError):
-        rows.row(3)
+def test_decode_without_statistics(run: Run, fake: FakeServer):
+    rows = SparseRows(np.array([0, 1]), np.array([5]), np.array([1.5]))
+    run(lambda client: value(client.decode_features("resid-mid", rows)))
+    (sent,) = fake.requests("DecodeFeatures")
+    assert not sent.HasField("input_statistics")
+    assert (list(sent.features.indices), list(sent.features.values)) == ([5], [1.5])
+
+
+def test_decode_of_no_rows_keeps_its_statistics(run: Run, fake: FakeServer):
+    empty = np.zeros(0, np.float32)
+    rows = SparseRows(np.array([0]), np.zeros(0, np.uint32), empty)
+    run(lambda client: value(client.decode_features("resid-mid", rows, InputStatistics(empty, empty))))
+    assert fake.requests("DecodeFeatures")[0].HasField("input_statistics")

@@ -1,13 +1,26 @@
-"""RetryPolicy and Attempts, with a clock that stands still."""
+"""When calls are tried again: RetryPolicy and Attempts with a clock that stands still, and both clients."""
+
+from __future__ import annotations
 
 import math
+from typing import Any
 
 import grpc
 import pytest
 
-from service.client import NO_RETRY, RetryPolicy
-from service.client.errors import SaeserveError, error_of_code
+from service.client import (
+    NO_RETRY,
+    Client,
+    DeadlineExceeded,
+    ResourceExhausted,
+    RetryPolicy,
+    SaeserveError,
+    Unavailable,
+)
+from service.client.errors import error_of_code
 from service.client.retry import Attempts
+from tests.service.client.both_clients import Run, items, value
+from tests.service.client.fake_server import Failure, FakeServer, retry_info
 
 
 def attempts(policy: RetryPolicy, timeout_s: float = math.inf, *, draw: float = 0.0) -> Attempts:
@@ -74,3 +87,80 @@ def test_no_retry_tries_once():
 def test_policy_needs_an_attempt():
     with pytest.raises(ValueError, match="attempts is 0"):
         RetryPolicy(attempts=0)
+
+
+# Both clients
+
+
+def unavailable(times: int) -> Failure:
+    return Failure(grpc.StatusCode.UNAVAILABLE, "starting", times=times)
+
+
+def test_a_call_that_fails_twice_is_retried(run: Run, fake: FakeServer):
+    fake.failures["ExtractFeatures"] = [unavailable(2)]
+    assert len(run(lambda client: value(client.extract_features("a", "resid-mid")))) == 1
+    assert len(fake.requests("ExtractFeatures")) == 3
+
+
+def test_retries_end(run: Run, fake: FakeServer):
+    fake.failures["ExtractFeatures"] = [unavailable(3)]
+    with pytest.raises(Unavailable, match="starting"):
+        run(lambda client: value(client.extract_features("a", "resid-mid")))
+    assert len(fake.requests("ExtractFeatures")) == 3
+
+
+@pytest.mark.parametrize("method", ["ExtractFeatures", "Generate"])
+def test_what_expired_is_not_retried(run: Run, fake: FakeServer, method: str):
+    fake.failures[method] = [Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "too late")]
+
+    async def script(client: Any) -> Any:
+        if method == "Generate":
+            return await value(client.generate("a").result())
+        return await value(client.extract_features("a", "resid-mid"))
+
+    with pytest.raises(DeadlineExceeded):
+        run(script)
+    assert len(fake.requests(method)) == 1
+
+
+def test_a_generation_is_retried_before_its_first_message(run: Run, fake: FakeServer):
+    fake.failures["Generate"] = [unavailable(2)]
+    assert run(lambda client: value(client.generate("a").result())).text == " a dog é."
+    assert len(fake.requests("Generate")) == 3
+
+
+def test_a_generation_is_not_retried_after_its_first_message(run: Run, fake: FakeServer):
+    fake.fail_after_chunks = unavailable(1)
+    received: list[str] = []
+
+    async def script(client: Any) -> None:
+        generation = client.generate("a")
+        if isinstance(client, Client):
+            received.extend(chunk.text for chunk in generation)
+        else:
+            async for chunk in generation:
+                received.append(chunk.text)  # noqa: PERF401
+
+    with pytest.raises(Unavailable):
+        run(script)
+    assert received == [" a dog", "", " é."]
+    assert len(fake.requests("Generate")) == 1
+
+
+def test_a_stream_of_extractions_is_not_retried(run: Run, fake: FakeServer):
+    fake.failures["ExtractFeaturesStream"] = [unavailable(1)]
+    with pytest.raises(Unavailable):
+        run(lambda client: items(client.extract_features_stream(["a"], "resid-mid")))
+
+
+def test_a_full_queue_is_retried_only_on_request(run: Run, fake: FakeServer):
+    full = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full", (retry_info(0.002),), times=2)
+    fake.failures["ExtractFeatures"] = [full]
+    with pytest.raises(ResourceExhausted) as caught:
+        run(lambda client: value(client.extract_features("a", "resid-mid")))
+    assert caught.value.retry_after_s == pytest.approx(0.002)
+    run(
+        lambda client: value(client.extract_features("a", "resid-mid")),
+        retry=RetryPolicy(attempts=3, retry_exhausted=True),
+    )
+    assert len(fake.requests("ExtractFeatures")) == 3

@@ -13,7 +13,7 @@ from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.edits import Edit
 from sae_runtime.model.backbone import Backbone
-from sae_runtime.model.families.gpt2_weights import random_state
+from sae_runtime.model.families.gpt2.weights import random_state
 
 N_LATENTS = 96
 VOCABULARY = 257

@@ -9,8 +9,8 @@ import torch
 
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.model.backbone import Backbone
-from service.engine.continuation import Continuation, Event
-from service.engine.generation import Generation, StepOutcome
+from service.engine.generation import RunningBatch, StepOutcome
+from service.engine.sequence import Event, GenerateRequest
 from service.engine.settings import EngineSettings
 from service.engine.work import GeneratedTokens, GenerateWork, GenerationEnd
 
@@ -23,31 +23,31 @@ class Runner:
     ) -> None:
         made = EngineSettings(**settings)
         longest = min(backbone.context_length, made.max_cache_tokens)
-        self.generation = Generation(backbone, dictionaries, made, longest)
-        self.waiting: deque[Continuation] = deque()
-        self.continuations: list[Continuation] = []
-        self.events: dict[Continuation, list[Event]] = {}
+        self.running = RunningBatch(backbone, dictionaries, made, longest)
+        self.waiting: deque[GenerateRequest] = deque()
+        self.requests: list[GenerateRequest] = []
+        self.events: dict[GenerateRequest, list[Event]] = {}
         for work in works:
             self.join(work)
 
-    def join(self, work: GenerateWork) -> Continuation:
+    def join(self, work: GenerateWork) -> GenerateRequest:
         """Queues a request."""
-        continuation = Continuation(work, lambda event: None)
-        self.continuations.append(continuation)
-        self.events[continuation] = []
-        self.waiting.append(continuation)
-        return continuation
+        request = GenerateRequest(work, lambda event: None)
+        self.requests.append(request)
+        self.events[request] = []
+        self.waiting.append(request)
+        return request
 
     def step(self) -> StepOutcome:
         with torch.inference_mode():
-            outcome = self.generation.step(lambda: self.waiting.popleft() if self.waiting else None)
-        for continuation, event in outcome.events:
-            self.events[continuation].append(event)
+            outcome = self.running.step(lambda: self.waiting.popleft() if self.waiting else None)
+        for request, event in outcome.events:
+            self.events[request].append(event)
         return outcome
 
     @property
     def done(self) -> bool:
-        return not (self.waiting or self.generation.n_active or self.generation.n_waiting)
+        return not (self.waiting or self.running.n_active or self.running.n_waiting)
 
     def run(self) -> Runner:
         while not self.done:
@@ -57,7 +57,7 @@ class Runner:
     def tokens(self, i: int, sample: int = 0, *, unedited: bool = False) -> GeneratedTokens:
         """All that a sequence of request i delivered, as one."""
         whole = GeneratedTokens(sample=sample, unedited=unedited)
-        for event in self.events[self.continuations[i]]:
+        for event in self.events[self.requests[i]]:
             if isinstance(event, GeneratedTokens) and (event.sample, event.unedited) == (sample, unedited):
                 whole.extend(event)
         return whole
@@ -72,10 +72,10 @@ class Runner:
         return self.tokens(i).text
 
     def ends(self, i: int) -> list[GenerationEnd]:
-        return [event for event in self.events[self.continuations[i]] if isinstance(event, GenerationEnd)]
+        return [event for event in self.events[self.requests[i]] if isinstance(event, GenerationEnd)]
 
     def end(self, i: int) -> GenerationEnd:
         """Of a request with one sequence: the last event."""
-        end = self.events[self.continuations[i]][-1]
+        end = self.events[self.requests[i]][-1]
         assert isinstance(end, GenerationEnd)
         return end

@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2LMHeadModel, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from sae_runtime.edits import Edit
-from sae_runtime.model.families.gpt2_weights import random_state
+from sae_runtime.model.families.gpt2.weights import random_state
 from service.engine.errors import NonFiniteActivations
 from service.engine.generation import _shares
 from service.engine.work import GenerateWork, SamplingOptions, WatchedFeatures
@@ -76,30 +76,30 @@ class TestCache:
         big = work(MEDIUM, 90)
         run = runner(work(SHORT, 20), work(SHORT, 40), big, work(SHORT, 2), max_cache_tokens=192)
         run.step()
-        assert (run.generation.n_active, run.generation.n_waiting, len(run.waiting)) == (2, 1, 1)
-        assert run.generation.reserved_tokens == 128
+        assert (run.running.n_active, run.running.n_waiting, len(run.waiting)) == (2, 1, 1)
+        assert run.running.reserved_tokens == 128
         while not run.ends(0):
             run.step()
             assert not run.ids(2)
             assert not run.ids(3)
         run.step()
-        assert (run.generation.n_active, run.generation.n_waiting) == (2, 1)  # the big one runs, the small one waits
-        assert run.generation.reserved_tokens == 64 + 96
+        assert (run.running.n_active, run.running.n_waiting) == (2, 1)  # the big one runs, the small one waits
+        assert run.running.reserved_tokens == 64 + 96
         most = 0
         while not run.done:
             run.step()
-            most = max(most, run.generation.reserved_tokens)
+            most = max(most, run.running.reserved_tokens)
         assert most <= 192
-        assert run.generation.reserved_tokens == 0
+        assert run.running.reserved_tokens == 0
         assert run.ids(2) == SLOW.greedy(MEDIUM, 90)[0]
         assert run.ids(3) == SLOW.greedy(SHORT, 2)[0]
 
     def test_memory_is_bounded_by_the_setting(self) -> None:
         run = runner(work(SHORT, 2), max_cache_tokens=100, max_concurrent_generations=50).run()
-        assert run.generation._cache.nbytes == 100 * BACKBONE.cache_bytes_per_token
+        assert run.running._cache.nbytes == 100 * BACKBONE.cache_bytes_per_token
 
     def test_what_never_fits_is_refused_with_the_setting(self) -> None:
-        generation = runner(max_cache_tokens=130, max_concurrent_generations=4).generation
+        generation = runner(max_cache_tokens=130, max_concurrent_generations=4).running
         generation.check_fits(work(SHORT, 40, samples=2))
         with pytest.raises(ValueError, match=r"2 sequences of 6 .* reserve 192 tokens .* max_cache_tokens = 130"):
             generation.check_fits(work(SHORT, 80, samples=2))
@@ -109,16 +109,16 @@ class TestCache:
     def test_a_cancelled_request_frees_its_tokens_before_the_next_step(self) -> None:
         run = runner(work(LONG, 10, samples=2), work(SHORT, 3), max_cache_tokens=200)
         run.step()
-        assert (run.generation.n_active, run.generation.n_waiting) == (2, 1)
-        run.continuations[0].cancelled = True
+        assert (run.running.n_active, run.running.n_waiting) == (2, 1)
+        run.requests[0].cancelled = True
         outcome = run.step()
-        assert (run.generation.n_active, outcome.n_rows) == (1, 1)
-        assert run.generation.reserved_tokens == 64
+        assert (run.running.n_active, outcome.n_rows) == (1, 1)
+        assert run.running.reserved_tokens == 64
 
     def test_a_cancelled_request_that_waits_for_room_makes_way(self) -> None:
         run = runner(work(LONG, 10), work(LONG, 10), work(SHORT, 2), max_cache_tokens=160)
         run.step()
-        run.continuations[1].cancelled = True
+        run.requests[1].cancelled = True
         run.step()
         assert run.ids(2)
         assert not run.run().ids(1)
@@ -180,11 +180,11 @@ class TestCompare:
     def test_a_request_fails_as_a_whole_and_alone(self) -> None:
         strong = (Edit("delta", 1, "set", 3e38),)
         run = runner(work(SHORT, 5, edits=strong, compare=True, samples=2), work(MEDIUM, 5), max_cache_tokens=400).run()
-        errors = [event for event in run.events[run.continuations[0]] if isinstance(event, Exception)]
+        errors = [event for event in run.events[run.requests[0]] if isinstance(event, Exception)]
         assert len(errors) == 1
         assert isinstance(errors[0], NonFiniteActivations)
         assert run.ids(1) == SLOW.greedy(MEDIUM, 5)[0]
-        assert run.generation.reserved_tokens == 0
+        assert run.running.reserved_tokens == 0
 
 
 class TestFeatures:

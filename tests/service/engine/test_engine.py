@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sae_runtime.dictionary.features import SparseFeatures
-from sae_runtime.edits import Edit, InvalidEdit
+from sae_runtime.edits import Edit, InvalidEdit, Reference
 from sae_runtime.errors import EditConflict, UnknownDictionary
 from service.engine.engine import Engine
 from service.engine.errors import EngineStopped, NonFiniteActivations, QueueFull
@@ -246,8 +246,8 @@ class TestExtract:
     async def test_one_bad_item_fails_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Token 256 is made to overflow: batches with it raise, and only its own request may fail."""
         gate = Gate(monkeypatch)
-        good = BACKBONE._weights.wte[256].clone()
-        BACKBONE._weights.wte[256] = float("inf")
+        good = BACKBONE._model._weights.wte[256].clone()
+        BACKBONE._model._weights.wte[256] = float("inf")
         try:
             async with running() as engine:
                 first = await gate.occupy(engine)
@@ -257,7 +257,7 @@ class TestExtract:
                 await first
                 fine, bad, also_fine = await asyncio.gather(*tasks, return_exceptions=True)
         finally:
-            BACKBONE._weights.wte[256] = good
+            BACKBONE._model._weights.wte[256] = good
         assert isinstance(bad, NonFiniteActivations)
         for work, result in ((works[0], fine), (works[2], also_fine)):
             assert_same(result.inputs[0][0].features, library(work.rows[0], "mid")[1].to_dense())  # type: ignore[union-attr]
@@ -273,7 +273,7 @@ class TestExtract:
             (ExtractWork(((1,) * 97,), ("mid",)), ValueError, "97 tokens, expected 1 to 96"),
             (ExtractWork(((257,),), ("mid",)), ValueError, "token id 257 is outside"),
             (ExtractWork(((-1,),), ("mid",)), ValueError, "token id -1 is outside"),
-            (ExtractWork(((1,),), ("mid",), Selection("features", features=(96,))), ValueError, "feature 96"),
+            (ExtractWork(((1,),), ("mid",), Selection("features", features=(96,))), ValueError, "latent 96"),
         ],
     )
     async def test_work_that_cannot_run_is_refused(
@@ -305,7 +305,7 @@ class TestEncodeAndDecode:
 
     async def test_decoding_rows_of_any_form(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Entries in any order, empty rows, one long row among short ones, little memory for padding."""
-        monkeypatch.setattr("service.engine.execution.MAX_PADDED_ENTRIES", 100)
+        monkeypatch.setattr("service.engine.batch.MAX_PADDED_ENTRIES", 100)
         d = DICTIONARIES["mid"]
         generator = np.random.default_rng(0)
         counts = np.array([0, 3, 90, 1, 0, 5, 96, 2])
@@ -337,7 +337,7 @@ class TestEncodeAndDecode:
                 (csr([1, 2], [1, 2]), "rising offsets"),
                 (csr([0, 2, 1], [1]), "rising offsets"),
                 (csr([0], []), "at least one row"),
-                (csr([0, 1], [N_LATENTS]), f"feature {N_LATENTS}"),
+                (csr([0, 1], [N_LATENTS]), f"latent {N_LATENTS}"),
             ]:
                 with pytest.raises(ValueError, match=message):
                     await engine.decode(DecodeWork("mid", bad))
@@ -441,6 +441,7 @@ class TestGenerate:
             ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
             ({"edits": (Edit("none", 1, "set"),)}, UnknownDictionary, "none"),
             ({"edits": (Edit("mid", 96, "set"),)}, InvalidEdit, "feature"),
+            ({"edits": (Edit("mid", 1, "resample", reference=Reference((1,))),)}, InvalidEdit, "has not been run"),
             ({"edits": (Edit("mid", 1, "set"), Edit("mid", 1, "add"))}, EditConflict, r"edits\[0\].*edits\[1\]"),
         ],
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from transformers import GPT2LMHeadModel
 import sae_runtime
 from sae_runtime import Backbone, load_dictionary
 from sae_runtime.dictionary.dictionary import Dictionary
-from sae_runtime.edits import AfterText, AllOf, AnyOf, BatchEdits, Condition, Edit, Reference
-from sae_runtime.model.families.gpt2_weights import random_state
+from sae_runtime.edits import AfterText, AllOf, AnyOf, BatchEdits, Condition, Edit, Reference, resolve_references
+from sae_runtime.model.families.gpt2.weights import random_state
 from service.engine.work import GenerateWork, SamplingOptions
 from tests.service.engine.hooked_generate import HookedGenerator
 from tests.service.engine.models import random_rows, small_backbone, small_dictionaries
@@ -115,7 +116,8 @@ def check(works: Sequence[GenerateWork], seed: int) -> None:
     while pending or not runner.done:
         for _ in range(rng.choice((0, 0, 1, 3))):
             if pending:
-                runner.join(pending.pop(0))
+                ready = pending.pop(0)
+                runner.join(replace(ready, edits=resolve_references(ready.edits, DICTIONARIES, BACKBONE)))
         runner.step()
     for i, each in enumerate(works):
         assert runner.ids(i) == HOOKED.greedy(each.prompt, each.max_new_tokens, each.edits), each.edits

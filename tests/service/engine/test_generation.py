@@ -119,10 +119,10 @@ def test_a_sequence_may_join_at_any_step() -> None:
 def test_a_cancelled_sequence_leaves_its_slot_before_the_next_step() -> None:
     run = runner(greedy(PROMPT, 80), greedy(PROMPT[:4], 3), max_concurrent_generations=1)
     run.step()
-    assert (run.generation.n_active, len(run.waiting)) == (1, 1)
-    run.continuations[0].cancelled = True
+    assert (run.running.n_active, len(run.waiting)) == (1, 1)
+    run.requests[0].cancelled = True
     run.step()
-    assert (run.generation.n_active, len(run.waiting)) == (1, 0)
+    assert (run.running.n_active, len(run.waiting)) == (1, 0)
     assert run.run().ids(1) == SLOW.greedy(PROMPT[:4], 3)[0]
     assert len(run.ids(0)) == 1
 
@@ -134,11 +134,11 @@ def test_edits_that_overflow_fail_alone() -> None:
     works = [greedy(PROMPT, 5), greedy(PROMPT, 5, huge[0]), greedy(PROMPT, 5, huge[1], later), greedy(PROMPT[:3], 4)]
     run = runner(*works).run()
     for i in (1, 2):
-        (error,) = run.events[run.continuations[i]]
+        (error,) = run.events[run.requests[i]]
         assert isinstance(error, NonFiniteActivations)
     assert run.ids(0) == SLOW.greedy(PROMPT, 5)[0]
     assert run.ids(3) == SLOW.greedy(PROMPT[:3], 4)[0]
-    assert run.generation.n_active == 0
+    assert run.running.n_active == 0
 
 
 def test_a_slot_left_full_of_nan_does_not_reach_the_next_sequence() -> None:

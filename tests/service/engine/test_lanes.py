@@ -11,7 +11,7 @@ import torch
 
 from sae_runtime import Backbone, Dictionary, Site
 from service.engine import lanes as module
-from service.engine.execution import ExtractPart, run_extract
+from service.engine.batch import ExtractPart, run_extract
 from service.engine.lanes import Lanes, extract_in_lanes
 from service.engine.work import Selection
 

@@ -4,6 +4,8 @@ from service.engine.errors import EngineStopped, QueueFull
 from service.engine.scheduler import Part, Scheduler, Turn
 from service.engine.settings import EngineSettings
 
+pytestmark = pytest.mark.any_cpu
+
 
 class Clock:
     now = 100.0

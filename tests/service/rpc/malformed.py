@@ -22,7 +22,7 @@ from service.pb.saeserve.v1 import common_pb2, edits_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as feature_pb
 from service.pb.saeserve.v1 import intervention_service_pb2 as intervention_pb
 from service.pb.saeserve.v1 import server_service_pb2 as server_pb
-from service.rpc.servicers import RPCS
+from service.rpc.register import RPCS
 from tests.service.rpc.malformed_causal import causal_services
 
 Code = grpc.StatusCode

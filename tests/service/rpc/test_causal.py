@@ -12,10 +12,11 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from sae_runtime import Edit
-from sae_runtime.causal.ablation import AblationStudy, FeatureId, strongest_features, total_activation
+from sae_runtime.causal.ablation import AblationStudy, strongest_features, total_activation
 from sae_runtime.causal.ablation_report import StudyResult, summarize
 from sae_runtime.causal.attribution import AttributionStudy, Target
 from sae_runtime.causal.contrast import active_columns, aggregate_texts, contrast_features
+from sae_runtime.causal.report import FeatureId
 from service.engine.settings import EngineSettings
 from service.pb.saeserve.v1 import causal_pb2 as pb
 from service.pb.saeserve.v1 import common_pb2, edits_pb2, feature_service_pb2, server_service_pb2
@@ -126,7 +127,7 @@ async def test_an_ablation_study_equals_the_librarys(served: Served) -> None:
     names = {"mean": edits_pb2.ABLATION_MEAN, "zero": edits_pb2.ABLATION_ZERO}
     by_key = {(e.feature.dictionary, e.feature.feature, e.ablation): e for e in reply.effects}
     for effect in expected.effects:
-        found = by_key[effect.feature.dictionary, effect.feature.feature, names[effect.replacement]]
+        found = by_key[effect.feature.dictionary, effect.feature.feature, names[effect.ablation]]
         assert (found.active_tokens, found.active_texts) == (effect.active_tokens, effect.active_texts)
         assert found.mean_activation == pytest.approx(effect.mean_activation, rel=1e-5)
         for name in ("n_tokens", "n_targets", "delta_loss", "delta_accuracy", "kl", "delta_target_logit"):
@@ -215,7 +216,8 @@ async def test_attributions_equal_the_librarys(served: Served) -> None:
 
 @pytest.mark.parametrize("aggregation", ["max", "mean"])
 async def test_contrasts_equal_the_librarys(served: Served, aggregation: str) -> None:
-    a = ["the cat sat", "the dog sat on it", "cats and dogs", "a cat"]
+    # No two begin alike: their first tokens would have equal activations, and rounding would decide whether these tie.
+    a = ["the cat sat", "my dog sat on it", "cats and dogs", "a cat"]
     b = ["1 + 1 = 2", "3 * 4 = 12", "7 - 5 = 2"]
     names = ["mid", "wide"]
     request = pb.ContrastFeaturesRequest(

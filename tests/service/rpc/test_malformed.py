@@ -4,13 +4,16 @@ import asyncio
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 
 from service.arrays import unpack_sparse_rows
 from service.pb.saeserve.v1 import catalog_service_pb2, common_pb2, feature_service_pb2, server_service_pb2
-from service.rpc.servicers import RPCS
+from service.rpc.register import RPCS
 from tests.service.conftest import Served
 from tests.service.rpc.malformed import Facts, malformed_requests, send
+
+pytestmark = pytest.mark.any_cpu
 
 
 async def test_malformed_requests_get_documented_codes_and_leave_the_server_sound(served: Served) -> None:

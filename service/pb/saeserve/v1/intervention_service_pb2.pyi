@@ -68,7 +68,8 @@ class Sampling(_message.Message):
     top_p: _builtins.float
     """Only the smallest set of tokens with at least this probability can be chosen. 0 or 1: no limit."""
     seed: _builtins.int
-    """Seed of this sequence's own random numbers: the same request gives the same text whatever runs beside it.
+    """Seed of this sequence's own random numbers, which do not depend on what runs beside it. The same request gives the
+    same text, unless rounding decides between two tokens: it differs between CPUs and with what runs beside it.
     Not set: the server draws one and returns it.
     """
     repetition_penalty: _builtins.float

@@ -18,7 +18,7 @@ from sae_runtime import (
     FingerprintMismatch,
     LatentStatistics,
     UnknownDictionary,
-    atomic_folder,
+    atomic,
     list_builtin_dictionaries,
     load_dictionary,
     save_dictionary,
@@ -107,7 +107,7 @@ def test_half_precision_files_load_as_asked(dtype: str, tmp_path: Path) -> None:
 
 
 def test_publishing_needs_site_and_range(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs the dictionary's site"):
+    with pytest.raises(ValueError, match="does not say which site it reads"):
         publish(tmp_path / "d", replace(make_dictionary(), site=None))
     with pytest.raises(ValueError, match="dtype is 'int8', expected one of float16"):
         publish(tmp_path / "d", dtype="int8")
@@ -136,7 +136,7 @@ def test_a_failure_while_writing_leaves_the_old_folder(
     def fail(*arguments: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(atomic_folder, step, fail)
+    monkeypatch.setattr(atomic, step, fail)
     with pytest.raises(OSError, match="disk full"):
         publish(tmp_path / "d", name="second", overwrite=True)
     assert load_dictionary(tmp_path / "d").name == "first"

@@ -13,6 +13,8 @@ import pytest
 from sae_runtime.dictionary.pull.download import DownloadSettings, PullError, RemoteFile, check_url, download, get_json
 from tests.sae_runtime.dictionary.pull.file_server import FileServer, git_sha1, md5_header, running
 
+pytestmark = pytest.mark.any_cpu
+
 CONTENT = random.Random(0).randbytes(300_000)
 
 
@@ -28,7 +30,7 @@ def waits() -> list[float]:
 
 @pytest.fixture
 def settings(waits: list[float]) -> DownloadSettings:
-    return DownloadSettings(timeout_s=0.3, least_bytes=1000, attempts=3, sleep=waits.append)
+    return DownloadSettings(timeout_s=60, least_bytes=1000, attempts=3, sleep=waits.append)
 
 
 def remote(server: FileServer, path: str = "/8.pt", **known: Any) -> RemoteFile:
@@ -118,8 +120,9 @@ def test_a_slow_reply_is_given_up_and_asked_for_again(
     server: FileServer, settings: DownloadSettings, tmp_path: Path, fault: Any
 ) -> None:
     server.put("/8.pt", CONTENT, fault)
-    assert download(remote(server), tmp_path, settings).path.read_bytes() == CONTENT
-    assert len(server.requests) == 2
+    impatient = replace(settings, timeout_s=0.5, attempts=20)
+    assert download(remote(server), tmp_path, impatient).path.read_bytes() == CONTENT
+    assert len(server.requests) >= 2  # on a slow machine a good reply may be slow as well
 
 
 def test_passing_errors_are_waited_out_longer_each_time(

@@ -18,6 +18,8 @@ from sae_runtime.errors import DictionaryFormatError
 from tests import golden
 from tests.sae_runtime.dictionary.pull.file_server import FileServer, md5_header, put_hub_repository, running
 
+pytestmark = pytest.mark.any_cpu
+
 GOLDEN = golden.FOLDER
 OPENAI = "openai/gpt2-small/resid_post_mlp_v5_32k/8"
 OPENAI_PATH = "/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt"
@@ -43,7 +45,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def settings(server: FileServer, backbone: str) -> PullSettings:
-    quick = DownloadSettings(timeout_s=2.0, least_bytes=100, attempts=3, sleep=lambda _: None)
+    quick = DownloadSettings(timeout_s=60, least_bytes=100, attempts=3, sleep=lambda _: None)
     return PullSettings(openai_base=server.address, hub_base=server.address, backbone=backbone, download=quick)
 
 

@@ -22,6 +22,8 @@ from sae_runtime.training.activations.source import open_activation_source
 from sae_runtime.training.config import TrainingConfig
 from tests.sae_runtime.training.activations.test_source import assert_same, batches, corpus, settings
 
+pytestmark = pytest.mark.any_cpu
+
 __all__ = ["corpus", "settings"]  # fixtures
 SITES = [Site.parse("0.resid_pre"), Site.parse("1.resid_post_mlp")]
 ROWS = [[1, 2, 3], [4, 5]]

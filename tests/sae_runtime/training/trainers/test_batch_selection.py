@@ -1,4 +1,8 @@
-"""Selection over a batch against sorting all of its pre-activations, in every way that the guess of a level can go."""
+"""Selection over a batch against sorting all of its pre-activations, in every way that the guess of a level can go.
+
+Matrix products of different shapes may differ in their last bits, so tiles and replicas give the bits of the whole
+batch only where no sum is rounded. Most inputs here are whole numbers so small that every sum is exact.
+"""
 
 import threading
 from collections.abc import Sequence
@@ -17,13 +21,22 @@ from sae_runtime.training.trainers.batch_selection import Entries, entries_above
 N, D = 192, 8
 
 
+LARGEST = {torch.float32: 64, torch.bfloat16: 1}
+"""Of the whole numbers in inputs. In bfloat16 nearly all values are equal to others, at the threshold too."""
+
+
+def whole_numbers(shape: tuple[int, ...], largest: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-largest, largest + 1, shape, generator=generator).to(dtype)
+
+
 def weights(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(N, D, generator=generator).to(dtype), torch.randn(N, generator=generator).to(dtype)
+    largest = LARGEST[dtype]
+    return whole_numbers((N, D), largest, dtype, seed=0), whole_numbers((N,), largest**2, dtype, seed=1)
 
 
-def rows(n: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def rows(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return whole_numbers((n, D), LARGEST[dtype], dtype, seed=2)
 
 
 def dense(entries: Sequence[Entries], sizes: Sequence[int]) -> Tensor:
@@ -38,7 +51,7 @@ def dense(entries: Sequence[Entries], sizes: Sequence[int]) -> Tensor:
 
 
 def expected(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
-    pre = torch.addmm(bias, x, weight.T).float()
+    pre = (x.double() @ weight.double().T + bias.double()).float()
     wanted = min(k * len(x), int((pre > 0).sum()))
     order = pre.flatten().sort(descending=True, stable=True).indices[:wanted]
     return torch.zeros(pre.numel()).scatter(0, order, pre.flatten()[order]).view_as(pre)
@@ -68,7 +81,7 @@ def test_the_largest_of_a_batch(dtype: torch.dtype, sizes: list[int], k: int) ->
 def test_tokens_that_differ_much(order: str, dtype: torch.dtype) -> None:
     """A first tile of strong tokens gives too high a level; one of weak tokens lets far too many candidates through."""
     x, (weight, bias) = rows(60, dtype), weights(dtype)
-    x[:10] *= 100 if order == "strong first" else 0.001
+    x[:10] *= 16 if order == "strong first" else 0.125  # powers of two: sums stay exact
     k = 4
     found, _ = largest_of_batch(x.split([10, 50]), weight, bias, k)
     assert torch.equal(dense(found, [10, 50]), expected(x, weight, bias, k))
@@ -79,7 +92,7 @@ def test_tokens_that_differ_much(order: str, dtype: torch.dtype) -> None:
 def test_candidates_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose_latents, "TILE_ELEMENTS", 7 * N)
     x, (weight, bias) = rows(700), weights()
-    x[:7] *= 0.001
+    x[:7] *= 0.125
     most = 0
     join = batch_selection._join
 
@@ -95,9 +108,26 @@ def test_candidates_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert most <= batch_selection._MOST * 2 * 700 + 7 * N
 
 
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_moves_only_what_is_near_the_threshold(dtype: torch.dtype) -> None:
+    """Of inputs that are not whole: a sum may be off by its rounding, and so may the choice between two values."""
+    k, generator = 5, torch.Generator().manual_seed(3)
+    x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((40, D), (N, D), (N,)))
+    found, least = largest_of_batch(x.split([16, 16, 8]), weight, bias, k)
+    chosen = dense(found, [16, 16, 8])
+    exact = x.double() @ weight.double().T + bias.double()
+    # D products and the bias: each of the sums is rounded once, by half a unit in its last place at most.
+    off = (D + 1) * torch.finfo(dtype).eps / 2 * (x.double().abs() @ weight.double().abs().T + bias.double().abs())
+    assert (chosen > 0).sum() == k * 40
+    assert ((chosen - exact).abs() <= off)[chosen > 0].all()
+    assert (exact + off >= float(least))[chosen > 0].all()
+    assert (exact - off <= float(least))[chosen == 0].all()
+
+
 def test_no_positive_pre_activation() -> None:
     weight, _ = weights()
-    found, least = largest_of_batch([rows(5)], weight, torch.full((N,), -100.0), 3)
+    found, least = largest_of_batch([rows(5)], weight, torch.full((N,), -1e6), 3)
     assert len(found[0].values) == 0
     assert least == torch.inf
 
@@ -147,7 +177,7 @@ def test_replicas_choose_what_one_process_does(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", [N, N + 1])  # with and without whole groups
 def test_levels_are_compared_in_full_precision(dtype: torch.dtype, n: int) -> None:
-    values = rows(64 * n // D).view(-1)[: 64 * n].view(64, n).to(dtype)
+    values = torch.randn(64, n, generator=torch.Generator().manual_seed(1)).to(dtype)
     present = values[values > 0].float().sort().values
     for level in (0.0, float(present[500]), float(present[500]) + 1e-5, float(present[500]) - 1e-5, 0.123456, 1e9):
         of_latents = torch.linspace(0, 2 * level, n)
@@ -158,9 +188,9 @@ def test_levels_are_compared_in_full_precision(dtype: torch.dtype, n: int) -> No
 
 def test_entries_above_a_level_for_each_latent() -> None:
     x, (weight, bias) = rows(20), weights()
-    level = torch.rand(N, generator=torch.Generator().manual_seed(2))
+    level = 1000 * torch.rand(N, generator=torch.Generator().manual_seed(2))
     entries = entries_above(x, weight, bias, level)
-    pre = torch.addmm(bias, x, weight.T)
+    pre = (x.double() @ weight.double().T + bias.double()).float()
     assert torch.equal(dense([entries], [20]), pre * (pre > level))
     pattern = entries.by_row(20, N)
     assert torch.equal(pattern.offsets.diff(), (pre > level).sum(1))

@@ -1,0 +1,1 @@
+"""GPT-2: its settings, its weights, its forward pass."""

@@ -1,0 +1,90 @@
+"""GPT-2's forward pass, part by part: embedding, block, logits (Radford et al. 2019, as Hugging Face computes it)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sae_runtime.kernels.products import linear
+from sae_runtime.model.attention import AttentionPlan
+from sae_runtime.model.families.gpt2.config import ACTIVATIONS, GPT2Settings
+from sae_runtime.model.families.gpt2.weights import GPT2Weights
+from sae_runtime.model.forward import PausedForward, Taps
+from sae_runtime.model.kv_cache import KVCache
+from sae_runtime.model.packed import PackedTokens
+from sae_runtime.model.sites import LOCATIONS
+
+
+class GPT2:
+    """The parts of a forward pass, on weights that lie on one device."""
+
+    def __init__(self, settings: GPT2Settings, weights: GPT2Weights) -> None:
+        self.settings = settings
+        self._weights = weights
+        self._gelu: str = ACTIVATIONS[settings.activation_function]
+        self.dtype = weights.wte.dtype
+        self.device = weights.wte.device
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bytes of weights that decoding one token reads: those of the blocks and of the LM head."""
+        return self._weights.lm_head.nbytes + sum(tensor.nbytes for block in self._weights.blocks for tensor in block)
+
+    def embed(self, packed: PackedTokens) -> Tensor:
+        """The residual stream before the first block, [N, d_model]."""
+        return F.embedding(packed.ids, self._weights.wte) + F.embedding(packed.positions, self._weights.wpe)
+
+    def block(
+        self,
+        layer: int,
+        x: Tensor,
+        plan: AttentionPlan,
+        cache: KVCache | None,
+        taps: Taps,
+        entered: PausedForward | None = None,
+    ) -> Tensor:
+        """One block on the residual stream [N, d]; returns early after the last site anybody needs.
+
+        With `entered`, which is at a site of this block, what lies before that site is left out.
+        """
+        w, config, d = self._weights.blocks[layer], self.settings, (self.settings.n_embd,)
+        scale = (d[0] // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            scale /= layer + 1
+
+        first = 0 if entered is None else LOCATIONS.index(entered.site.location)
+        h = x if entered is None else entered.activation
+        if first <= 0:
+            x = taps.pass_through(layer, "resid_pre", x)
+            if taps.end_at(layer, "resid_pre"):
+                return x
+            h = F.layer_norm(x, d, w.ln_1_weight, w.ln_1_bias, config.layer_norm_epsilon)
+            h = w.attn_c_attn(h).contiguous()  # [N, 3 d]: queries, keys, values
+            h = plan.attend(h, config.n_head, scale, layer, cache)  # [N, d]
+            h = w.attn_c_proj(h)
+        if first <= 1:
+            h = taps.pass_through(layer, "resid_delta_attn", h, x)
+            x = x + h
+        if first <= 2:
+            x = taps.pass_through(layer, "resid_post_attn", x)
+            if taps.end_at(layer, "resid_post_attn"):
+                return x
+            h = F.layer_norm(x, d, w.ln_2_weight, w.ln_2_bias, config.layer_norm_epsilon)
+            h = w.mlp_c_fc(h)  # [N, d_mlp]
+            h = F.gelu(h, approximate=self._gelu)
+        if first <= 3:
+            h = taps.pass_through(layer, "mlp_post_act", h, x)
+            if taps.end_at(layer, "mlp_post_act"):
+                return x
+            h = w.mlp_c_proj(h)  # [N, d]
+        if first <= 4:
+            h = taps.pass_through(layer, "resid_delta_mlp", h, x)
+            x = x + h
+        return taps.pass_through(layer, "resid_post_mlp", x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Logits [n, vocab] of what the last block returns, [n, d_model]; float32, or float64 of float64 weights."""
+        w, d = self._weights, (self.settings.n_embd,)
+        x = F.layer_norm(x, d, w.ln_f_weight, w.ln_f_bias, self.settings.layer_norm_epsilon)
+        logits = linear(x, w.lm_head).contiguous()
+        return logits if logits.dtype.itemsize == 8 else logits.float()

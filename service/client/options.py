@@ -1,0 +1,147 @@
+"""What calls take: inputs, and the options of every call by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sae_runtime.causal.report import Ablation, RankBy
+
+TokenIds = Sequence[int] | NDArray[np.integer[Any]]
+Input = str | TokenIds
+Inputs = Input | Sequence[Input]
+Token = int | str
+"""A token id, or a text that is exactly one token, such as " Paris"."""
+AggregationName = Literal["none", "max", "mean", "sum", "last"]
+OverflowName = Literal["error", "truncate"]
+
+
+class SelectionOptions(TypedDict, total=False):
+    """Which features of each token or row to return; at most one of the first three. None given: all that fire."""
+
+    top_k: int | None
+    """The strongest k."""
+    features: Iterable[int] | None
+    """These features, where they fire."""
+    threshold: float | None
+    """Those whose activation is larger."""
+    request_id: str | None
+    """Comes back in the reply and in errors; the server makes one up if it is not given."""
+
+
+class ExtractOptions(SelectionOptions, total=False):
+    """Options of extract_features."""
+
+    aggregation: AggregationName
+    """How the tokens of an input are combined; "none" (the default) gives one row a token."""
+    tokens: bool
+    """Also return the tokens with their offsets."""
+    reconstruction_error: bool
+    """Also return each token's reconstruction error."""
+    overflow: OverflowName
+    """What happens to inputs that are too long: "error" (the default) or "truncate"."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of generate."""
+
+    max_new_tokens: int | None
+    """None: the server's default."""
+    temperature: float
+    """0 (the default) takes the likeliest token."""
+    top_k: int | None
+    """Only the k likeliest tokens can be chosen."""
+    top_p: float | None
+    """Only the smallest set of tokens with at least this probability can be chosen."""
+    seed: int | None
+    """None: the server draws one; the result tells it."""
+    stop: str | Sequence[str]
+    """Generation ends before the first of these strings."""
+    ignore_end_of_text: bool
+    """Go on after an end-of-text token."""
+    repetition_penalty: float | None
+    """Makes tokens that the sequence has already less likely; 1 (the default) does nothing."""
+    samples: int | None
+    """How many sequences to generate (1 if not given); see Generation.all_results."""
+    compare: bool
+    """Also generate every sample without edits and presets, from the same seed."""
+    top_logprobs: int | None
+    """How many of the likeliest tokens to return at each place."""
+    features: str | Sequence[str] | None
+    """Names of dictionaries whose features to return with the tokens."""
+    features_top_k: int | None
+    """How many of them on each token; the server's default if not given."""
+    prompt_features: bool
+    """Also those of the prompt's tokens."""
+    presets: Sequence[str]
+    """Names of edit presets of the server, whose edits come before the others."""
+    overflow: OverflowName
+    """What happens to a prompt that is too long: "error" (the default) or "truncate", which drops its start."""
+    request_id: str | None
+    """Comes back in the result and in errors; the server makes one up if it is not given."""
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Options of score."""
+
+    presets: Sequence[str]
+    """Names of edit presets of the server, whose edits come before the others."""
+    logit_tokens: Sequence[Token]
+    """Tokens whose logits are returned after every token."""
+    tokens: bool
+    """Also return the tokens with their offsets."""
+    overflow: OverflowName
+    """What happens to inputs that are too long: "error" (the default) or "truncate"."""
+    request_id: str | None
+    """Comes back in the reply and in errors; the server makes one up if it is not given."""
+
+
+class AblateOptions(TypedDict, total=False):
+    """Options of ablate_features."""
+
+    ablations: Sequence[Ablation]
+    """With what the features are replaced: "zero" (the default), "mean", or both."""
+    logit_tokens: Sequence[Token]
+    """Tokens whose logits are followed."""
+    single_tokens: int
+    """So many tokens of each text on which a feature is strongest are also changed alone (by_distance)."""
+    rank_by: RankBy
+    """The figure that sorts the features; "kl" if not given."""
+    overflow: OverflowName
+    request_id: str | None
+
+
+class AttributeOptions(TypedDict, total=False):
+    """Options of attribute_features."""
+
+    target: Token | None
+    """The token whose logit is explained; None: the likeliest."""
+    foil: Token | None
+    """A token whose logit is taken off."""
+    position: int | None
+    """The logits after this token are meant; None: the last."""
+    count: int | None
+    """How many pairs of a feature and a token to return; None: the server's default."""
+    tokens: bool
+    overflow: OverflowName
+    request_id: str | None
+
+
+class ContrastOptions(TypedDict, total=False):
+    """Options of contrast_features."""
+
+    aggregation: Literal["max", "mean"]
+    """How the tokens of a text are combined; "max" if not given."""
+    count: int | None
+    """Return at most so many features; None: the server's default."""
+    false_discovery_rate: float
+    """Return only features with at most this q-value; 0: all."""
+    suggest: int
+    """Suggest an edit towards set a that uses so many features."""
+    validate: bool
+    """Score the suggestion at several strengths on both sets."""
+    overflow: OverflowName
+    request_id: str | None

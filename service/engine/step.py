@@ -34,7 +34,7 @@ class Row:
         return self.sequence.past + self.n == len(self.sequence.tokens)
 
     @property
-    def takers(self) -> list[GeneratedSequence]:
+    def sampling(self) -> list[GeneratedSequence]:
         """The sequences that sample from the row's logits: none, its own, or all that share its prompt."""
         return [self.sequence, *self.sequence.followers] if self.completes else []
 
@@ -44,7 +44,7 @@ class RowResult:
     """What a step gave one row."""
 
     sampled: list[SampledToken]
-    """One for each of the row's `takers`."""
+    """One for each of the row's `sampling`."""
     features: TokenFeatures | None
     """Of the row's tokens, where its request watches features."""
 
@@ -91,15 +91,15 @@ class StepRunner:
 
     def _sample(self, rows: Sequence[Row], logits: Tensor) -> list[list[SampledToken]]:
         """Samples from the rows' logits [B, vocab]; one list a row."""
-        takers = [row.takers for row in rows]
-        index = [i for i, own in enumerate(takers) for _ in own]
+        sampling = [row.sampling for row in rows]
+        index = [i for i, own in enumerate(sampling) for _ in own]
         if not index:
             return [[] for _ in rows]
         if index != list(range(len(rows))):
             logits = logits[index]
-        sequences = [sequence for own in takers for sequence in own]
+        sequences = [sequence for own in sampling for sequence in own]
         drawn = iter(sample(logits, [s.sampler for s in sequences], [s.request.work.top_logprobs for s in sequences]))
-        return [[next(drawn) for _ in own] for own in takers]
+        return [[next(drawn) for _ in own] for own in sampling]
 
     # Watched features
 

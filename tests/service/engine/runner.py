@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -19,11 +19,16 @@ class Runner:
     """Joins requests, steps, and collects what each delivers."""
 
     def __init__(
-        self, backbone: Backbone, dictionaries: Mapping[str, Dictionary], *works: GenerateWork, **settings: int
+        self,
+        backbone: Backbone,
+        dictionaries: Mapping[str, Dictionary],
+        *works: GenerateWork,
+        clock: Callable[[], float] = lambda: 0.0,
+        **settings: int,
     ) -> None:
         made = EngineSettings(**settings)
         longest = min(backbone.context_length, made.max_cache_tokens)
-        self.running = RunningBatch(backbone, dictionaries, made, longest)
+        self.running = RunningBatch(backbone, dictionaries, made, longest, clock)
         self.waiting: deque[GenerateRequest] = deque()
         self.requests: list[GenerateRequest] = []
         self.events: dict[GenerateRequest, list[Event]] = {}

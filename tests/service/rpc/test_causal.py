@@ -348,14 +348,14 @@ async def test_a_cancelled_study_leaves_the_engine_free(served: Served) -> None:
         strongest=pb.StrongestFeatures(count=60, dictionaries=["mid", "early", "wide", "delta"]),
         single_tokens=3,
     )
-    causal = served.runtime.engine._causal
-    rounds, begun = causal.run_parts, asyncio.Event()
+    measurements = served.runtime.engine._measurements
+    run_round, begun = measurements.run, asyncio.Event()
 
-    async def run_parts(parts, under_way):
+    async def run(kind, content, sizes, *, under_way=False):
         begun.set()
-        return await rounds(parts, under_way)
+        return await run_round(kind, content, sizes, under_way=under_way)
 
-    causal.run_parts = run_parts
+    measurements.run = run
     call = asyncio.ensure_future(served.interventions.AblateFeatures(request))
     await begun.wait()
     call.cancel()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,10 @@ from service.engine.step import Row, RowResult, StepRunner
 from service.engine.work import GenerateWork, GenerationEnd
 
 PREFILL_S = 0.2
-"""How long a step may take longer for the prompts that run in it, while other sequences decode and wait for it."""
+"""How long a step with prompts in it should take at most, while other sequences decode and wait for it."""
+PREFILL_STEPS = 4
+"""It may take this many times as long as a step without prompts, if that is more: most of what a short step takes is to
+read the weights, so that prompts in shorter ones would take more than a quarter longer in all."""
 LEAST_PREFILL_TOKENS = 32
 """Prompt tokens of a step whatever it takes: fewer would cost nearly as much."""
 OLDEST_SHARE = 4
@@ -128,7 +130,8 @@ class RunningBatch:
             request.queue_s = begin - request.arrival
         results = self._run(rows)
         seconds = self._clock() - begin
-        self._pace.note(sum(row.n for row in rows if row.sequence.in_prompt), seconds)
+        if rows:
+            self._pace.note(sum(row.n for row in rows if row.sequence.in_prompt), seconds)
         for request in requests:
             request.compute_s += seconds
         for row, result in zip(rows, results, strict=True):
@@ -244,24 +247,35 @@ class RunningBatch:
 
 
 class PrefillPace:
-    """How many prompt tokens a step may run: as many as take PREFILL_S at the speed of the steps before."""
+    """How many prompt tokens a step may run beside sequences that decode, by the speed of the steps before."""
 
     def __init__(self, most_tokens: int) -> None:
         self._most_tokens = most_tokens
-        self._tokens_per_s = 0.0
         self._budget = most_tokens
+        self._tokens_per_s = 0.0
+        """Of steps with prompts; 0 before the first one."""
+        self._plain_s = 0.0
+        """Of steps without."""
 
     def budget(self, *, others_decode: bool) -> int:
         """Prompt tokens of the next step. Where nothing decodes nobody waits for it, and it has all that it may."""
-        wanted = max(int(self._tokens_per_s * PREFILL_S), LEAST_PREFILL_TOKENS) if others_decode else sys.maxsize
-        self._budget = min(wanted, self._most_tokens)
+        self._budget = self._most_tokens
+        if others_decode:
+            step_s = max(PREFILL_S, PREFILL_STEPS * self._plain_s)
+            self._budget = min(max(int(self._tokens_per_s * step_s), LEAST_PREFILL_TOKENS), self._most_tokens)
         return self._budget
 
     def note(self, tokens: int, seconds: float) -> None:
         """A step ran that many prompt tokens. A few tell nothing: what they take is mostly what any step takes."""
-        if tokens > 0 and 2 * tokens >= self._budget:
-            speed = tokens / max(seconds, 1e-6)
-            self._tokens_per_s = (self._tokens_per_s + speed) / 2 if self._tokens_per_s else speed
+        if tokens == 0:
+            self._plain_s = _running_mean(self._plain_s, seconds)
+        elif 2 * tokens >= self._budget:
+            self._tokens_per_s = _running_mean(self._tokens_per_s, tokens / max(seconds, 1e-6))
+
+
+def _running_mean(mean: float, value: float) -> float:
+    """The mean of what was seen, the later the more; 0 is nothing yet."""
+    return (mean + value) / 2 if mean else value
 
 
 def prompt_pieces(pending: Sequence[int], budget: int) -> list[int]:

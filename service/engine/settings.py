@@ -76,7 +76,8 @@ class EngineSettings(BaseModel):
         512,
         ge=1,
         description="Most prompt tokens that run in one generation step. While other sequences decode there are fewer: "
-        "as many as take about 0.2 s. The prompt with the fewest tokens left goes first.",
+        "as many as take about 0.2 s, or four times a step without prompts. The prompt with the fewest tokens left "
+        "goes first.",
     )
     generation_steps_per_batch: int = Field(
         4,

@@ -14,7 +14,7 @@ from sae_runtime.edits import Edit
 from sae_runtime.model.families.gpt2.weights import random_state
 from sae_runtime.model.packed import PackedTokens
 from service.engine.errors import NonFiniteActivations
-from service.engine.generation import LEAST_PREFILL_TOKENS, PREFILL_S, PrefillPace, prompt_pieces
+from service.engine.generation import LEAST_PREFILL_TOKENS, PREFILL_S, PREFILL_STEPS, PrefillPace, prompt_pieces
 from service.engine.work import GenerateWork, SamplingOptions, WatchedFeatures
 from tests.service.engine.models import SlowGenerator, random_rows, small_backbone, small_dictionaries
 from tests.service.engine.runner import Runner
@@ -160,6 +160,12 @@ class TestPace:
             tokens = pace.budget(others_decode=True)
             pace.note(tokens, base_s + token_s * tokens)
         assert base_s + token_s * pace.budget(others_decode=True) == pytest.approx(PREFILL_S, rel=0.03)
+
+    def test_they_may_take_longer_where_any_step_takes_long(self) -> None:
+        pace = PrefillPace(512)
+        pace.note(400, 1.0)
+        pace.note(0, PREFILL_S)
+        assert pace.budget(others_decode=True) == pytest.approx(400 * PREFILL_STEPS * PREFILL_S)
 
     def test_a_few_tokens_say_nothing_of_the_speed(self) -> None:
         pace = PrefillPace(512)

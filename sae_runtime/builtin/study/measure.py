@@ -12,7 +12,7 @@ from sae_runtime.causal.ablation import (
     AblationStudy,
     in_batches,
 )
-from sae_runtime.causal.ablation_report import StudyResult, summarize
+from sae_runtime.causal.ablation_summary import StudyResult, summarize
 from sae_runtime.causal.attribution import AttributionStudy, Target
 from sae_runtime.causal.contrast import active_columns, aggregate_texts, contrast_features
 from sae_runtime.causal.report import FeatureContrast, FeatureEffect, FeatureId, SetScore

@@ -10,7 +10,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from sae_runtime.causal.ablation import AblationStudy, strongest_features, total_activation
-from sae_runtime.causal.ablation_report import StudyResult, summarize
+from sae_runtime.causal.ablation_summary import StudyResult, summarize
 from sae_runtime.causal.report import FeatureId
 from service.engine.settings import EngineSettings
 from service.pb.saeserve.v1 import causal_pb2 as pb

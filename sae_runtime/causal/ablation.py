@@ -1,8 +1,8 @@
-"""Ablation studies: features are taken away one at a time, and the change of every prediction is measured.
+"""Ablation studies: features are removed one at a time, and the change of every prediction is measured.
 
 A variant is a copy of one row in which one feature is ablated, to zero or to its mean, on all tokens or on one. The
-rows run once up to the features' sites; only the blocks behind run for every variant, many variants in a batch. Rows on
-which a feature is silent do not run again: setting it to zero changes nothing there.
+unchanged rows run once. Every variant then runs only the blocks after its site, many variants in a batch. A row on
+which a feature is silent does not run again: setting the feature to zero changes nothing there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ DISTANCE_ENDS = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, 513, 1 << 31)
 """Bucket i of the distances holds [DISTANCE_ENDS[i - 1], DISTANCE_ENDS[i]): 0, 1, 2, 3 to 4, 5 to 8, ..."""
 
 N_FIGURES = 6
-"""Figures of an affected token before those of the chosen tokens: 1, whether a token follows, and then the changes of
-its loss, of its being right, of its logit, and KL."""
+"""Figures of an affected token before those of the chosen tokens: 1; whether a token follows (0 or 1); the changes of
+loss, of correctness (0 or 1) and of the following token's logit; KL."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ class Variant:
     """One changed copy of a row."""
 
     feature: int
-    """Place in the study's list of features."""
+    """Index into the study's list of features."""
     ablation: Ablation
     row: int
     position: int | None
-    """The token on which alone the feature is ablated; None for all tokens."""
+    """The only token on which the feature is ablated; None for all tokens."""
     length: int
     """Tokens of the row: what the variant costs."""
     site: Site
-    """Where the feature is."""
+    """The site of the feature's dictionary."""
 
 
 @dataclass(frozen=True, eq=False)
 class VariantEffect:
-    """Sums over a variant's affected tokens; [C] = N_FIGURES and then one logit change for each chosen token."""
+    """Sums over a variant's affected tokens. C = N_FIGURES + one logit change for each chosen token."""
 
     variant: Variant
     total: Tensor
@@ -55,7 +55,7 @@ class VariantEffect:
     active: Tensor
     """float64 [C], the tokens on which the feature is active."""
     by_distance: Tensor | None
-    """float64 [len(DISTANCE_ENDS), C] by distance from the changed token; of variants with one changed token."""
+    """float64 [len(DISTANCE_ENDS), C] by distance from the changed token; None if all tokens are changed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +69,9 @@ class FeatureActivity:
 
 
 class AblationStudy:
-    """Rows that ran once, and the variants that there are to run.
+    """Rows that ran once unchanged, and the variants to run.
 
-    The variants' effects do not depend on how they are batched (up to rounding), so that a caller may run them in
-    pieces as small as it likes: `run` takes any of `variants`.
+    `run` takes any of `variants`. Their effects do not depend on how they are batched, up to rounding.
     """
 
     @torch.no_grad()
@@ -92,13 +91,13 @@ class AblationStudy:
         Args:
             rows: at least two tokens each.
             features: of dictionaries with a site (and with statistics, where they are ablated to the mean).
-            tokens: chosen tokens, whose logits are followed.
-            single_tokens: so many tokens of each row on which a feature is strongest are also changed alone, which
-                tells how far behind the token its effect reaches. 0: none.
+            tokens: chosen tokens, whose logits are compared.
+            single_tokens: the number of tokens in each row, those on which a feature is strongest, that are also
+                changed alone. This shows how far behind a token its effect reaches.
         """
         self.backbone = backbone
         self.features = tuple(features)
-        names = sorted({each.dictionary for each in features})
+        names = sorted({feature.dictionary for feature in features})
         self._site = {name: dictionaries[name].require_site() for name in names}
         self._dictionaries = {name: dictionaries[name] for name in names}
         self._prefix = SharedPrefix(backbone, rows, set(self._site.values()))
@@ -107,13 +106,13 @@ class AblationStudy:
         self._targets = next_tokens(rows).to(backbone.device)
         self._tokens = torch.tensor(list(tokens), dtype=torch.int64, device=backbone.device)
         self._unedited = predict(backbone, self._prefix.final, self._targets, self._tokens)
-        self._latents: dict[int, Tensor] = {}  # [N] activations of each feature, by its place
-        self._scale: dict[str, Tensor | None] = {}  # [N, 1] what a normalising dictionary took out of its input
+        self._activations: dict[int, Tensor] = {}  # z [N] of each feature, by its index
+        self._scale: dict[str, Tensor | None] = {}  # std [N, 1] of the input rows of a normalising dictionary
         for name, dictionary in self._dictionaries.items():
-            places = [i for i, each in enumerate(features) if each.dictionary == name]
-            wanted = torch.tensor([features[i].feature for i in places], device=dictionary.device)
+            indices = [i for i, feature in enumerate(features) if feature.dictionary == name]
+            latents = torch.tensor([features[i].feature for i in indices], device=dictionary.device)
             x = self._prefix.paused[self._site[name]].activation
-            self._latents |= dict(zip(places, dictionary.encode_features(x, wanted).unbind(1), strict=True))
+            self._activations |= dict(zip(indices, dictionary.encode_features(x, latents).unbind(1), strict=True))
             _, statistics = dictionary.prepare(x)
             self._scale[name] = None if statistics is None else statistics.std
         self.activity = [self._activity(i) for i in range(len(features))]
@@ -121,16 +120,16 @@ class AblationStudy:
 
     @property
     def unedited(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each row, float64 [rows] on the host: predictions with a target, sum of losses, how many are right."""
+        """Per row, float64 [rows] on the host: number of predictions with a target, sum of losses, number correct."""
         rows = self._prefix.packed.row_of_token
-        parts = torch.stack([self._targets >= 0, self._unedited.loss, self._unedited.correct], dim=1).double()
-        sums = torch.zeros(len(self.lengths), 3, dtype=torch.float64, device=rows.device).index_add_(0, rows, parts)
+        figures = torch.stack([self._targets >= 0, self._unedited.loss, self._unedited.correct], dim=1).double()
+        sums = torch.zeros(len(self.lengths), 3, dtype=torch.float64, device=rows.device).index_add_(0, rows, figures)
         count, loss, correct = sums.cpu().unbind(1)
         return count, loss, correct
 
     @torch.no_grad()
     def run(self, variants: Sequence[Variant]) -> list[VariantEffect]:
-        """Runs variants in one batch for each site.
+        """Runs variants, in one batch for each site. Effects are in the order of `variants`.
 
         Raises:
             ValueError: activations or logits out of the range of the backbone's dtype.
@@ -139,52 +138,50 @@ class AblationStudy:
         for i, variant in enumerate(variants):
             by_site.setdefault(variant.site, []).append(i)
         effects: dict[int, VariantEffect] = {}
-        for site, places in by_site.items():
-            chosen = [variants[i] for i in places]
-            effects |= dict(zip(places, self._run_site(site, chosen), strict=True))
+        for site, indices in by_site.items():
+            at_site = [variants[i] for i in indices]
+            effects |= dict(zip(indices, self._run_site(site, at_site), strict=True))
         return [effects[i] for i in range(len(variants))]
 
     def _run_site(self, site: Site, variants: Sequence[Variant]) -> Iterator[VariantEffect]:
         changed = self._prefix.run(site, [self._change(variant) for variant in variants])
         predictions, kl = compare(
-            self.backbone, self._prefix.final, changed.final, changed.place, self._targets, self._tokens
+            self.backbone, self._prefix.final, changed.final, changed.source, self._targets, self._tokens
         )
-        before = self._unedited[changed.place]
-        figures = _figures(before, predictions, kl, self._targets[changed.place] >= 0)  # [M, C]
-        latents = torch.stack([self._latents[variant.feature] for variant in variants])  # [V, N]
-        active = latents[changed.change, changed.place] != 0
+        before = self._unedited[changed.source]
+        figures = _figures(before, predictions, kl, self._targets[changed.source] >= 0)  # [M, C]
+        activations = torch.stack([self._activations[variant.feature] for variant in variants])  # [V, N]
+        active = activations[changed.change, changed.source] != 0
         total = _sum_by(changed.change, figures, len(variants))
         at_active = _sum_by(changed.change[active], figures[active], len(variants))
+        # Tokens of the variants with one changed token, summed in groups of (variant, bucket of the distance).
         n_buckets = len(DISTANCE_ENDS)
-        single = torch.tensor([variant.position is not None for variant in variants], device=kl.device)
-        origin = torch.tensor(
+        is_single = torch.tensor([variant.position is not None for variant in variants], device=kl.device)
+        changed_token = torch.tensor(
             [self._prefix.starts[variant.row] + (variant.position or 0) for variant in variants], device=kl.device
         )
-        alone = single[changed.change]
-        distance = (changed.place - origin[changed.change])[alone]
+        single = is_single[changed.change]  # [M]
+        distance = (changed.source - changed_token[changed.change])[single]
         bucket = torch.bucketize(distance, torch.tensor(DISTANCE_ENDS, device=kl.device), right=True)
-        group = changed.change[alone] * n_buckets + bucket
-        by_distance = _sum_by(group, figures[alone], len(variants) * n_buckets).view(len(variants), n_buckets, -1)
+        group = changed.change[single] * n_buckets + bucket
+        by_distance = _sum_by(group, figures[single], len(variants) * n_buckets).view(len(variants), n_buckets, -1)
         for i, variant in enumerate(variants):
             yield VariantEffect(
                 variant, total[i], at_active[i], by_distance[i] if variant.position is not None else None
             )
 
     def _change(self, variant: Variant) -> Change:
-        """h' - h = std (z' - z) d where the feature is ablated, as `sae_runtime.edits` has it."""
+        """h' - h = std (z' - z) d where the feature is ablated, as in `sae_runtime.edits`."""
         feature = self.features[variant.feature]
         dictionary = self._dictionaries[feature.dictionary]
         start = self._prefix.starts[variant.row]
-        z = self._latents[variant.feature][start : start + variant.length]
-        new = 0.0
-        if variant.ablation == "mean":
-            assert dictionary.statistics is not None
-            new = float(dictionary.statistics.mean[feature.feature])
+        z = self._activations[variant.feature][start : start + variant.length]
+        new = self._mean(variant.feature) if variant.ablation == "mean" else 0.0
         if variant.position is not None:
             tokens = torch.tensor([variant.position], device=z.device)
         else:
             tokens = (z != new).nonzero().squeeze(1)
-            if not len(tokens):  # equal to its mean everywhere: a change of nothing
+            if not len(tokens):  # z is the mean everywhere: the change is 0
                 tokens = torch.zeros(1, dtype=torch.int64, device=z.device)
         dtype = torch.promote_types(z.dtype, torch.float32)
         amount = (new - z[tokens].to(dtype))[:, None]
@@ -194,7 +191,7 @@ class AblationStudy:
         return Change(variant.row, tokens, amount * dictionary.decoder[feature.feature].to(dtype))
 
     def _activity(self, feature: int) -> FeatureActivity:
-        z = self._latents[feature].split(self.lengths)
+        z = self._activations[feature].split(self.lengths)
         return FeatureActivity(
             torch.stack([(row != 0).sum() for row in z]).cpu(), torch.stack([row.double().sum() for row in z]).cpu()
         )
@@ -203,7 +200,7 @@ class AblationStudy:
         for feature in range(len(self.features)):
             active = self.activity[feature].active_tokens.tolist()
             site = self._site[self.features[feature].dictionary]
-            rows = self._latents[feature].abs().split(self.lengths)
+            rows = self._activations[feature].abs().split(self.lengths)
             for row, length in enumerate(self.lengths):
                 strongest = rows[row].topk(min(single_tokens, active[row])).indices.tolist() if active[row] else []
                 for ablation in ablations:
@@ -213,20 +210,20 @@ class AblationStudy:
                     yield from (Variant(feature, ablation, row, position, length, site) for position in strongest)
 
     def _mean(self, feature: int) -> float:
-        each = self.features[feature]
-        statistics = self._dictionaries[each.dictionary].statistics
+        dictionary, latent = self.features[feature]
+        statistics = self._dictionaries[dictionary].statistics
         assert statistics is not None, "the caller checks that there are statistics"
-        return float(statistics.mean[each.feature])
+        return float(statistics.mean[latent])
 
 
 @torch.no_grad()
 def total_activation(
     backbone: Backbone, dictionaries: Mapping[str, Dictionary], rows: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """How much each feature writes on the rows: sum over tokens of |z| std |d|.
+    """How much each latent writes on the rows: the sum over tokens of |z| std |d|, where d is its decoder row.
 
-    Float64 [n_latents] on the host, by name. That is the length of its part of the reconstruction (|d| of the decoder
-    row, std as in `Dictionary.decode`), so that features of dictionaries of any normalisation compare.
+    A summand is the length of what the latent adds to the reconstruction, so latents of dictionaries with different
+    normalisations compare. Float64 [n_latents] on the host, by the dictionary's name.
     """
     sites = {name: dictionary.require_site() for name, dictionary in dictionaries.items()}
     activations = backbone.forward(PackedTokens.from_rows(rows), capture=set(sites.values())).activations
@@ -238,8 +235,8 @@ def total_activation(
         if features.input_statistics is not None:
             values = values * features.input_statistics.std
         total.index_add_(0, features.indices.clamp_min(0).flatten(), values.flatten())
-        used = total.nonzero().squeeze(1)
-        total[used] *= dictionary.decoder[used].double().norm(dim=1)
+        active = total.nonzero().squeeze(1)
+        total[active] *= dictionary.decoder[active].double().norm(dim=1)
         totals[name] = total.cpu()
     return totals
 
@@ -247,21 +244,21 @@ def total_activation(
 def strongest_features(totals: Mapping[str, Tensor], count: int) -> list[FeatureId]:
     """The features with the largest totals, largest first; silent ones are left out."""
     names = sorted(totals)
-    offsets = torch.tensor([0, *(len(totals[name]) for name in names)]).cumsum(0).tolist()
-    values, places = torch.cat([totals[name] for name in names]).sort(descending=True, stable=True)
-    chosen = []
-    for value, place in zip(values[:count].tolist(), places[:count].tolist(), strict=True):
+    offsets = torch.tensor([0, *(len(totals[name]) for name in names)]).cumsum(0).tolist()  # in the joined totals
+    values, indices = torch.cat([totals[name] for name in names]).sort(descending=True, stable=True)
+    strongest = []
+    for value, index in zip(values[:count].tolist(), indices[:count].tolist(), strict=True):
         if value > 0:
-            at = max(i for i in range(len(names)) if offsets[i] <= place)
-            chosen.append(FeatureId(names[at], place - offsets[at]))
-    return chosen
+            i = max(i for i in range(len(names)) if offsets[i] <= index)
+            strongest.append(FeatureId(names[i], index - offsets[i]))
+    return strongest
 
 
 def in_batches(variants: Sequence[Variant], max_tokens: int) -> list[list[Variant]]:
-    """Variants of one site and at most `max_tokens` tokens (a longer one stands alone), like lengths together."""
+    """Batches of one site and at most `max_tokens` tokens, similar lengths together; a longer variant stands alone."""
     batches: list[list[Variant]] = []
     size = 0
-    for variant in sorted(variants, key=lambda each: (each.site, each.length, each.row)):
+    for variant in sorted(variants, key=lambda variant: (variant.site, variant.length, variant.row)):
         if not batches or variant.site != batches[-1][0].site or size + variant.length > max_tokens:
             batches.append([])
             size = 0
@@ -270,18 +267,18 @@ def in_batches(variants: Sequence[Variant], max_tokens: int) -> list[list[Varian
     return batches
 
 
-def _figures(before: Predictions, after: Predictions, kl: Tensor, known: Tensor) -> Tensor:
-    """float64 [M, C]: 1, known, loss, right, target logit, KL, chosen logits; changes are after - before."""
+def _figures(before: Predictions, after: Predictions, kl: Tensor, has_target: Tensor) -> Tensor:
+    """float64 [M, C]: 1, has_target, loss, correct, target logit, KL, chosen logits; changes are after - before."""
     fixed = [
         torch.ones_like(kl),
-        known,
+        has_target,
         after.loss - before.loss,
         after.correct.double() - before.correct.double(),
         after.target_logit - before.target_logit,
         kl,
     ]
     logits = after.token_logits.double() - before.token_logits.double()
-    return torch.cat([torch.stack([each.double() for each in fixed], dim=1), logits], dim=1)
+    return torch.cat([torch.stack([figure.double() for figure in fixed], dim=1), logits], dim=1)
 
 
 def _sum_by(group: Tensor, figures: Tensor, n_groups: int) -> Tensor:

@@ -33,16 +33,16 @@ _ENTRIES = 1 << 22
 
 @dataclass(frozen=True)
 class Target:
-    """What is explained: logit(token), or logit(token) - logit(foil), after the last token of a row."""
+    """The metric to explain: logit(token), or logit(token) - logit(foil), after the last token of a row."""
 
     token: int
     foil: int | None = None
 
 
 class AttributionStudy:
-    """The gradients of one row, and the exact ablations that there are to run.
+    """The attributions of one row from its gradients, and exact ablations that check them.
 
-    Needs autograd: made and used under torch.inference_mode, it leaves that mode for as long as it computes.
+    The gradients need autograd, so the constructor leaves torch.inference_mode while it computes.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class AttributionStudy:
         Args:
             dictionaries: with a site; by name.
             row: tokens up to the one after which the target is predicted.
-            count: so many pairs of a feature and a token are kept, the largest attributions in size.
+            count: number of (feature, token) pairs kept, those with the largest attributions in size.
 
         Raises:
             ValueError: activations or logits that are not finite.
@@ -85,7 +85,7 @@ class AttributionStudy:
                 self.totals[name] = float(attribution.sum(dtype=torch.float64))
                 self.n_active += int((features.values != 0).sum())
                 pairs += _largest(name, features, gradient, attribution, count)
-        pairs.sort(key=lambda each: -abs(each.attribution))
+        pairs.sort(key=lambda pair: -abs(pair.attribution))
         self.attributions = tuple(pairs[:count])
 
     @property
@@ -95,32 +95,32 @@ class AttributionStudy:
 
     @torch.no_grad()
     def run(self, attributions: Sequence[Attribution]) -> list[FeatureAttribution]:
-        """The same with their exact effects, from one batch for each site.
+        """The attributions with their exact effects, in the same order; one batch runs for each site.
 
         Raises:
             ValueError: activations out of the range of the backbone's dtype.
         """
         by_site: dict[Site, list[int]] = {}
-        for i, each in enumerate(attributions):
-            by_site.setdefault(self._sites[each.feature.dictionary], []).append(i)
+        for i, pair in enumerate(attributions):
+            by_site.setdefault(self._sites[pair.feature.dictionary], []).append(i)
         effects: dict[int, float] = {}
-        for site, places in by_site.items():
-            changed = self._prefix.run(site, [self._ablation(attributions[i]) for i in places])
-            at_last = changed.place == self.length - 1
+        for site, indices in by_site.items():
+            changed = self._prefix.run(site, [self._ablation(attributions[i]) for i in indices])
+            at_last = changed.source == self.length - 1
             metric = self._metric(changed.final[at_last])
             for change, value in zip(changed.change[at_last].tolist(), metric.tolist(), strict=True):
-                effects[places[change]] = self.metric - value
+                effects[indices[change]] = self.metric - value
         return [
             FeatureAttribution(
-                each.feature, each.position, each.activation, each.gradient, each.attribution, effects[i]
+                pair.feature, pair.position, pair.activation, pair.gradient, pair.attribution, effects[i]
             )
-            for i, each in enumerate(attributions)
+            for i, pair in enumerate(attributions)
         ]
 
     def report(self, attributions: Sequence[FeatureAttribution]) -> AttributionReport:
-        """Everything, from what `run` gave."""
-        estimate = torch.tensor([each.attribution for each in attributions], dtype=torch.float64)
-        effect = torch.tensor([each.effect for each in attributions], dtype=torch.float64)
+        """The report on the attributions that `run` returned."""
+        estimate = torch.tensor([pair.attribution for pair in attributions], dtype=torch.float64)
+        effect = torch.tensor([pair.effect for pair in attributions], dtype=torch.float64)
         return AttributionReport(
             metric=self.metric,
             attributions=tuple(attributions),
@@ -131,7 +131,7 @@ class AttributionStudy:
         )
 
     def _metric(self, final: Tensor) -> Tensor:
-        """m [n] from what the last block returned at the row's end, [n, d_model]."""
+        """m [n] from the last block's output at the row's last token, [n, d_model]."""
         logits = self._backbone.unembed(final)
         if not bool(logits.isfinite().all()):
             raise ValueError("the logits are not finite")
@@ -156,19 +156,20 @@ class AttributionStudy:
             self._metric(result.activations[last][-1:]).sum().backward()
         gradients: dict[Site, Tensor] = {}
         for site, leaf in leaves.items():
-            # A site of the last block behind which nothing reads has no gradient at the tokens before the end.
+            # autograd leaves None where the metric does not depend on the leaf.
             gradients[site] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         return gradients
 
-    def _ablation(self, each: Attribution) -> Change:
-        dictionary = self._dictionaries[each.feature.dictionary]
-        direction = dictionary.decoder[each.feature.feature]
+    def _ablation(self, pair: Attribution) -> Change:
+        """h' - h = -std z d on the pair's token."""
+        dictionary = self._dictionaries[pair.feature.dictionary]
+        direction = dictionary.decoder[pair.feature.feature]
         dtype = torch.promote_types(direction.dtype, torch.float32)
-        scale = self._scale[each.feature.dictionary]
-        amount = torch.tensor([[-each.activation]], dtype=dtype, device=direction.device)
+        scale = self._scale[pair.feature.dictionary]
+        amount = torch.tensor([[-pair.activation]], dtype=dtype, device=direction.device)
         if scale is not None:
-            amount = amount * scale[each.position]
-        return Change(0, torch.tensor([each.position], device=direction.device), amount * direction.to(dtype))
+            amount = amount * scale[pair.position]
+        return Change(0, torch.tensor([pair.position], device=direction.device), amount * direction.to(dtype))
 
 
 def latent_gradients(dictionary: Dictionary, features: SparseFeatures, gradient: Tensor) -> Tensor:
@@ -188,18 +189,19 @@ def latent_gradients(dictionary: Dictionary, features: SparseFeatures, gradient:
 def _largest(
     name: str, features: SparseFeatures, gradient: Tensor, attribution: Tensor, count: int
 ) -> list[Attribution]:
+    """The `count` largest of a dictionary's attributions [T, k] in size; padding is left out."""
     listed = features.indices.flatten() >= 0
     size = attribution.abs().flatten().masked_fill(~listed, -1)
-    width = features.indices.shape[1]
-    chosen = size.topk(min(count, int(listed.sum()))).indices
+    k = features.indices.shape[1]
+    largest = size.topk(min(count, int(listed.sum()))).indices  # into [T * k]
     return [
-        Attribution(FeatureId(name, int(latent)), int(place) // width, float(value), float(slope), float(product))
-        for place, latent, value, slope, product in zip(
-            chosen.tolist(),
-            features.indices.flatten()[chosen].tolist(),
-            features.values.flatten()[chosen].tolist(),
-            gradient.flatten()[chosen].tolist(),
-            attribution.flatten()[chosen].tolist(),
+        Attribution(FeatureId(name, int(latent)), int(index) // k, float(value), float(slope), float(product))
+        for index, latent, value, slope, product in zip(
+            largest.tolist(),
+            features.indices.flatten()[largest].tolist(),
+            features.values.flatten()[largest].tolist(),
+            gradient.flatten()[largest].tolist(),
+            attribution.flatten()[largest].tolist(),
             strict=True,
         )
     ]

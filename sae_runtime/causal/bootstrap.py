@@ -1,4 +1,4 @@
-"""Percentile bootstrap over texts: how far a mean over these texts may be from that over all such texts."""
+"""Percentile bootstrap over texts: an interval for the mean over all texts of a kind, from a sample of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def mean_interval(
 
     Args:
         sums: [n], one a text.
-        counts: [n] how many values each text's sum is of; 1 each if not given.
+        counts: [n] number of values in each text's sum; 1 each if not given.
 
     Returns:
         The (1 - level) / 2 and (1 + level) / 2 quantiles over `resamples` draws; (mean, mean) for a single text.

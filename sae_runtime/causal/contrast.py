@@ -6,10 +6,10 @@ two sets are compared by
     effect size   (mean_a - mean_b) / pooled standard deviation                        (Cohen's d)
     AUC           P(a > b) + P(a = b) / 2 for a text of each set                        (U / (n_a n_b), Mann-Whitney)
     p             two-sided, normal approximation of U with tie and continuity corrections
-    q             the smallest false discovery rate at which the feature is found       (Benjamini and Hochberg 1995)
+    q             the smallest false discovery rate at which the feature passes         (Benjamini and Hochberg 1995)
 
-Only features that are active in some text are tested: the others cannot differ, and that choice does not look at
-which set a text belongs to.
+Only features that are active in at least one text are tested. The others cannot differ, and leaving them out does not
+depend on which set a text belongs to.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sae_runtime.model.packed import PackedTokens
 
 TextAggregation = Literal["max", "mean"]
 MIN_TEXTS = 2
-"""In each set: a variance needs two."""
+"""Texts that each set needs at least: a variance needs two."""
 _COLUMNS = 4_096
 
 
@@ -90,30 +90,32 @@ def contrast_features(
 ) -> list[FeatureContrast]:
     """All tested features, the surest first: by p-value, then by size of the effect.
 
+    False discoveries are controlled over all dictionaries together.
+
     Args:
-        sets: by dictionary: the features tested int64 [m], their aggregated activations in the texts of a [n_a, m] and
-            of b [n_b, m]. False discoveries are controlled over all dictionaries together.
+        sets: by dictionary, the latents tested int64 [m], and their aggregated activations in the texts of a [n_a, m]
+            and of b [n_b, m].
     """
     rows: list[tuple[FeatureId, float, float, int, int, float, float, float]] = []
-    for name, (features, a, b) in sets.items():
-        found = contrast_columns(a, b)
+    for name, (latents, a, b) in sets.items():
+        statistics = contrast_columns(a, b)
         columns = zip(
-            features.tolist(),
-            found.mean_a.tolist(),
-            found.mean_b.tolist(),
+            latents.tolist(),
+            statistics.mean_a.tolist(),
+            statistics.mean_b.tolist(),
             (a != 0).sum(0).tolist(),
             (b != 0).sum(0).tolist(),
-            found.effect_size.tolist(),
-            found.auc.tolist(),
-            found.p_value.tolist(),
+            statistics.effect_size.tolist(),
+            statistics.auc.tolist(),
+            statistics.p_value.tolist(),
             strict=True,
         )
-        rows += [(FeatureId(name, feature), *others) for feature, *others in columns]
+        rows += [(FeatureId(name, latent), *figures) for latent, *figures in columns]
     if not rows:
         return []
     q = false_discovery_rates(torch.tensor([row[-1] for row in rows], dtype=torch.float64)).tolist()
     contrasts = [FeatureContrast(*row, q_value) for row, q_value in zip(rows, q, strict=True)]
-    return sorted(contrasts, key=lambda each: (each.p_value, -abs(each.effect_size)))
+    return sorted(contrasts, key=lambda contrast: (contrast.p_value, -abs(contrast.effect_size)))
 
 
 @torch.no_grad()
@@ -125,9 +127,9 @@ def aggregate_texts(
     *,
     tokens_per_pass: int = 4_096,
 ) -> dict[str, Tensor]:
-    """One row a text of its aggregated activations, [n, n_latents] float32 on the host, by dictionary.
+    """Each text's aggregated activations as a row: float32 [n, n_latents] on the host, by dictionary.
 
-    A feature counts as 0 on tokens where it is silent.
+    A latent counts as 0 on tokens where it is silent.
     """
     sites = {name: dictionary.require_site() for name, dictionary in dictionaries.items()}
     results = {name: torch.zeros(len(rows), dictionary.n_latents) for name, dictionary in dictionaries.items()}
@@ -149,7 +151,7 @@ def aggregate_texts(
 
 
 def active_columns(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The features that are active in some text of a [n_a, m] or b [n_b, m], as `contrast_features` takes them."""
+    """The columns that are active in a text of a [n_a, m] or b [n_b, m], int64, and both sets with these alone."""
     active = ((a != 0).any(0) | (b != 0).any(0)).nonzero().squeeze(1)
     return active, a[:, active], b[:, active]
 

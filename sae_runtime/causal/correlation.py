@@ -16,7 +16,7 @@ def pearson(x: Tensor, y: Tensor) -> float | None:
 
 
 def spearman(x: Tensor, y: Tensor) -> float | None:
-    """Correlation of the ranks, equal values sharing their mean rank; None as `pearson`."""
+    """Correlation of the ranks, where equal values share their mean rank; None as for `pearson`."""
     return pearson(average_ranks(x[:, None])[:, 0], average_ranks(y[:, None])[:, 0])
 
 
@@ -27,7 +27,7 @@ def average_ranks(x: Tensor) -> Tensor:
 
 
 def ties(x: Tensor) -> tuple[Tensor, Tensor]:
-    """For each entry of x [n, m]: how many of its column are smaller, and how many are not larger; int64 [n, m]."""
+    """For each entry of x [n, m], how many entries of its column are smaller, and how many not larger; int64 [n, m]."""
     columns = x.T.contiguous()
     ordered = columns.sort(dim=1).values
     below = torch.searchsorted(ordered, columns, side="left")

@@ -1,4 +1,4 @@
-"""Next-token predictions, and how a change of the activations changes them. The LM head runs in tiles."""
+"""Next-token predictions, and their change when activations change. The LM head runs in tiles."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from sae_runtime.model.backbone import Backbone
 
 LOGIT_ENTRIES = 1 << 24
-"""Logits that exist at once (64 MiB in float32); a few temporaries of the same size come beside them."""
+"""Logits that exist at once (64 MiB in float32), beside a few temporaries of the same size."""
 CACHED_ENTRIES = 1 << 19
-"""Logits that are compared at once: what is computed on the way stays in the CPU's cache."""
+"""Logits that are compared at once, so few that intermediate results stay in the CPU's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What the model expects after each of P tokens."""
+    """The model's predictions after each of P tokens."""
 
     loss: Tensor
     """[P] nats: -log p(next token); 0 where no token follows."""
@@ -33,7 +33,7 @@ class Predictions:
         return Predictions(self.loss[index], self.correct[index], self.target_logit[index], self.token_logits[index])
 
     def with_tokens(self, columns: Tensor) -> Predictions:
-        """The same with some of the chosen tokens, by their columns."""
+        """The predictions with the given columns of `token_logits` only."""
         return Predictions(self.loss, self.correct, self.target_logit, self.token_logits[:, columns])
 
 
@@ -43,32 +43,32 @@ def next_tokens(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def predict(backbone: Backbone, final: Tensor, targets: Tensor, tokens: Tensor) -> Predictions:
-    """Predictions from what the last block returned.
+    """Predictions from the last block's output.
 
     Args:
-        final: [P, d_model].
+        final: [P, d_model], the last block's output.
         targets: int64 [P], the token that follows, -1 where none does.
         tokens: int64 [m], the chosen tokens.
 
     Raises:
         ValueError: logits that are not finite.
     """
-    parts = [
-        _figures(backbone.unembed(final[at]), targets[at], tokens)
-        for at in _tiles(len(final), backbone.vocab_size, LOGIT_ENTRIES)
+    tiles = [
+        _predictions(backbone.unembed(final[tile]), targets[tile], tokens)
+        for tile in _tiles(len(final), backbone.vocab_size, LOGIT_ENTRIES)
     ]
-    return _join(parts, len(tokens))
+    return _join(tiles, len(tokens))
 
 
 def compare(
-    backbone: Backbone, final: Tensor, changed: Tensor, base: Tensor, targets: Tensor, tokens: Tensor
+    backbone: Backbone, final: Tensor, changed: Tensor, source: Tensor, targets: Tensor, tokens: Tensor
 ) -> tuple[Predictions, Tensor]:
-    """Predictions of changed tokens, and KL(unchanged || changed) of each.
+    """Predictions of changed tokens, and KL(unchanged || changed) for each of them.
 
     Args:
-        final: [P, d_model], what the last block returned for the unchanged tokens.
+        final: [P, d_model], the last block's output for the unchanged tokens.
         changed: [E, d_model], the same for changed copies of them.
-        base: int64 [E], which unchanged token each is a copy of.
+        source: int64 [E], the unchanged token that each is a copy of.
         targets: int64 [P] as in `predict`.
         tokens: int64 [m], the chosen tokens.
 
@@ -78,58 +78,62 @@ def compare(
     Raises:
         ValueError: logits that are not finite.
     """
-    order = base.argsort(stable=True)  # copies of a token stand together, which saves its own logits
-    kl = torch.empty(len(base), dtype=torch.float64 if final.dtype == torch.float64 else torch.float32).to(base.device)
-    parts = []
-    for at in _tiles(len(base), 2 * backbone.vocab_size, LOGIT_ENTRIES):
-        place = order[at]
-        own, copy_of = torch.unique_consecutive(base[place], return_inverse=True)
-        reference = backbone.unembed(final[own]).log_softmax(-1)
-        logits = backbone.unembed(changed[place])
-        for few in _tiles(len(place), backbone.vocab_size, CACHED_ENTRIES):
-            parts.append(_figures(logits[few], targets[base[place[few]]], tokens))
-            kl[place[few]] = divergence(reference, logits[few].log_softmax(-1), copy_of[few])
-    joined = _join(parts, len(tokens))
-    back = order.argsort()
-    return joined[back], kl
+    # Copies of one token stand together in `order`, so that a tile computes its unchanged logits once.
+    order = source.argsort(stable=True)
+    kl_dtype = torch.float64 if final.dtype == torch.float64 else torch.float32
+    kl = torch.empty(len(source), dtype=kl_dtype).to(source.device)
+    predictions = []  # in `order`
+    for tile in _tiles(len(source), 2 * backbone.vocab_size, LOGIT_ENTRIES):
+        copies = order[tile]
+        originals, original_of = torch.unique_consecutive(source[copies], return_inverse=True)
+        reference = backbone.unembed(final[originals]).log_softmax(-1)
+        logits = backbone.unembed(changed[copies])
+        for rows in _tiles(len(copies), backbone.vocab_size, CACHED_ENTRIES):
+            predictions.append(_predictions(logits[rows], targets[source[copies[rows]]], tokens))
+            kl[copies[rows]] = divergence(reference, logits[rows].log_softmax(-1), original_of[rows])
+    return _join(predictions, len(tokens))[order.argsort()], kl
 
 
 def divergence(reference: Tensor, changed: Tensor, copy_of: Tensor) -> Tensor:
     """KL(reference || changed) in nats of log-probabilities [P, vocab] and [E, vocab]; row e's reference is copy_of[e].
 
-    Summed as p (r - 1 + exp(-r)) with r = log p - log q: no term is negative, and small divergences keep their digits,
-    which sum p r loses in float32 (the terms -p + q that are added sum to 0).
+    With r = log p - log q,
+
+        KL = sum p r = sum (p r - p + q) = sum p (r - 1 + exp(-r)),
+
+    as the p and the q sum to 1. No term of the last sum is negative, so small divergences keep their digits, which
+    sum p r loses in float32.
     """
     r = reference[copy_of] - changed
     p = reference.exp()[copy_of]
-    near = p * (r + torch.expm1(-r.clamp(-1, 1)))
-    far = p * r - p + changed.exp()
-    return torch.where(r.abs() < 1, near, far).sum(-1)
+    small_r = p * (r + torch.expm1(-r.clamp(-1, 1)))
+    large_r = p * r - p + changed.exp()
+    return torch.where(r.abs() < 1, small_r, large_r).sum(-1)
 
 
-def _figures(logits: Tensor, targets: Tensor, tokens: Tensor) -> Predictions:
+def _predictions(logits: Tensor, targets: Tensor, tokens: Tensor) -> Predictions:
     if not bool(logits.isfinite().all()):
         raise ValueError("the logits are not finite")
-    known = targets >= 0
+    has_target = targets >= 0
     target_logit = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
     loss = logits.logsumexp(-1) - target_logit
     return Predictions(
-        loss=loss * known,
-        correct=(logits.argmax(-1) == targets) & known,
-        target_logit=target_logit * known,
+        loss=loss * has_target,
+        correct=(logits.argmax(-1) == targets) & has_target,
+        target_logit=target_logit * has_target,
         token_logits=logits[:, tokens],
     )
 
 
-def _join(parts: list[Predictions], n_tokens: int) -> Predictions:
-    if not parts:
-        none = torch.zeros(0)
-        return Predictions(none, none.bool(), none, none.reshape(0, n_tokens))
+def _join(tiles: list[Predictions], n_tokens: int) -> Predictions:
+    if not tiles:
+        empty = torch.zeros(0)
+        return Predictions(empty, empty.bool(), empty, empty.reshape(0, n_tokens))
     return Predictions(
-        torch.cat([part.loss for part in parts]),
-        torch.cat([part.correct for part in parts]),
-        torch.cat([part.target_logit for part in parts]),
-        torch.cat([part.token_logits for part in parts]),
+        torch.cat([tile.loss for tile in tiles]),
+        torch.cat([tile.correct for tile in tiles]),
+        torch.cat([tile.target_logit for tile in tiles]),
+        torch.cat([tile.token_logits for tile in tiles]),
     )
 
 

@@ -1,4 +1,4 @@
-"""One forward pass whose blocks before a site are shared by many changed copies of its rows."""
+"""One forward pass of rows, and many changed copies of them that share its blocks before the changed site."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class Change:
     tokens: Tensor
     """int64 [c], positions in the row, ascending, at least one."""
     delta: Tensor
-    """[c, width], float32 or better: what is added there."""
+    """[c, width], float32 or better: what is added at the site."""
 
 
 @dataclass(frozen=True, eq=False)
 class ChangedTokens:
-    """The tokens of changed copies from their first change on; those before it are as they were."""
+    """The tokens of changed copies from each copy's first change on; the tokens before it are unchanged."""
 
     final: Tensor
     """[M, d_model] after the last block, in the backbone's dtype."""
     change: Tensor
-    """int64 [M]: which of the changes a token belongs to."""
-    place: Tensor
-    """int64 [M]: place of the unchanged token in the packed rows."""
+    """int64 [M]: the index of the change that a token belongs to."""
+    source: Tensor
+    """int64 [M]: the token of the packed rows that it is a copy of."""
 
 
 class SharedPrefix:
-    """Rows that ran once, and can run again from a site on as often as somebody changes them there.
+    """Rows that ran once and can run again, with changes, from any of `sites` on.
 
-    Holds the activations of every site asked for and of the last block: (sites + 1) x [N, width].
+    Holds the activations at `sites` and after the last block: (number of sites + 1) x [N, width].
     """
 
     def __init__(self, backbone: Backbone, rows: Sequence[Sequence[int]], sites: Collection[Site]) -> None:
@@ -53,7 +53,7 @@ class SharedPrefix:
         self.paused = result.paused
         lengths = torch.tensor(self.packed.lengths)
         self.starts: list[int] = (lengths.cumsum(0) - lengths).tolist()
-        """Place of each row's first token."""
+        """Packed index of each row's first token."""
 
     def run(self, site: Site, changes: Sequence[Change]) -> ChangedTokens:
         """Runs changed copies of rows from the site on, all in one batch.
@@ -63,24 +63,24 @@ class SharedPrefix:
         """
         device, lengths = self.backbone.device, [self.packed.lengths[change.row] for change in changes]
         ends = torch.tensor(lengths).cumsum(0)
-        begins = (ends - torch.tensor(lengths)).tolist()
-        place = torch.cat(
+        begins = (ends - torch.tensor(lengths)).tolist()  # of each copy, in the new packing
+        source = torch.cat(
             [torch.arange(self.starts[c.row], self.starts[c.row] + n) for c, n in zip(changes, lengths, strict=True)]
         ).to(device)
-        start = self.paused[site].take(place)
+        start = self.paused[site].take(source)
         changed = torch.cat([c.tokens + begin for c, begin in zip(changes, begins, strict=True)]).to(device)
         delta = torch.cat([change.delta for change in changes])
         rows = (start.activation[changed].to(delta.dtype) + delta).to(start.activation.dtype)
         if not bool(rows.isfinite().all()):
             raise ValueError(f"changes at {site} leave the range of {rows.dtype}")
         start.activation[changed] = rows  # `take` made copies
-        copies = PackedTokens(self.packed.ids[place], tuple(lengths), (0,) * len(lengths))
+        copies = PackedTokens(self.packed.ids[source], tuple(lengths), (0,) * len(lengths))
         final = self.backbone.forward(copies, start=start, capture=[self._last]).activations[self._last]
         first = torch.tensor([int(change.tokens[0]) for change in changes], device=device)
-        behind = copies.positions >= first[copies.row_of_token]
-        return ChangedTokens(final[behind], copies.row_of_token[behind], place[behind])
+        affected = copies.positions >= first[copies.row_of_token]
+        return ChangedTokens(final[affected], copies.row_of_token[affected], source[affected])
 
 
 def last_site(backbone: Backbone) -> Site:
-    """What the last block returns, before the final layer norm and the LM head."""
+    """The site of the last block's output, before the final layer norm and the LM head."""
     return Site(backbone.n_layers - 1, LOCATIONS[-1])

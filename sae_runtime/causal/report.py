@@ -1,4 +1,4 @@
-"""What measurements of features tell: plain data without torch, shared by the library, the service and its clients."""
+"""Results of measurements of features: plain data without torch, shared by the library, the service and its clients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sae_runtime.edits.edit import Edit
 Ablation = Literal["zero", "mean"]
 """What an ablated feature becomes: zero, or its recorded mean."""
 RankBy = Literal["kl", "loss", "accuracy", "logit"]
-"""The figure of EffectFigures that sorts the effects of a study."""
+"""The figure of EffectFigures by which the effects of a study are sorted."""
 
 
 class FeatureId(NamedTuple):
@@ -29,7 +29,7 @@ class FeatureId(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """What the model predicts on a text of n tokens; entry i is about the prediction made after token i."""
+    """The model's predictions on a text of n tokens; entry i is the prediction made after token i."""
 
     loss: NDArray[np.float32]
     """[n - 1] nats: -log p(token i + 1)."""
@@ -55,7 +55,7 @@ class TextScore:
 
     @property
     def delta_loss(self) -> NDArray[np.float32] | None:
-        """[n - 1] edited - unedited, nats; above 0: the edits made the token less likely."""
+        """[n - 1] edited - unedited, nats; above 0 if the edits made the token less likely."""
         return None if self.edited is None else self.edited.loss - self.unedited.loss
 
 
@@ -67,23 +67,23 @@ class EffectFigures:
     """Means over predictions; changes are ablated - unedited."""
 
     n_tokens: int
-    """Tokens after which predictions were compared (KL and logits)."""
+    """Tokens after which predictions were compared (for KL and logits)."""
     n_targets: int
-    """Those of them that a token follows (loss and accuracy)."""
+    """The tokens among them that another follows (for loss and accuracy)."""
     delta_loss: float
-    """Nats; above 0: the text became less likely."""
+    """Nats; above 0 if the text became less likely."""
     delta_accuracy: float
     kl: float
     """KL(unedited || ablated) in nats."""
     delta_target_logit: float
-    """Of the token that follows."""
+    """Change of the following token's logit."""
     delta_logits: tuple[float, ...]
     """One for each chosen token."""
 
 
 @dataclass(frozen=True)
 class DistanceEffect:
-    """Effect of changing one token on the predictions made `first` to `last` tokens behind it."""
+    """Effect of changing one token on the predictions made `first` to `last` tokens after it."""
 
     first: int
     last: int
@@ -92,18 +92,18 @@ class DistanceEffect:
 
 @dataclass(frozen=True)
 class FeatureEffect:
-    """What ablating one feature does to the texts of a study."""
+    """The effect of ablating one feature on the texts of a study."""
 
     feature: FeatureId
     ablation: Ablation
     active_tokens: int
     active_texts: int
     mean_activation: float
-    """Over the tokens on which it is active; 0 if there are none."""
+    """Over the tokens on which the feature is active; 0 if there are none."""
     everywhere: EffectFigures
     """The feature is ablated on all tokens; means over all predictions of all texts."""
     at_active: EffectFigures
-    """The same, over the predictions made on tokens where the feature is active."""
+    """The same, with means over the predictions made on tokens where the feature is active."""
     delta_loss_interval: tuple[float, float]
     """95 % bootstrap interval of everywhere.delta_loss over texts."""
     text_delta_loss: tuple[float, ...]
@@ -119,7 +119,7 @@ class AblationReport:
     """A whole study."""
 
     effects: tuple[FeatureEffect, ...]
-    """The largest first, by the ranking asked for."""
+    """The largest first, by the chosen ranking."""
     n_texts: int
     n_targets: int
     """Predictions with a target, over all texts."""
@@ -143,7 +143,7 @@ class Attribution:
     gradient: float
     """dm/dz."""
     attribution: float
-    """z dm/dz: to first order, how far the metric falls without the feature."""
+    """z dm/dz: to first order, the fall of the metric without the feature."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class FeatureAttribution(Attribution):
     """One feature on one token: the estimate and the measured effect."""
 
     effect: float
-    """m(unedited) - m(ablated to zero on this token): how far the metric does fall."""
+    """m(unedited) - m(ablated to zero on this token): the actual fall of the metric."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,11 +159,11 @@ class AttributionReport:
     """Attributions of one text."""
 
     metric: float
-    """m of the unedited text: the target's logit, less the foil's if there is one."""
+    """m of the unedited text: the target's logit, minus the foil's if there is one."""
     attributions: tuple[FeatureAttribution, ...]
     """The largest in size first."""
     n_active: int
-    """Active (feature, token) pairs that were looked at."""
+    """Number of active (feature, token) pairs."""
     totals: Mapping[str, float]
     """Sum of all attributions, by dictionary."""
     pearson: float | None
@@ -183,7 +183,7 @@ class FeatureContrast:
     """Mean over the texts of a of their aggregated activation."""
     mean_b: float
     active_a: int
-    """Texts of a on which it is active."""
+    """Texts of a in which the feature is active."""
     active_b: int
     effect_size: float
     """Above 0: stronger in a. 0 where the pooled standard deviation is 0."""
@@ -195,7 +195,7 @@ class FeatureContrast:
 
 @dataclass(frozen=True)
 class SetScore:
-    """How edits change the predictions on a set of texts."""
+    """The change that edits make to the predictions on a set of texts."""
 
     delta_loss: float
     """Nats a token, mean over all predictions of the set."""
@@ -213,4 +213,4 @@ class SuggestionTrial:
     a: SetScore
     b: SetScore
     shift: float
-    """b.delta_loss - a.delta_loss: by how much it favours the texts of a, nats a token."""
+    """b.delta_loss - a.delta_loss: how much the edits favour the texts of a, nats a token."""

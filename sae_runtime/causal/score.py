@@ -27,12 +27,12 @@ class ScoredRow:
     logit_tokens: Sequence[int] = ()
     """Tokens whose logits are returned at every position."""
     max_relative_change: float = math.inf
-    """Edits that add more than this times the size of a token's activation (Euclidean norms) are out of range."""
+    """Edits may add at most this many times the Euclidean norm of a token's activation; more is out of range."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowScore:
-    """Predictions after each of a row's T tokens; there is no loss after the last."""
+    """Predictions after each of a row's T tokens; the last has no loss."""
 
     unedited: Predictions
     edited: Predictions | None
@@ -43,7 +43,7 @@ class RowScore:
 
 @torch.no_grad()
 def score_rows(backbone: Backbone, rows: Sequence[ScoredRow], dictionaries: Mapping[str, Dictionary]) -> list[RowScore]:
-    """Scores rows in one batch; the edited rows share the blocks before the first edited site with their unedited ones.
+    """Scores rows in one batch. An edited row shares the blocks before the first edited site with its unedited copy.
 
     Raises:
         ValueError: a row over the context length, a token outside the vocabulary, or activations out of range.
@@ -64,27 +64,28 @@ def score_rows(backbone: Backbone, rows: Sequence[ScoredRow], dictionaries: Mapp
     kl: Tensor | None = None
     if edited_rows:
         spans = _spans(packed)
-        place = torch.cat([torch.arange(*spans[i]) for i in edited_rows]).to(device)
-        changed = final[place]
+        source = torch.cat([torch.arange(*spans[i]) for i in edited_rows]).to(device)
+        changed = final[source]
         if edits:
             copies = PackedTokens.from_rows([rows[i].tokens for i in edited_rows]).to(device)
             changed = backbone.forward(
                 copies,
-                start=result.paused[edits.sites[0]].take(place),
+                start=result.paused[edits.sites[0]].take(source),
                 edit=edits.apply,
                 edit_sites=edits.sites,
                 capture=[last],
             ).activations[last]
-        edited, kl = compare(backbone, final, changed, place, targets, tokens)
+        edited, kl = compare(backbone, final, changed, source, targets, tokens)
 
-    scores, at = [], 0
+    scores, edited_start = [], 0  # `edited` holds the tokens of the edited rows alone
     for row, (start, end) in zip(rows, _spans(packed), strict=True):
-        own = torch.tensor([columns.index(token) for token in row.logit_tokens], dtype=torch.int64, device=device)
-        before = unedited[start:end].with_tokens(own)
+        row_columns = [columns.index(token) for token in row.logit_tokens]
+        logit_columns = torch.tensor(row_columns, dtype=torch.int64, device=device)
+        before = unedited[start:end].with_tokens(logit_columns)
         if row.edits and edited is not None and kl is not None:
-            rows_of_edited = slice(at, at + end - start)
-            scores.append(RowScore(before, edited[rows_of_edited].with_tokens(own), kl[rows_of_edited]))
-            at += end - start
+            span = slice(edited_start, edited_start + end - start)
+            scores.append(RowScore(before, edited[span].with_tokens(logit_columns), kl[span]))
+            edited_start = span.stop
         else:
             scores.append(RowScore(before, None, None))
     return scores
@@ -103,5 +104,6 @@ def _row_edits(backbone: Backbone, row: ScoredRow, dictionaries: Mapping[str, Di
 
 
 def _spans(packed: PackedTokens) -> list[tuple[int, int]]:
+    """Start and end of each row in the packing."""
     ends = torch.tensor(packed.lengths).cumsum(0).tolist()
     return [(end - length, end) for end, length in zip(ends, packed.lengths, strict=True)]

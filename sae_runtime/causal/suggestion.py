@@ -1,4 +1,4 @@
-"""An edit from examples: what to do to a feature to make text more like one set and less like another."""
+"""An edit from examples, which makes text more like one set and less like another."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ STRENGTH_FACTORS = (0.25, 0.5, 1.0, 2.0)
 def suggest_edit(contrast: FeatureContrast, peaks: Sequence[float], recorded_maximum: float) -> Edit:
     """An edit towards set a.
 
-    A feature that is stronger in a is set to its typical peak there, in multiples of its recorded maximum; one that is
-    stronger in b is set to zero.
+    A feature that is stronger in a is set to its typical peak in a, in multiples of its recorded maximum. A feature
+    that is stronger in b is set to zero.
 
     Args:
         peaks: the feature's largest activation in each text of a.
-        recorded_maximum: of the dictionary's statistics.
+        recorded_maximum: the feature's maximum in the dictionary's statistics.
 
     Raises:
         ValueError: the feature has no recorded maximum.
@@ -38,17 +38,17 @@ def suggest_edit(contrast: FeatureContrast, peaks: Sequence[float], recorded_max
 
 
 def at_strength(edits: Sequence[Edit], factor: float) -> tuple[Edit, ...]:
-    """The edits with the strengths of those that set a value multiplied."""
+    """The edits, with the value of those that set one multiplied by `factor`."""
     return tuple(
-        Edit(each.dictionary, each.feature, "set", value=round(each.value * factor, 4), unit="max")
-        if each.operation == "set"
-        else each
-        for each in edits
+        Edit(edit.dictionary, edit.feature, "set", value=round(edit.value * factor, 4), unit="max")
+        if edit.operation == "set"
+        else edit
+        for edit in edits
     )
 
 
 def set_score(losses: Sequence[tuple[float, float, int, int]], seed: int = 0) -> SetScore:
-    """From each text's sum of loss changes, sum of KL, number of predictions with a target, and number of tokens."""
+    """A set's score from its texts: sum of loss changes, sum of KL, predictions with a target, and tokens of each."""
     change = torch.tensor([loss for loss, _, _, _ in losses], dtype=torch.float64)
     targets = torch.tensor([n for _, _, n, _ in losses], dtype=torch.float64)
     kl = sum(kl for _, kl, _, _ in losses) / max(sum(n for _, _, _, n in losses), 1)

@@ -1,7 +1,7 @@
-"""How many texts a contrast of two sets needs before a feature can pass its test. Needs no torch.
+"""The number of texts that a contrast of two sets needs before a feature can pass its test. Needs no torch.
 
-The clearest difference is a feature that fires on every text of one set, with values that all differ, and on no text of
-the other, whose n_0 values are all 0. In the test of `contrast_columns`, sets of n_1 and n_0 texts, n in all, then have
+The clearest difference is a feature that fires on every one of the n_1 texts of one set, each time with another value,
+and on none of the n_0 texts of the other. With n = n_1 + n_0, the test of `contrast_columns` then has
 
     U = n_1 n_0
     variance = n_1 n_0 / 12 · ((n + 1) − (n_0³ − n_0) / (n (n − 1)))
@@ -19,7 +19,7 @@ _MOST = 1_000_000
 
 
 def clearest_p_value(n_a: int, n_b: int) -> float:
-    """p of the clearest difference between sets of n_a and n_b texts, of which the larger one is silent."""
+    """p of the clearest difference between sets of n_a and n_b texts, if the feature is silent in the larger set."""
     n_1, n_0 = sorted((n_a, n_b))
     n = n_1 + n_0
     variance = n_1 * n_0 / 12 * ((n + 1) - (n_0**3 - n_0) / (n * (n - 1)))
@@ -28,7 +28,7 @@ def clearest_p_value(n_a: int, n_b: int) -> float:
 
 
 def texts_needed(n_tested: int, false_discovery_rate: float) -> int:
-    """The least number of texts in each set with which one of `n_tested` features can pass alone."""
+    """The least number of texts per set with which a single feature of `n_tested` can pass."""
     low, high = 1, 2  # low is too few
     while clearest_p_value(high, high) * n_tested > false_discovery_rate and high < _MOST:
         low, high = high, 2 * high

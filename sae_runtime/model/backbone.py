@@ -1,7 +1,7 @@
-"""The backbone: a GPT-2 whose activations are read, edited and continued, on packed rows.
+"""The backbone: a GPT-2 whose activations can be read and edited, on packed rows.
 
-Weights and tokenizer are Hugging Face files; the forward pass is written out here, because it works on rows without
-padding, stops after the last site that somebody asked for, and lets activations be replaced on the way.
+Weights and tokenizer are Hugging Face files. The forward pass is the project's own: it runs rows without padding, stops
+after the last site that is needed, and lets activations be replaced on the way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Backbone:
-    """A GPT-2 on one device. Weights never change; forwards of several threads may run at once (not on one cache)."""
+    """A GPT-2 on one device. Weights never change. Several threads may run forwards at once, but not on one cache."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class Backbone:
         fingerprint: str,
         tokenizer: PreTrainedTokenizerFast | Path | None = None,
     ) -> None:
-        """Use `Backbone.load` or `Backbone.random`. `tokenizer` may be a folder to read it from when first needed."""
+        """Use `Backbone.load` or `Backbone.random`. A `tokenizer` given as a folder is read when it is first needed."""
         self.name = name
         self.settings = settings
         self.fingerprint = fingerprint
-        """sha256 over the weights cast to float16: equal for a float16 file and for what it is loaded as."""
+        """sha256 over the weights cast to float16, so that it does not depend on the dtype they are loaded as."""
         self._model = GPT2(settings, weights)
         self._tokenizer = tokenizer
         self.n_layers: int = settings.n_layer
@@ -68,7 +68,7 @@ class Backbone:
 
         Raises:
             FileNotFoundError: the folder or its files do not exist.
-            ConnectionError: a hub name that is not cached, and the hub cannot be reached or does not have it.
+            ConnectionError: a hub name that is not cached, and the hub cannot be reached or has no such model.
             ValueError: not a GPT-2, pickled weights only, weights that do not fit, or an unknown dtype or device.
         """
         dtype, device = check_dtype(dtype), check_device(device)
@@ -143,7 +143,7 @@ class Backbone:
         """The site, if this backbone has it.
 
         Raises:
-            ValueError: unknown location or layer; names what exists.
+            ValueError: unknown location or layer; lists the known ones.
         """
         site = Site.parse(site) if isinstance(site, str) else site
         if site.layer >= self.n_layers:
@@ -247,13 +247,13 @@ class Backbone:
             sites: where to read.
 
         Returns:
-            By the site's text, [B, T, width] in the backbone's dtype; zeros at padding.
+            [B, T, width] in the backbone's dtype for each site, by its text; zeros at padding.
 
         Raises:
             ValueError: an unknown site, wrong shapes, a hole in a row's mask, an id outside the vocabulary, or a row
                 over the context length.
         """
-        wanted = {str(self.check_site(site)): self.check_site(site) for site in sites}
+        sites_by_name = {str(self.check_site(site)): self.check_site(site) for site in sites}
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}, expected integers [B, T]")
         input_ids = input_ids.to(self.device, torch.int64)
@@ -269,13 +269,13 @@ class Backbone:
                 raise ValueError("attention_mask has padding between real tokens; it may only be at the ends of a row")
         results = {
             name: torch.zeros(*input_ids.shape, self.site_width(site), dtype=self.dtype, device=self.device)
-            for name, site in wanted.items()
+            for name, site in sites_by_name.items()
         }
         lengths = tuple(n for n in real.sum(1).tolist() if n)  # rows of padding alone have no tokens to run
         if lengths and results:
             packed = PackedTokens(ids=input_ids[real], lengths=lengths, past=(0,) * len(lengths))
-            captured = self.forward(packed, capture=wanted.values()).activations
-            for name, site in wanted.items():
+            captured = self.forward(packed, capture=sites_by_name.values()).activations
+            for name, site in sites_by_name.items():
                 results[name][real] = captured[site]
         return results
 
@@ -291,18 +291,18 @@ class Backbone:
         pause: Collection[Site | str] = (),
         start: PausedForward | None = None,
     ) -> ForwardResult:
-        """Runs packed rows as far as anything asks for: a captured or edited site, the cache, or logits.
+        """Runs packed rows as far as needed for captured, paused and edited sites, the cache, and logits.
 
         Args:
-            packed: B rows, N tokens. With a cache, rows may bring a whole prompt (past 0), a piece of one, or one
-                decoded token, mixed.
-            capture: sites to return; an edited site is returned as edited.
+            packed: B rows, N tokens. With a cache, a row may bring a whole prompt (past 0), a piece of one, or one
+                decoded token. A batch may mix them.
+            capture: sites whose activations are returned, after any edit there.
             edit: called at each of `edit_sites`, in order of computation.
             cache: keys and values of each row's past; those of this batch are added. Every block then runs.
-            logits: of no token, of each row's last token, or of all tokens. The LM head runs only here.
-            pause: sites to return as they are before any edit there, so that other forwards can start from them.
-            start: where to go on, instead of from the embedding; its tokens are those of `packed`. Captured, paused and
-                edited sites may not lie before it, and there can be no cache.
+            logits: of no token, of each row's last token, or of all tokens. The LM head runs only for these.
+            pause: sites returned as they are before any edit, so that other forwards can start from them.
+            start: a paused forward to start from, instead of the embedding. Its tokens are those of `packed`. Captured,
+                paused and edited sites may not come before its site, and there can be no cache.
 
         Raises:
             ValueError: an unknown site, an id outside the vocabulary, a row over the context length, rows that do not
@@ -330,9 +330,9 @@ class Backbone:
             x = self._model.embed(packed)  # [N, d]
         else:
             x = start.activation if start.residual is None else start.residual
-        for layer in range(0 if start is None else start.site.layer, taps.last.layer + 1):
-            entered = start if start is not None and start.site.layer == layer else None
-            x = self._model.block(layer, x, plan, cache, taps, entered)
+        first_layer = 0 if start is None else start.site.layer
+        for layer in range(first_layer, taps.last.layer + 1):
+            x = self._model.block(layer, x, plan, cache, taps, start if layer == first_layer else None)
         scores = None
         if logits != "none":
             if logits == "last" and not packed.one_token_each:
@@ -341,13 +341,13 @@ class Backbone:
         return ForwardResult(taps.captured, scores, taps.paused)
 
     def unembed(self, x: Tensor) -> Tensor:
-        """Logits [n, vocab] of what the last block returns, [n, d_model]; float32, or float64 of a float64 backbone."""
+        """Logits [n, vocab] from the last block's output x [n, d_model]; float32, or float64 for a float64 backbone."""
         return self._model.unembed(x)
 
     def _last_site(
         self, capture: Collection[Site | str], edit_sites: Collection[Site | str], cache: bool, logits: bool
     ) -> Site | None:
-        """The last site in order of computation that anything needs."""
+        """The last site, in order of computation, that is needed; None if nothing is needed."""
         needed = [self.check_site(site) for site in (*capture, *edit_sites)]
         if logits:
             needed.append(Site(self.n_layers - 1, LOCATIONS[-1]))
@@ -364,8 +364,8 @@ class Backbone:
             raise ValueError(f"{', '.join(early)}: before the site {start.site} where the forward starts")
         expected = (len(packed), self.site_width(start.site))
         if start.activation.shape != expected or start.activation.dtype != self.dtype:
-            found = f"{start.activation.dtype} {list(start.activation.shape)}"
-            raise ValueError(f"the activation to start from is {found}, expected {self.dtype} {list(expected)}")
+            actual = f"{start.activation.dtype} {list(start.activation.shape)}"
+            raise ValueError(f"the activation to start from is {actual}, expected {self.dtype} {list(expected)}")
         if (start.residual is not None) != (start.site.location in BRANCHES):
             raise ValueError(f"a start at {start.site} has {'a' if start.residual is not None else 'no'} residual")
 

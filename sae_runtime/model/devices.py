@@ -1,4 +1,4 @@
-"""Where a model's tensors may lie, and in which dtype."""
+"""The devices and dtypes that a model may use."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating dtype by itself or by name; ValueError names those there are."""
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
+    """A floating-point dtype, given as such or by name; ValueError lists the supported ones."""
+    checked = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if checked is None or checked not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r} is not supported; expected {', '.join(DTYPES)}")
-    return found
+    return checked
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """A device that is present; ValueError if it is unknown or not there."""
+    """A device that can be used; ValueError if it is unknown or absent."""
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used: {error}") from error
-    return found
+    return checked
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name: "cpu", "cuda", "cuda:1", or "auto", which is the first GPU, or the CPU where there is none.
+    """The device with this name: "cpu", "cuda", "cuda:1", or "auto" for the first GPU, or the CPU if there is no GPU.
 
     Raises:
-        ValueError: the name is auto, and there is an NVIDIA GPU that PyTorch cannot use. The CPU would be many times
-            slower, which nobody should find out by measuring.
+        ValueError: the name is "auto", and the machine has an NVIDIA GPU that PyTorch cannot use. Falling back to the
+            CPU would be many times slower, without a word.
     """
     if name != "auto":
         return torch.device("cuda:0" if name == "cuda" else name)
@@ -42,13 +42,13 @@ def choose_device(name: str) -> torch.device:
     if nvidia_gpus():
         raise ValueError(
             f"this machine has an NVIDIA GPU that PyTorch {torch.__version__} cannot use: {_why_no_cuda()}. "
-            "Set device to cpu (--device cpu) to go on without it"
+            "Set device to cpu (--device cpu) to run without it"
         )
     return torch.device("cpu")
 
 
 def nvidia_gpus(devices: Path = Path("/dev")) -> list[str]:
-    """Device files of the NVIDIA GPUs that this process may see; none if CUDA_VISIBLE_DEVICES hides them all."""
+    """Names of the NVIDIA GPUs' device files; empty if CUDA_VISIBLE_DEVICES hides all GPUs from this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
         return []

@@ -1,4 +1,4 @@
-"""Folders of a model's files, as Hugging Face lays them out: found by name, read as safetensors only."""
+"""Finds a model's folder by name and reads its safetensors. Folders are laid out as Hugging Face's."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def find_folder(name_or_path: str) -> Path:
         raise FileNotFoundError(f"backbone {name_or_path!r} is neither a folder nor a hub name: {error}") from error
     except Exception as error:  # the hub's client raises its own, httpx's and OS errors alike
         raise ConnectionError(
-            f"backbone {name_or_path!r} is no folder here, and could not be had from the Hugging Face hub: it is not "
-            f"in the local cache, and the hub is offline from here or has no such model ({type(error).__name__}). "
-            "Download it where there is a network, and give the folder's path."
+            f"backbone {name_or_path!r} is not a folder here, and it could not be fetched from the Hugging Face hub: "
+            f"it is not in the local cache, and the hub is offline or has no such model "
+            f"({type(error).__name__}). Download it on a machine with a network, and give the folder's path."
         ) from error
 
 
@@ -59,7 +59,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors (one file, or shards with an index), as they are stored.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: the folder has no safetensors.
         ValueError: pickled weights only, or a file that cannot be read.
     """
     state: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise ValueError(
-            f"{folder} has pickled weights (pytorch_model.bin) but no model.safetensors. Pickles can run code when "
-            "they are read, so they are refused: convert them with transformers' save_pretrained()."
+            f"{folder} has pickled weights (pytorch_model.bin) but no model.safetensors. Reading a pickle can run "
+            "code, so it is refused; convert the weights with transformers' save_pretrained()."
         )
     raise FileNotFoundError(f"{folder} has no model.safetensors")

@@ -1,4 +1,4 @@
-"""What is read, replaced and kept on the way through one forward pass."""
+"""What one forward pass reads, replaces and keeps on its way through the blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_runtime.model.sites import Site
 
 BRANCHES = ("resid_delta_attn", "mlp_post_act", "resid_delta_mlp")
-"""Locations beside the residual stream, which goes on unchanged meanwhile."""
+"""Locations on a branch beside the residual stream. The branch is added to the stream later."""
 
 EditFunction = Callable[[Site, Tensor], Tensor]
 """Called with a site and its live activation [N, width]; returns what replaces it, a new tensor of the same shape."""
@@ -18,26 +18,26 @@ EditFunction = Callable[[Site, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PausedForward:
-    """A forward pass that stands at a site, before any edit there; another can start from it.
+    """A forward pass that was paused at a site, before any edit there. Another forward can start from it.
 
-    Rows may be repeated or left out and the activation may be changed in between: what comes before the site is shared.
+    Rows may be repeated, left out or changed in between. All of them share what was computed before the site.
     """
 
     site: Site
     activation: Tensor
     """[N, width] at the site, in the backbone's dtype."""
     residual: Tensor | None
-    """[N, d_model], the residual stream that the site's branch is added to later; None where the site is on it."""
+    """[N, d_model], the residual stream that the site's branch is added to later; None for a site on the stream."""
 
     def take(self, tokens: Tensor) -> PausedForward:
-        """The given tokens (int64 [M], places in the packed batch), as copies."""
+        """Copies of the given tokens (int64 [M], indices into the packed batch)."""
         residual = None if self.residual is None else self.residual[tokens]
         return PausedForward(self.site, self.activation[tokens], residual)
 
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """What a forward pass was asked for."""
+    """The results that a forward pass was asked for."""
 
     activations: dict[Site, Tensor]
     """[N, width] for every captured site, after any edit there, in the backbone's dtype. Do not modify in place."""
@@ -55,6 +55,7 @@ class Taps:
     edit: EditFunction | None
     edit_sites: frozenset[Site]
     last: Site | None
+    """The last site that anything needs; None if nothing is needed."""
     pause: frozenset[Site] = frozenset()
     captured: dict[Site, Tensor] = field(default_factory=dict)
     paused: dict[Site, PausedForward] = field(default_factory=dict)
@@ -63,7 +64,10 @@ class Taps:
         self._layers = frozenset(site.layer for site in (*self.capture, *self.edit_sites, *self.pause))
 
     def pass_through(self, layer: int, location: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`residual` is the stream that a branch is added to later."""
+        """x [N, width] as it goes on from this site: edited if there is an edit.
+
+        `residual` is the stream that x is added to later, for a site on a branch.
+        """
         if layer not in self._layers:
             return x
         site = Site(layer, location)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PackedTokens:
-    """B rows of tokens, N tokens together. Row b holds `lengths[b]` tokens that follow `past[b]` cached ones.
+    """B rows of tokens, N tokens in all. Row b holds `lengths[b]` tokens that follow `past[b]` cached ones.
 
     Raises:
-        ValueError: the parts do not fit together, a row is empty, or a cache slot is named twice.
+        ValueError: the fields do not fit together, a row is empty, or a cache slot is named twice.
     """
 
     ids: Tensor
@@ -24,7 +24,7 @@ class PackedTokens:
     lengths: tuple[int, ...]
     """B row lengths, each at least 1; their sum is N."""
     past: tuple[int, ...]
-    """B counts of tokens that the row already has in its cache slot; 0 without a cache."""
+    """B counts of tokens that each row already has in its cache slot; 0 without a cache."""
     slots: tuple[int, ...] | None = None
     """B different cache slots, or None without a cache."""
 
@@ -72,7 +72,7 @@ class PackedTokens:
 
     @cached_property
     def positions(self) -> Tensor:
-        """int64 [N], on the device of `ids`: position of each token in its row, cached tokens counted."""
+        """int64 [N], on the device of `ids`: position of each token in its row, counting cached tokens."""
         if self.one_token_each:
             return torch.tensor(self.past, device=self.ids.device)
         lengths = torch.tensor(self.lengths)

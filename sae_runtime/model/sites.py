@@ -19,7 +19,7 @@ class Site:
     """One place in the backbone. Sites compare in order of computation.
 
     Raises:
-        ValueError: the layer is negative or the location unknown; names the locations there are.
+        ValueError: the layer is negative or the location unknown; lists the known locations.
     """
 
     layer: int
@@ -38,7 +38,7 @@ class Site:
         """Reads "<layer>.<location>".
 
         Raises:
-            ValueError: the text has another form; names the locations there are.
+            ValueError: the text has another form; lists the known locations.
         """
         layer, dot, location = text.partition(".")
         if not (dot and layer.isascii() and layer.isdigit()):

@@ -41,7 +41,7 @@ class TextTokenizer:
     """A byte-level BPE tokenizer whose tokens' bytes, one after the other, are the UTF-8 bytes of the text."""
 
     def __init__(self, backend: Tokenizer) -> None:
-        """Takes over `backend`, which nothing else may use: its truncation and padding are switched off.
+        """Takes over `backend` and switches off its truncation and padding; nothing else may use it.
 
         Raises:
             ValueError: a token is not spelt in the byte-level alphabet.
@@ -54,14 +54,14 @@ class TextTokenizer:
 
     @classmethod
     def copy_of(cls, backend: Tokenizer) -> TextTokenizer:
-        """A tokenizer apart from `backend`: transformers changes its own from call to call (truncation, padding)."""
+        """A tokenizer on a copy of `backend`: every call of transformers' tokenizer changes truncation and padding."""
         from tokenizers import Tokenizer
 
         return cls(Tokenizer.from_str(backend.to_str()))
 
     @classmethod
     def from_file(cls, path: Path) -> TextTokenizer:
-        """Reads a tokenizer.json. ValueError: it is none, or not byte-level."""
+        """Reads a tokenizer.json. ValueError: not a tokenizer, or not a byte-level one."""
         from tokenizers import Tokenizer
 
         try:
@@ -72,7 +72,7 @@ class TextTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of vocabulary and merges as canonical JSON: does not depend on the files they were read from."""
+        """sha256 of vocabulary and merges as canonical JSON; it does not depend on the files they were read from."""
         merges = json.loads(self._backend.to_str())["model"]["merges"]
         canonical = {
             "merges": [merge.split(" ") if isinstance(merge, str) else merge for merge in merges],
@@ -91,13 +91,13 @@ class TextTokenizer:
         return self._bytes[token_id]
 
     def encode(self, text: str) -> TokenizedText:
-        """Tokenizes without adding special tokens; special tokens spelt out in the text become those tokens.
+        """Tokenizes without adding special tokens. A special token spelt out in the text becomes that token.
 
         Raises:
             ValueError: the text has no UTF-8 form (lone surrogates), or the tokenizer does not preserve its bytes.
         """
         encoded = text.encode()  # UnicodeEncodeError is a ValueError and names the place
-        # A batch of one: unlike `encode` it lets other threads run meanwhile.
+        # A batch of one: unlike `encode`, `encode_batch` lets other threads run meanwhile.
         ids = self._backend.encode_batch([text], add_special_tokens=False)[0].ids
         ends = self._byte_lengths[ids].cumsum() if ids else np.zeros(0, np.int64)
         covered = int(ends[-1]) if ids else 0
@@ -134,10 +134,10 @@ def _bytes_of_tokens(backend: Tokenizer) -> list[bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 characters are themselves, the others follow from U+0100."""
+    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the others are U+0100 and up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(unprintable)}
 
 
 _BYTE_OF = _byte_alphabet()

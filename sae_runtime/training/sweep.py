@@ -52,12 +52,12 @@ def sweep_configs(base: TrainingConfig, n_latents: Sequence[int], k: Sequence[in
         TrainingConfig(
             **base.model_dump(exclude={"n_latents", "k", "out", "name", "cache", "checkpoint", "log"}),
             n_latents=n,
-            k=own_k,
-            out=base.out / f"n{n}-k{own_k}",
-            name=f"{base.published_name}-n{n}-k{own_k}",
+            k=active,
+            out=base.out / f"n{n}-k{active}",
+            name=f"{base.published_name}-n{n}-k{active}",
             cache=cache,
         )
-        for n, own_k in product(n_latents, k)
+        for n, active in product(n_latents, k)
     ]
 
 

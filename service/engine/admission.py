@@ -28,12 +28,6 @@ def check_rows(
         check_tokens(row, backbone)
 
 
-def check_tokens(tokens: Sequence[int], backbone: Backbone) -> None:
-    """Token ids of the vocabulary."""
-    if tokens and not (min(tokens) >= 0 and max(tokens) < backbone.vocab_size):
-        raise ValueError(f"token ids {min(tokens)} to {max(tokens)} leave the vocabulary of {backbone.vocab_size}")
-
-
 def check_row_edits(
     edits: Sequence[Edit], dictionaries: Mapping[str, Dictionary], prompt_length: int, backbone: Backbone
 ) -> None:
@@ -42,6 +36,12 @@ def check_row_edits(
     for index, edit in enumerate(edits):
         if edit.reference is not None:
             raise InvalidEdit("reference", "has not been run; see Engine.resolve_references", index)
+
+
+def check_tokens(tokens: Sequence[int], backbone: Backbone) -> None:
+    """Token ids of the vocabulary."""
+    if tokens and not (min(tokens) >= 0 and max(tokens) < backbone.vocab_size):
+        raise ValueError(f"token ids {min(tokens)} to {max(tokens)} leave the vocabulary of {backbone.vocab_size}")
 
 
 def check_features(work: DecodeWork, dictionary: Dictionary) -> None:

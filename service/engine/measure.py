@@ -24,7 +24,7 @@ from sae_runtime.causal.ablation import (
     strongest_features,
     total_activation,
 )
-from sae_runtime.causal.ablation_report import StudyResult, summarize
+from sae_runtime.causal.ablation_summary import StudyResult, summarize
 from sae_runtime.causal.attribution import AttributionStudy, Target
 from sae_runtime.causal.contrast import contrast_features
 from sae_runtime.causal.report import (

@@ -1,1 +1,1 @@
-"""One place a model family: its settings, its weights."""
+"""One package for each model family: its settings, weights and forward pass."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from sae_runtime import Backbone, Dictionary, LatentStatistics
+from sae_runtime.causal.ablation import strongest_features, total_activation
+from sae_runtime.causal.report import FeatureId
 from sae_runtime.dictionary.dictionary import Activation
 
 N_LATENTS, K = 24, 5
@@ -67,7 +69,7 @@ class HookedModel:
     def logits(
         self, row: Sequence[int], replacements: Sequence[tuple[str, int, Replace]] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits [T, vocab], and each replaced feature's own activations [T]."""
+        """Logits [T, vocab], and the unedited activations [T] of each replaced feature."""
         seen: list[Tensor] = []
         handles = []
         for name, feature, replace in replacements:
@@ -116,3 +118,9 @@ def hooked(tiny_backbone_folder: Path, dictionaries64: dict[str, Dictionary]) ->
 def rows() -> list[list[int]]:
     generator = torch.Generator().manual_seed(4)
     return [torch.randint(1, 257, (n,), generator=generator).tolist() for n in (9, 20, 2, 13)]
+
+
+@pytest.fixture(scope="session")
+def features(backbone64: Backbone, dictionaries64: dict[str, Dictionary], rows: list[list[int]]) -> list[FeatureId]:
+    totals = total_activation(backbone64, dictionaries64, rows)
+    return [feature for name in totals for feature in strongest_features({name: totals[name]}, 3)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_runtime import Backbone, Dictionary, Edit
+from sae_runtime import Backbone, Dictionary
 from sae_runtime.causal.contrast import (
     active_columns,
     aggregate_texts,
@@ -18,8 +18,6 @@ from sae_runtime.causal.contrast import (
     contrast_features,
     false_discovery_rates,
 )
-from sae_runtime.causal.report import FeatureContrast, FeatureId
-from sae_runtime.causal.suggestion import at_strength, set_score, suggest_edit
 from tests.sae_runtime.causal.conftest import latents
 
 
@@ -45,14 +43,14 @@ def test_columns_equal_the_naive_statistics() -> None:
     b = torch.randn(11, 60, generator=generator).relu()  # half of them 0: ties
     a[:, :3], b[:, :3] = a[:, :3].round(), b[:, :3].round()
     a[:, 5] = b[:, 5] = 0
-    found = contrast_columns(a, b)
+    statistics = contrast_columns(a, b)
     for column in range(60):
         effect, auc, p = naive(a[:, column].tolist(), b[:, column].tolist())
-        assert float(found.effect_size[column]) == pytest.approx(effect, abs=1e-5)
-        assert float(found.auc[column]) == pytest.approx(auc, abs=1e-12)
-        assert float(found.p_value[column]) == pytest.approx(p, rel=1e-9)
-        assert float(found.mean_a[column]) == pytest.approx(a[:, column].mean().item(), abs=1e-6)
-    assert float(found.p_value[5]) == 1
+        assert float(statistics.effect_size[column]) == pytest.approx(effect, abs=1e-5)
+        assert float(statistics.auc[column]) == pytest.approx(auc, abs=1e-12)
+        assert float(statistics.p_value[column]) == pytest.approx(p, rel=1e-9)
+        assert float(statistics.mean_a[column]) == pytest.approx(a[:, column].mean().item(), abs=1e-6)
+    assert float(statistics.p_value[5]) == 1
     with pytest.raises(ValueError, match="1 and 11 texts, expected at least 2 each"):
         contrast_columns(a[:1], b)
 
@@ -74,13 +72,13 @@ def test_p_values_are_near_the_exact_ones_of_all_splits() -> None:
 
 def test_false_discovery_rates_are_those_of_benjamini_and_hochberg() -> None:
     p = torch.tensor([0.01, 0.8, 0.04, 0.02, 0.02, 1.0, 0.0004])
-    found = false_discovery_rates(p)
+    q = false_discovery_rates(p)
     for level in (0.001, 0.003, 0.02, 0.03, 0.036, 0.05, 0.06, 0.5, 0.94, 1.0):
         # The procedure itself: the largest i with p_(i) <= i level / m, and all up to it.
         ordered = sorted(p.tolist())
         passing = [i for i, value in enumerate(ordered, 1) if value <= i * level / len(p) + 1e-12]
         bound = ordered[max(passing) - 1] if passing else -1
-        assert (found <= level + 1e-12).tolist() == [value <= bound for value in p.tolist()], level
+        assert (q <= level + 1e-12).tolist() == [value <= bound for value in p.tolist()], level
 
 
 def test_few_false_discoveries_and_the_planted_features() -> None:
@@ -88,44 +86,26 @@ def test_few_false_discoveries_and_the_planted_features() -> None:
     a, b = torch.rand(20, 400, generator=generator), torch.rand(25, 400, generator=generator)
     a[:, [3, 77]] += 1.5
     b[:, 200] += 1.5
-    found = contrast_features({"d": (torch.arange(400), a, b)})
-    sure = [each for each in found if each.q_value <= 0.05]
-    assert {each.feature.feature for each in sure[:3]} == {3, 77, 200}
+    contrasts = contrast_features({"d": (torch.arange(400), a, b)})
+    sure = [contrast for contrast in contrasts if contrast.q_value <= 0.05]
+    assert {contrast.feature.feature for contrast in sure[:3]} == {3, 77, 200}
     assert len(sure) <= 4
-    assert {each.feature.feature: each.auc for each in sure[:3]} == {3: 1.0, 77: 1.0, 200: 0.0}
-    assert found == sorted(found, key=lambda each: (each.p_value, -abs(each.effect_size)))
+    assert {contrast.feature.feature: contrast.auc for contrast in sure[:3]} == {3: 1.0, 77: 1.0, 200: 0.0}
+    assert contrasts == sorted(contrasts, key=lambda contrast: (contrast.p_value, -abs(contrast.effect_size)))
 
 
 @pytest.mark.parametrize("aggregation", ["max", "mean"])
 def test_texts_become_rows(
     backbone64: Backbone, dictionaries64: dict[str, Dictionary], rows: list[list[int]], aggregation: str
 ) -> None:
-    found = aggregate_texts(backbone64, dictionaries64, rows, aggregation, tokens_per_pass=25)
+    aggregated = aggregate_texts(backbone64, dictionaries64, rows, aggregation, tokens_per_pass=25)
     for name, dictionary in dictionaries64.items():
         for i, row in enumerate(rows):
             x = backbone64.activations(torch.tensor([row]), sites=[dictionary.site])[dictionary.site][0]
             z = latents(dictionary, x)[0]
             expected = z.amax(0) if aggregation == "max" else z.mean(0)
-            torch.testing.assert_close(found[name][i], expected.float(), atol=1e-5, rtol=0)
-    a, b = found["stream"][:2], found["stream"][2:]
+            torch.testing.assert_close(aggregated[name][i], expected.float(), atol=1e-5, rtol=0)
+    a, b = aggregated["stream"][:2], aggregated["stream"][2:]
     features, a_active, _ = active_columns(a, b)
-    assert features.tolist() == [f for f in range(24) if (found["stream"][:, f] != 0).any()]
+    assert features.tolist() == [f for f in range(24) if (aggregated["stream"][:, f] != 0).any()]
     assert torch.equal(a_active, a[:, features])
-
-
-def test_suggestions() -> None:
-    def contrast(auc: float) -> FeatureContrast:
-        return FeatureContrast(FeatureId("d", 4), 2.0, 0.5, 3, 1, 1.2, auc, 0.01, 0.02)
-
-    towards = suggest_edit(contrast(0.9), [0.0, 2.0, 6.0, 3.0], recorded_maximum=12.0)
-    assert towards == Edit("d", 4, "set", value=0.25, unit="max")
-    away = suggest_edit(contrast(0.1), [0.0], recorded_maximum=12.0)
-    assert away == Edit("d", 4, "ablate_zero")
-    assert at_strength([towards, away], 0.5) == (Edit("d", 4, "set", value=0.125, unit="max"), away)
-    with pytest.raises(ValueError, match="no recorded maximum"):
-        suggest_edit(contrast(0.9), [1.0], recorded_maximum=0.0)
-
-    score = set_score([(1.0, 0.3, 4, 5), (-3.0, 0.9, 6, 7)])
-    assert score.delta_loss == pytest.approx(-0.2)
-    assert score.interval == pytest.approx((-0.5, 0.25))
-    assert score.kl == pytest.approx(0.1)

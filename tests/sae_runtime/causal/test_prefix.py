@@ -17,11 +17,11 @@ SITES = [Site(layer, location) for layer in range(2) for location in LOCATIONS]
 @pytest.mark.parametrize("site", SITES, ids=str)
 def test_a_forward_from_a_site_is_the_whole_forward(tiny_backbone: Backbone, rows: list[list[int]], site: Site) -> None:
     packed = PackedTokens.from_rows(rows)
-    later = [each for each in SITES if each >= site]
+    later = [later_site for later_site in SITES if later_site >= site]
     whole = tiny_backbone.forward(packed, capture=later, logits="all", pause=[site])
     again = tiny_backbone.forward(packed, capture=later, logits="all", start=whole.paused[site])
     assert torch.equal(again.logits, whole.logits)  # the same operations on the same numbers
-    assert all(torch.equal(again.activations[each], whole.activations[each]) for each in later)
+    assert all(torch.equal(again.activations[later_site], whole.activations[later_site]) for later_site in later)
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
@@ -50,8 +50,8 @@ def test_many_changes_in_one_batch_equal_edits_one_by_one(
     for row, tokens in ((1, [3, 4, 19]), (0, [0]), (1, [19]), (3, [5, 12]), (2, [1])):
         delta = torch.randn(len(tokens), backbone64.site_width(site), generator=generator, dtype=torch.float64)
         changes.append(Change(row, torch.tensor(tokens), delta))
-    found = prefix.run(site, changes)
-    logits = backbone64.unembed(found.final)
+    changed = prefix.run(site, changes)
+    logits = backbone64.unembed(changed.final)
     for i, change in enumerate(changes):
 
         def edit(_: Site, x: Tensor, change: Change = change) -> Tensor:
@@ -62,10 +62,10 @@ def test_many_changes_in_one_batch_equal_edits_one_by_one(
         )
         first = int(change.tokens[0])
         expected = backbone64.unembed(alone.activations[Site.parse("1.resid_post_mlp")])[first:]
-        own = found.change == i
-        torch.testing.assert_close(logits[own], expected, atol=1e-10, rtol=0)
+        tokens = changed.change == i
+        torch.testing.assert_close(logits[tokens], expected, atol=1e-10, rtol=0)
         start = sum(map(len, rows[: change.row]))
-        assert found.place[own].tolist() == list(range(start + first, start + len(rows[change.row])))
+        assert changed.source[tokens].tolist() == list(range(start + first, start + len(rows[change.row])))
 
 
 def test_what_does_not_fit_together(tiny_backbone: Backbone, rows: list[list[int]]) -> None:

@@ -7,7 +7,6 @@ import torch
 
 from sae_runtime import Backbone, Dictionary, Edit
 from sae_runtime.causal import predictions
-from sae_runtime.causal.predictions import divergence
 from sae_runtime.causal.score import ScoredRow, score_rows
 from tests.sae_runtime.causal.conftest import HookedModel
 
@@ -38,8 +37,8 @@ def test_scores_of_a_mixed_batch_equal_the_hooked_model(
         3: [("attention", 1, lambda z, p: torch.full_like(z, mean))],
     }
     scored = [ScoredRow(row, edits.get(i, ()), TOKENS if i != 1 else [100]) for i, row in enumerate(rows)]
-    found = score_rows(backbone64, scored, dictionaries64)
-    for i, (row, score) in enumerate(zip(rows, found, strict=True)):
+    scores = score_rows(backbone64, scored, dictionaries64)
+    for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
         plain, _ = hooked.logits(row)
         tokens = scored[i].logit_tokens
         _same(score.unedited, plain, row, tokens)
@@ -54,36 +53,24 @@ def test_scores_of_a_mixed_batch_equal_the_hooked_model(
         assert float(score.kl.max()) > 1e-4
 
 
-def _same(found: predictions.Predictions, logits: torch.Tensor, row: list[int], tokens: list[int]) -> None:
+def _same(scores: predictions.Predictions, logits: torch.Tensor, row: list[int], tokens: list[int]) -> None:
     targets = torch.tensor(row[1:])
     loss = torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="none")
-    torch.testing.assert_close(found.loss[:-1], loss, atol=1e-9, rtol=0)
-    assert found.loss[-1] == 0
-    assert found.correct[:-1].tolist() == (logits[:-1].argmax(-1) == targets).tolist()
-    assert not found.correct[-1]
+    torch.testing.assert_close(scores.loss[:-1], loss, atol=1e-9, rtol=0)
+    assert scores.loss[-1] == 0
+    assert scores.correct[:-1].tolist() == (logits[:-1].argmax(-1) == targets).tolist()
+    assert not scores.correct[-1]
     torch.testing.assert_close(
-        found.target_logit[:-1], logits[:-1].gather(1, targets[:, None])[:, 0], atol=1e-9, rtol=0
+        scores.target_logit[:-1], logits[:-1].gather(1, targets[:, None])[:, 0], atol=1e-9, rtol=0
     )
-    torch.testing.assert_close(found.token_logits, logits[:, tokens], atol=1e-9, rtol=0)
+    torch.testing.assert_close(scores.token_logits, logits[:, tokens], atol=1e-9, rtol=0)
 
 
 def test_edits_that_cover_no_token_change_nothing(
     tiny_backbone: Backbone, dictionaries64: dict[str, Dictionary], rows: list[list[int]]
 ) -> None:
-    dictionaries = {name: each.to(dtype=torch.float32) for name, each in dictionaries64.items()}
+    dictionaries = {name: dictionary.to(dtype=torch.float32) for name, dictionary in dictionaries64.items()}
     edit = Edit("stream", 3, "set", value=9.0, positions="generated")
     (score,) = score_rows(tiny_backbone, [ScoredRow(rows[0], [edit])], dictionaries)
     assert torch.equal(score.edited.loss, score.unedited.loss)
     assert score.kl.abs().max() == 0
-
-
-def test_divergence_keeps_small_values_and_bears_large_ones() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 5 * torch.randn(3, 50, generator=generator, dtype=torch.float64)
-    moved = logits + 1e-4 * torch.randn(3, 50, generator=generator, dtype=torch.float64)
-    p, q = logits.log_softmax(-1), moved.log_softmax(-1)
-    expected = (p.exp() * (p - q)).sum(-1)
-    found = divergence(p.float(), q.float(), torch.arange(3))
-    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0)  # about 1e-9 from float32 inputs
-    one_hot = torch.tensor([[0.0, -300.0], [-300.0, 0.0]])
-    torch.testing.assert_close(divergence(one_hot, one_hot.flip(0), torch.arange(2)), torch.tensor([300.0, 300.0]))

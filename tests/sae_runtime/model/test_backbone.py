@@ -21,18 +21,12 @@ from sae_runtime import Backbone, PackedTokens, Site
 from sae_runtime.model.families.gpt2 import weights as gpt2_weights
 from sae_runtime.model.families.gpt2.config import GPT2Settings
 from sae_runtime.model.sites import LOCATIONS
-from tests import golden
+from tests.sae_runtime.model.tiny_gpt2 import GOLDEN
 
-GOLDEN = golden.FOLDER / "hooks_gpt2_tiny"
 ALL_SITES = [Site(layer, location) for layer in range(3) for location in LOCATIONS]
 ROWS = [[1, 2, 3], [7], list(range(40, 60)), [9] * 19, [5, 4], list(range(64))]  # lengths 3, 1, 20, 19, 2, 64
 
 Edit = Callable[[Tensor], Tensor]
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return Backbone.load(GOLDEN)
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +79,18 @@ def hf_reference(
     model: GPT2LMHeadModel, rows: list[list[int]], edits: Mapping[Site, Edit] | None = None
 ) -> tuple[dict[Site, Tensor], Tensor]:
     """Activations and logits of every row run alone, packed: {site: [N, width]}, [N, vocab]."""
-    parts: list[tuple[dict[Site, Tensor], Tensor]] = []
+    by_row: list[tuple[dict[Site, Tensor], Tensor]] = []
     for row in rows:
         seen: dict[Site, Tensor] = {}
         with hf_hooks(model, seen, edits or {}):
             logits = model(torch.tensor([row])).logits[0]
-        parts.append(({site: x[0] for site, x in seen.items()}, logits))
-    return {site: torch.cat([seen[site] for seen, _ in parts]) for site in parts[0][0]}, torch.cat(
-        [p for _, p in parts]
-    )
+        by_row.append(({site: x[0] for site, x in seen.items()}, logits))
+    activations = {site: torch.cat([seen[site] for seen, _ in by_row]) for site in by_row[0][0]}
+    return activations, torch.cat([logits for _, logits in by_row])
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
 
 
 # Equality with the golden vectors and with Hugging Face
@@ -108,12 +101,12 @@ def test_golden_vectors(backbone: Backbone, batch: str) -> None:
     expected = load_file(GOLDEN / "expected.safetensors")
     mask = expected.get(f"{batch}attention_mask")
     sites = [site for site in ALL_SITES if site.location != "resid_pre"]
-    found = backbone.activations(expected[f"{batch}input_ids"], mask, sites)
-    assert list(found) == list(map(str, sites))
+    actual = backbone.activations(expected[f"{batch}input_ids"], mask, sites)
+    assert list(actual) == list(map(str, sites))
     for site in sites:
         # Both sides are zero at padding.
-        wanted = expected[f"{batch}{site.location}.{site.layer}"]
-        torch.testing.assert_close(found[str(site)], wanted, atol=5e-5, rtol=1e-5)
+        golden_values = expected[f"{batch}{site.location}.{site.layer}"]
+        torch.testing.assert_close(actual[str(site)], golden_values, atol=5e-5, rtol=1e-5)
 
 
 def test_golden_logits(backbone: Backbone) -> None:
@@ -133,24 +126,24 @@ def test_padded_batches_equal_hooks_on_each_row_alone(backbone: Backbone, hf_mod
         ids[i, start : start + len(row)] = torch.tensor(row)
         mask[i, start : start + len(row)] = 1
     expected, _ = hf_reference(hf_model, ROWS)
-    found = backbone.activations(ids, mask, sites=list(map(str, ALL_SITES)))
+    actual = backbone.activations(ids, mask, sites=list(map(str, ALL_SITES)))
     for site in ALL_SITES:
-        close(found[str(site)][mask == 1], expected[site])
-        assert not found[str(site)][mask == 0].any()
+        close(actual[str(site)][mask == 1], expected[site])
+        assert not actual[str(site)][mask == 0].any()
 
 
 def test_a_batch_without_mask(backbone: Backbone, hf_model: GPT2LMHeadModel) -> None:
     rows = [[1, 2, 3, 4], [4, 3, 2, 1]]
     expected, _ = hf_reference(hf_model, rows)
-    found = backbone.activations(torch.tensor(rows, dtype=torch.int32), sites=ALL_SITES)
+    actual = backbone.activations(torch.tensor(rows, dtype=torch.int32), sites=ALL_SITES)
     for site in ALL_SITES:
-        close(found[str(site)].flatten(0, 1), expected[site])
+        close(actual[str(site)].flatten(0, 1), expected[site])
 
 
 def test_rows_of_padding_alone_are_zeros(backbone: Backbone) -> None:
-    found = backbone.activations(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0, 0], [1, 1]]), ["0.resid_pre"])
-    assert not found["0.resid_pre"][0].any()
-    assert found["0.resid_pre"][1].all()
+    actual = backbone.activations(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0, 0], [1, 1]]), ["0.resid_pre"])
+    assert not actual["0.resid_pre"][0].any()
+    assert actual["0.resid_pre"][1].all()
     nothing = backbone.activations(torch.tensor([[1, 2]]), torch.tensor([[0, 0]]), ["0.resid_pre"])
     assert not nothing["0.resid_pre"].any()
 
@@ -308,8 +301,8 @@ def backbone_that_fails_after(site: Site) -> Backbone:
     for name in state:
         if name.startswith("transformer.h."):
             layer = int(name.split(".")[2])
-            part = next(part for part in first_used_at if f".{part}." in name)
-            if site < Site(layer, first_used_at[part]):
+            module = next(module for module in first_used_at if f".{module}." in name)
+            if site < Site(layer, first_used_at[module]):
                 state[name] = torch.empty(0)
         elif "ln_f" in name:
             state[name] = torch.empty(0)
@@ -344,17 +337,17 @@ def test_other_dtypes(backbone: Backbone, dtype: str) -> None:
     assert other.fingerprint == backbone.fingerprint
     packed = PackedTokens.from_rows(ROWS)
     expected = backbone.forward(packed, capture=ALL_SITES, logits="all")
-    found = other.forward(packed, capture=ALL_SITES, logits="all")
-    assert found.logits is not None
+    actual = other.forward(packed, capture=ALL_SITES, logits="all")
+    assert actual.logits is not None
     assert expected.logits is not None
-    assert found.logits.dtype == torch.float32
+    assert actual.logits.dtype == torch.float32
     # bfloat16 keeps 8 bits of the mantissa, float16 11: a few roundings of relative size 2^-9 and 2^-12.
     tolerance = {"bfloat16": 0.04, "float16": 0.005, "float64": 1e-5}[dtype]
     for site in ALL_SITES:
-        assert found.activations[site].dtype == other.dtype
-        error = (found.activations[site].double() - expected.activations[site].double()).norm()
+        assert actual.activations[site].dtype == other.dtype
+        error = (actual.activations[site].double() - expected.activations[site].double()).norm()
         assert error < tolerance * expected.activations[site].double().norm()
-    assert (found.logits - expected.logits).norm() < tolerance * expected.logits.norm()
+    assert (actual.logits - expected.logits).norm() < tolerance * expected.logits.norm()
 
 
 def test_bfloat16_is_as_close_as_hugging_face(backbone: Backbone, hf_model: GPT2LMHeadModel) -> None:
@@ -375,8 +368,8 @@ def test_concurrent_forwards_do_not_mix(backbone: Backbone) -> None:
 
     alone = list(map(run, batches))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for found, expected in zip(pool.map(run, batches), alone, strict=True):
-            close(found, expected)
+        for actual, expected in zip(pool.map(run, batches), alone, strict=True):
+            close(actual, expected)
 
 
 def test_errors_say_what_is_there(backbone: Backbone) -> None:

@@ -1,4 +1,4 @@
-"""Decoding with a cache against the full forward (which test_backbone.py compares with Hugging Face)."""
+"""The cache of keys and values: what its slots hold, and how rows of any length share its arena."""
 
 from __future__ import annotations
 
@@ -6,111 +6,9 @@ import random
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import GPT2LMHeadModel
 
 from sae_runtime import Backbone, PackedTokens, Site
-from sae_runtime.model.kv_cache import KVCache
-from tests import golden
-
-GOLDEN = golden.FOLDER / "hooks_gpt2_tiny"
-SITE = Site(2, "resid_post_mlp")
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return Backbone.load(GOLDEN)
-
-
-def full_forward(backbone: Backbone, row: list[int]) -> tuple[Tensor, Tensor]:
-    """Activations [T, d] and logits [T, vocab] of a row, without a cache."""
-    result = backbone.forward(PackedTokens.from_rows([row]), capture=[SITE], logits="all")
-    assert result.logits is not None
-    return result.activations[SITE], result.logits
-
-
-def check_step(backbone: Backbone, cache: KVCache, pieces: dict[int, tuple[list[int], int, int]]) -> None:
-    """Runs {slot: (row, past, end)} in one batch and compares with the full forward of row[:end]."""
-    packed = PackedTokens.from_rows(
-        [row[past:end] for row, past, end in pieces.values()],
-        past=[past for _, past, _ in pieces.values()],
-        slots=list(pieces),
-    )
-    result = backbone.forward(packed, capture=[SITE], cache=cache, logits="last")
-    assert result.logits is not None
-    parts = result.activations[SITE].split(packed.lengths)
-    for (row, past, end), part, logits in zip(pieces.values(), parts, result.logits, strict=True):
-        activations, all_logits = full_forward(backbone, row[:end])
-        torch.testing.assert_close(part, activations[past:], atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(logits, all_logits[-1], atol=1e-4, rtol=1e-5)
-
-
-def test_rows_that_start_and_grow_at_different_times(backbone: Backbone) -> None:
-    """Prompts, pieces of prompts and decoded tokens mixed in one batch, in any order of slots, with gaps."""
-    rng = random.Random(0)
-    cache = backbone.new_cache(n_slots=20, max_length=48)
-    rows: dict[int, list[int]] = {}
-    past: dict[int, int] = {}
-    for _ in range(30):
-        free = [slot for slot in (0, 1, 2, 3, 7, 18, 19) if slot not in rows]
-        if free and rng.random() < 0.6:
-            slot = rng.choice(free)
-            rows[slot] = [rng.randrange(120) for _ in range(rng.randrange(2, 48))]
-            past[slot] = 0
-        chosen = rng.sample(list(rows), rng.randint(1, len(rows))) if rows else []
-        if not chosen:
-            continue
-        pieces = {}
-        for slot in chosen:
-            step = rng.choice([1, 1, 1, 5, 30])
-            pieces[slot] = (rows[slot], past[slot], min(past[slot] + step, len(rows[slot])))
-        check_step(backbone, cache, pieces)
-        for slot, (row, _, end) in pieces.items():
-            past[slot] = end
-            if end == len(row):
-                del rows[slot], past[slot]
-
-
-def test_greedy_decoding_equals_hugging_face_generate(backbone: Backbone) -> None:
-    model = GPT2LMHeadModel.from_pretrained(GOLDEN, use_safetensors=True).eval()
-    rows = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
-    expected = [
-        model.generate(
-            torch.tensor([row]),
-            attention_mask=torch.ones(1, len(row)),
-            max_new_tokens=20,
-            do_sample=False,
-            eos_token_id=-1,
-        )[0].tolist()
-        for row in rows
-    ]
-    cache = backbone.new_cache(3)
-    packed = PackedTokens.from_rows(rows, slots=range(3))
-    found = [list(row) for row in rows]
-    for _ in range(20):
-        with torch.inference_mode():
-            logits = backbone.forward(packed, cache=cache, logits="last").logits
-        assert logits is not None
-        for row, token in zip(found, logits.argmax(-1).tolist(), strict=True):
-            row.append(token)
-        packed = PackedTokens.from_rows([row[-1:] for row in found], past=[len(r) - 1 for r in found], slots=range(3))
-    assert found == expected
-
-
-def test_edits_act_on_decoded_tokens(backbone: Backbone) -> None:
-    row, sites = list(range(10, 30)), [Site(0, "resid_post_mlp"), Site(1, "mlp_post_act")]
-
-    def edit(_: Site, x: Tensor) -> Tensor:
-        return 0.7 * x + 0.2 * x.roll(1, -1)
-
-    whole = backbone.forward(PackedTokens.from_rows([row]), edit=edit, edit_sites=sites, logits="all").logits
-    assert whole is not None
-    cache = backbone.new_cache(1)
-    for past in range(len(row)):
-        packed = PackedTokens.from_rows([row[past : past + 1]], past=[past], slots=[0])
-        step = backbone.forward(packed, cache=cache, edit=edit, edit_sites=sites, logits="last").logits
-        assert step is not None
-        torch.testing.assert_close(step[0], whole[past], atol=1e-4, rtol=1e-5)
+from tests.sae_runtime.model.decoding import Arena, check_step
 
 
 def test_a_row_that_went_wrong_leaves_nothing_in_its_slot(backbone: Backbone) -> None:
@@ -148,16 +46,6 @@ def test_a_cache_serves_with_and_without_inference_mode(backbone: Backbone) -> N
         check_step(backbone, cache, {0: ([4], 0, 1)})
 
 
-def test_bfloat16_decoding() -> None:
-    backbone, row = Backbone.load(GOLDEN, dtype="bfloat16"), list(range(20, 40))
-    whole = full_forward(backbone, row)[1][-1]
-    cache = backbone.new_cache(1)
-    backbone.forward(PackedTokens.from_rows([row[:-1]], slots=[0]), cache=cache)
-    step = backbone.forward(PackedTokens.from_rows([row[-1:]], past=[19], slots=[0]), cache=cache, logits="last").logits
-    assert step is not None
-    assert (step[0] - whole).norm() < 0.02 * whole.norm()
-
-
 @pytest.mark.parametrize(
     ("rows", "past", "slots", "message"),
     [
@@ -192,43 +80,18 @@ def test_memory_is_what_the_shape_says(backbone: Backbone) -> None:
     )  # keys and values, layers, slots, length, d, float32
 
 
-class Arena:
-    """Rows of any lengths that come, grow and go in one arena; checks every step against the full forward."""
-
-    def __init__(self, backbone: Backbone, n_slots: int, max_tokens: int) -> None:
-        self.backbone, self.cache = backbone, backbone.new_cache(n_slots, max_tokens=max_tokens)
-        self.rows: dict[int, list[int]] = {}
-        self.past: dict[int, int] = {}
-
-    def start(self, slot: int, row: list[int]) -> None:
-        self.cache.reserve(slot, len(row))
-        self.rows[slot], self.past[slot] = row, 0
-
-    def step(self, slots: list[int], n: int = 1) -> None:
-        pieces = {
-            slot: (self.rows[slot], self.past[slot], min(self.past[slot] + n, len(self.rows[slot]))) for slot in slots
-        }
-        check_step(self.backbone, self.cache, pieces)
-        for slot, (_, _, end) in pieces.items():
-            self.past[slot] = end
-
-    def stop(self, slot: int) -> None:
-        self.cache.release(slot)
-        del self.rows[slot], self.past[slot]
-
-
 def test_rows_of_any_length_share_an_arena(backbone: Backbone) -> None:
-    """Reservations of many sizes come and go until free places lie apart and rows must be moved."""
+    """Reservations of many sizes come and go until the free cells lie apart and rows must be moved."""
     rng = random.Random(3)
     arena, moves = Arena(backbone, 8, 100), 0
-    move = arena.cache._move_together
+    move = arena.cache._compact
 
     def counted() -> None:
         nonlocal moves
         moves += 1
         move()
 
-    arena.cache._move_together = counted  # type: ignore[method-assign]
+    arena.cache._compact = counted  # type: ignore[method-assign]
     for _ in range(60):
         length = rng.randint(2, 40)
         free = [slot for slot in range(8) if slot not in arena.rows]
@@ -241,36 +104,6 @@ def test_rows_of_any_length_share_an_arena(backbone: Backbone) -> None:
             arena.stop(slot)
     assert moves > 2
     assert arena.cache.free_tokens == 100 - sum(map(len, arena.rows.values()))
-
-
-def test_a_row_of_nan_between_two_others_stays_alone(backbone: Backbone) -> None:
-    """Rows that decode together, one of them NaN from this step on."""
-    cache = backbone.new_cache(3, max_tokens=60)
-    for slot, size in enumerate((20, 20, 20)):
-        cache.reserve(slot, size)
-    rows = {0: [1, 2, 3], 1: [7, 8], 2: list(range(20, 38))}
-    packed = PackedTokens.from_rows([row[:-1] for row in rows.values()], slots=list(rows))
-    backbone.forward(packed, cache=cache)
-    packed = PackedTokens.from_rows(
-        [row[-1:] for row in rows.values()], past=[len(row) - 1 for row in rows.values()], slots=list(rows)
-    )
-    logits = backbone.forward(
-        packed,
-        cache=cache,
-        logits="last",
-        edit=lambda _, x: torch.where((packed.row_of_token == 1)[:, None], torch.nan, x),
-        edit_sites=[Site(0, "resid_pre")],
-    ).logits
-    assert logits is not None
-    for i, row in rows.items():
-        expected = full_forward(backbone, row)[1][-1]
-        if i == 1:
-            assert logits[i].isnan().all()
-        else:
-            torch.testing.assert_close(logits[i], expected, atol=1e-4, rtol=1e-5)
-    cache.release(1)
-    cache.reserve(1, 4)
-    assert bool(torch.isfinite(cache._arena).all())
 
 
 def test_a_copied_row_goes_on_by_itself(backbone: Backbone) -> None:

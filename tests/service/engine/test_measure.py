@@ -149,7 +149,8 @@ async def test_references_are_run_among_other_work() -> None:
         resolved = await engine.resolve_references([plain, *edits])
         with pytest.raises(ValueError, match="leave the vocabulary"):
             await engine.resolve_references([Edit("wide", 1, "resample", reference=Reference((999,)))])
-    assert log.batches == [("resample", 1, len(texts[0]) + len(texts[1])), ("resample", 1, len(texts[2]))]
+    assert {kind for kind, _, _ in log.batches} == {"resample"}
+    assert sum(tokens for _, _, tokens in log.batches) == sum(map(len, texts))
     assert resolved == (plain, *resolve_references(edits, DICTIONARIES, BACKBONE))
 
 

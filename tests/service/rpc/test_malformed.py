@@ -1,4 +1,4 @@
-"""Issue §6.4: hundreds of malformed requests over all RPCs get documented codes, and the server is sound afterwards."""
+"""Hundreds of malformed requests over all RPCs get documented codes, and the server is sound afterwards."""
 
 import asyncio
 from collections import Counter

@@ -27,7 +27,7 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class GPT2Settings:
-    """Hugging Face's names and, where config.json is silent, its defaults: those of GPT-2 small."""
+    """Settings under Hugging Face's names, with its defaults (GPT-2 small's) for what config.json does not say."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -62,7 +62,7 @@ class GPT2Settings:
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> GPT2Settings:
-        """Takes what it knows of a config.json's contents; the rest is about dropout, training and transformers.
+        """From the contents of a config.json. Other keys, about dropout, training and transformers, are ignored.
 
         Raises:
             ValueError: not a GPT-2, or a GPT-2 that the forward pass does not compute.
@@ -77,8 +77,8 @@ class GPT2Settings:
         """Reads config.json.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: as `from_mapping`, or it is not JSON.
+            FileNotFoundError: the folder has no config.json.
+            ValueError: as `from_mapping`, or the file is not JSON.
         """
         path = folder / "config.json"
         if not path.exists():

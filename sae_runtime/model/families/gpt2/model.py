@@ -1,4 +1,4 @@
-"""GPT-2's forward pass, part by part: embedding, block, logits (Radford et al. 2019, as Hugging Face computes it)."""
+"""GPT-2's forward pass: embedding, block, logits (Radford et al. 2019, as Hugging Face computes it)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sae_runtime.model.sites import LOCATIONS
 
 
 class GPT2:
-    """The parts of a forward pass, on weights that lie on one device."""
+    """The steps of a forward pass, with weights on one device."""
 
     def __init__(self, settings: GPT2Settings, weights: GPT2Weights) -> None:
         self.settings = settings
@@ -41,19 +41,20 @@ class GPT2:
         plan: AttentionPlan,
         cache: KVCache | None,
         taps: Taps,
-        entered: PausedForward | None = None,
+        start: PausedForward | None = None,
     ) -> Tensor:
-        """One block on the residual stream [N, d]; returns early after the last site anybody needs.
+        """One block on the residual stream x [N, d]; returns early after the last site that is needed.
 
-        With `entered`, which is at a site of this block, what lies before that site is left out.
+        With `start`, which is at a site of this block, the block begins there, and x is the stream at that site.
         """
         w, config, d = self._weights.blocks[layer], self.settings, (self.settings.n_embd,)
         scale = (d[0] // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
 
-        first = 0 if entered is None else LOCATIONS.index(entered.site.location)
-        h = x if entered is None else entered.activation
+        # x is the residual stream, h the branch. `first` is the location, of the six in LOCATIONS, to begin at.
+        first = 0 if start is None else LOCATIONS.index(start.site.location)
+        h = x if start is None else start.activation
         if first <= 0:
             x = taps.pass_through(layer, "resid_pre", x)
             if taps.end_at(layer, "resid_pre"):
@@ -83,7 +84,7 @@ class GPT2:
         return taps.pass_through(layer, "resid_post_mlp", x)
 
     def unembed(self, x: Tensor) -> Tensor:
-        """Logits [n, vocab] of what the last block returns, [n, d_model]; float32, or float64 of float64 weights."""
+        """Logits [n, vocab] from the last block's output x [n, d_model]; float32, or float64 for float64 weights."""
         w, d = self._weights, (self.settings.n_embd,)
         x = F.layer_norm(x, d, w.ln_f_weight, w.ln_f_bias, self.settings.layer_norm_epsilon)
         logits = linear(x, w.lm_head).contiguous()

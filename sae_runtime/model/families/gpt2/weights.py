@@ -16,7 +16,7 @@ from sae_runtime.model.families.gpt2.config import ACTIVATIONS, GPT2Settings
 from sae_runtime.model.folders import read_safetensors
 
 _MASKS = (".attn.bias", ".attn.masked_bias")
-"""Ends of the names of causal masks, which old files hold."""
+"""How the names of causal masks end; old files hold such masks."""
 
 _LAYER_NORMS = ("ln_1", "ln_2")
 _MATRICES = ("attn_c_attn", "attn_c_proj", "mlp_c_fc", "mlp_c_proj")
@@ -61,20 +61,20 @@ class GPT2Weights(NamedTuple):
 
 
 def assemble(state: Mapping[str, Tensor], n_layers: int, dtype: torch.dtype, device: torch.device) -> GPT2Weights:
-    """Takes the tensors by GPT2LMHeadModel's names; `lm_head.weight` may be absent (tied)."""
+    """The weights from tensors under GPT2LMHeadModel's names; `lm_head.weight` may be absent (tied)."""
 
     def take(name: str) -> Tensor:
         return state[name].detach().to(device, dtype)
 
     def block(layer: int) -> BlockWeights:
-        def part(name: str) -> tuple[Tensor, Tensor]:
+        def weight_and_bias(name: str) -> tuple[Tensor, Tensor]:
             weight, bias = (take(f"transformer.h.{layer}.{_dotted(name)}.{kind}") for kind in ("weight", "bias"))
             return weight, bias
 
         # Matrices are [inputs, outputs] in Hugging Face's GPT-2 files (its `Conv1D`).
-        ln_1, ln_2 = map(part, _LAYER_NORMS)
+        ln_1, ln_2 = map(weight_and_bias, _LAYER_NORMS)
         attn_c_attn, attn_c_proj, mlp_c_fc, mlp_c_proj = (
-            Linear(w.t().contiguous(), b) for w, b in map(part, _MATRICES)
+            Linear(w.t().contiguous(), b) for w, b in map(weight_and_bias, _MATRICES)
         )
         return BlockWeights(*ln_1, attn_c_attn, attn_c_proj, *ln_2, mlp_c_fc, mlp_c_proj)
 
@@ -91,7 +91,7 @@ def assemble(state: Mapping[str, Tensor], n_layers: int, dtype: torch.dtype, dev
 
 
 def fingerprint(state: Mapping[str, Tensor], settings: GPT2Settings) -> str:
-    """sha256 over the weights cast to float16 in order of their names, and the settings that change what they compute.
+    """sha256 over the settings that change the results, and the weights cast to float16, in the order of their names.
 
     A float16 file and the float32 weights that it was made from have the same fingerprint.
     """
@@ -113,10 +113,10 @@ def fingerprint(state: Mapping[str, Tensor], settings: GPT2Settings) -> str:
 
 
 def read_folder(folder: Path) -> tuple[GPT2Settings, dict[str, Tensor]]:
-    """Reads config.json and safetensors weights as they are stored, under GPT2LMHeadModel's names.
+    """Reads config.json and the safetensors weights, in their stored dtype, under GPT2LMHeadModel's names.
 
-    Takes what transformers' `save_pretrained` writes (one file, or shards with an index) and the hub's own GPT-2 files,
-    whose names lack the prefix "transformer." and which hold causal masks.
+    The folder may be one that transformers' `save_pretrained` wrote (one file, or shards with an index), or the hub's
+    own GPT-2, whose names lack the prefix "transformer." and whose file holds causal masks.
 
     Raises:
         FileNotFoundError: config.json or the weights are missing.
@@ -141,8 +141,8 @@ def read_folder(folder: Path) -> tuple[GPT2Settings, dict[str, Tensor]]:
         "types that are not floating": [name for name, tensor in state.items() if not tensor.is_floating_point()],
     }
     if any(wrong.values()):
-        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {found}")
+        problems = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {problems}")
     return settings, state
 
 
@@ -151,9 +151,9 @@ def _full_name(name: str) -> str:
 
 
 def expected_shapes(settings: GPT2Settings) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors by GPT2LMHeadModel's names, but for `lm_head.weight`."""
+    """Shapes of all tensors except `lm_head.weight`, by GPT2LMHeadModel's names."""
     d, d_mlp = settings.n_embd, settings.d_mlp
-    wide = {"attn_c_attn": 3 * d, "mlp_c_fc": d_mlp}  # outputs of a matrix where they are not d
+    n_outputs = {"attn_c_attn": 3 * d, "mlp_c_fc": d_mlp}  # of the matrices whose outputs are not d
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.wte.weight": (settings.vocab_size, d),
         "transformer.wpe.weight": (settings.n_positions, d),
@@ -161,17 +161,17 @@ def expected_shapes(settings: GPT2Settings) -> dict[str, tuple[int, ...]]:
         "transformer.ln_f.bias": (d,),
     }
     for layer in range(settings.n_layer):
-        for part in (*_LAYER_NORMS, *_MATRICES):
-            outputs = wide.get(part, d)
-            inputs = d_mlp if part == "mlp_c_proj" else d
-            name = f"transformer.h.{layer}.{_dotted(part)}"
-            shapes[f"{name}.weight"] = (inputs, outputs) if part in _MATRICES else (outputs,)
+        for module in (*_LAYER_NORMS, *_MATRICES):
+            outputs = n_outputs.get(module, d)
+            inputs = d_mlp if module == "mlp_c_proj" else d
+            name = f"transformer.h.{layer}.{_dotted(module)}"
+            shapes[f"{name}.weight"] = (inputs, outputs) if module in _MATRICES else (outputs,)
             shapes[f"{name}.bias"] = (outputs,)
     return shapes
 
 
 def random_state(settings: GPT2Settings, seed: int) -> dict[str, Tensor]:
-    """Random float32 weights under GPT2LMHeadModel's names, tied; gains and biases are non-trivial on purpose."""
+    """Random float32 weights under GPT2LMHeadModel's names, tied. Gains are not 1 and biases not 0, on purpose."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in expected_shapes(settings).items():
@@ -181,12 +181,12 @@ def random_state(settings: GPT2Settings, seed: int) -> dict[str, Tensor]:
             std, mean = 0.1, 1.0
         elif len(shape) == 1 or name.endswith("wpe.weight"):
             std, mean = 0.02, 0.0
-        else:  # keeps the variance of unit-normal inputs at about 1, so that every part of the block matters
+        else:  # keeps the variance of unit-normal inputs at about 1, so that every module of the block matters
             std, mean = shape[0] ** -0.5, 0.0
         state[name] = torch.randn(*shape, generator=generator).mul_(std).add_(mean)
     return state
 
 
-def _dotted(part: str) -> str:
+def _dotted(module: str) -> str:
     """attn_c_attn -> attn.c_attn, ln_1 -> ln_1."""
-    return part if part in _LAYER_NORMS else part.replace("_", ".", 1)
+    return module if module in _LAYER_NORMS else module.replace("_", ".", 1)

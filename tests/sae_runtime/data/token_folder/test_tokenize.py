@@ -1,10 +1,8 @@
 """Token folders hold the text's tokens once, apart from what is held out, and train exactly as the text does."""
 
-import gzip
 import json
 import lzma
 import random
-import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -321,109 +319,19 @@ def test_fingerprints_follow_the_content(
     assert len(set(fingerprints)) == 3
 
 
-def test_every_kind_of_source_gives_the_same_documents(
-    make: Callable[..., TokenManifest], tmp_path: Path, tiny_backbone: Backbone
-) -> None:
-    zstandard = pytest.importorskip("zstandard")
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    datasets = pytest.importorskip("datasets")
-    documents = texts(30)
-    sources: dict[str, Path] = {
-        "plain": write_jsonl(tmp_path / "a.jsonl", documents),
-        "gz": write_jsonl(tmp_path / "a.jsonl.gz", documents, gzip.open),
-        "xz": write_jsonl(tmp_path / "a.jsonl.xz", documents, lzma.open),
-        "zst": write_jsonl(tmp_path / "a.jsonl.zst", documents, zstandard.open),
-        "parquet": tmp_path / "a.parquet",
-        "files": tmp_path / "folder",
-        "dataset": tmp_path / "dataset",
-        "splits": tmp_path / "splits",
-    }
-    parquet.write_table(
-        arrow.table({"text": documents, "other": list(range(30))}), sources["parquet"], row_group_size=7
-    )
-    (sources["files"] / "deep").mkdir(parents=True)
-    (sources["files"] / "README.rst").write_text("not read")
-    write_jsonl(sources["files"] / "deep" / "part.jsonl", documents)
-    dataset = datasets.Dataset.from_dict({"text": documents})
-    dataset.save_to_disk(str(sources["dataset"]))
-    datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(str(sources["splits"]))
-    expected = [[*encode(tiny_backbone, text), END] for text in documents]
-    for name, source in sources.items():
-        events: list[TokenizeProgress] = []
-        make([source], events.append, out=tmp_path / "out" / name, held_out_fraction=0)
-        assert stored(tmp_path / "out" / name, "train") == expected, name
-        assert (events[-1].share, events[-1].documents) == (1.0, 30)
-    make([sources["splits"]], out=tmp_path / "out" / "test", split="test", held_out_fraction=0)
-    assert stored(tmp_path / "out" / "test", "train") == expected[:1]
+def test_progress_ends_with_everything_read(make: Callable[..., TokenManifest], corpus: list[Path]) -> None:
+    events: list[TokenizeProgress] = []
+    make(corpus, events.append)
+    assert (events[-1].share, events[-1].documents) == (1.0, 140)
 
 
-def test_hub_names_are_read_through_datasets(
-    make: Callable[..., TokenManifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    datasets = pytest.importorskip("datasets")
-    calls: list[Any] = []
-
-    def load_dataset(name: str, configuration: str | None, **options: Any) -> Any:
-        calls.append((name, configuration, options))
-        if name == "owner/absent":
-            raise ConnectionError("no route")
-        return datasets.Dataset.from_dict({"content": texts(5)}).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    manifest = make(["owner/name@en"], text_field="content", split="validation", held_out_fraction=0)
-    assert calls == [("owner/name", "en", {"split": "validation", "streaming": True})]
-    assert manifest.documents("train") == 5
-    assert manifest.sources[0]["name"] == "owner/name@en"
-    with pytest.raises(FileNotFoundError, match=r"owner/absent.*cannot be read from the hub: no route"):
-        make(["owner/absent"], out=tmp_path / "x")
-
-
-def test_sources_that_cannot_be_read_are_named(make: Callable[..., TokenManifest], tmp_path: Path) -> None:
-    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    cases: dict[str, tuple[type[Exception], str]] = {}
-
-    def case(name: str, content: bytes, error: type[Exception], message: str) -> None:
-        (tmp_path / name).write_bytes(content)
-        cases[name] = (error, message)
-
-    case("bad.jsonl", b'{"text": "a"}\n{"text": 3}\n', ValueError, r"bad\.jsonl:2: `text` is int, expected a string")
-    case("field.jsonl", b'{"txt": "a"}\n', ValueError, r"field\.jsonl:1: expected a JSON object with a string `text`")
-    case("bad.parquet", b"PAR0", ValueError, r"bad\.parquet is not a parquet file")
-    case("data.csv", b"a,b", ValueError, r"expected \.txt, .* found 'data\.csv'")
-    case("empty.jsonl", b"", ValueError, r"no text to train on in .*empty\.jsonl")
-    (tmp_path / "nothing").mkdir()
-    cases["nothing"] = (ValueError, "no file in it ends in")
-    cases["missing.jsonl"] = (FileNotFoundError, "no file, folder or data set")
-    parquet.write_table(arrow.table({"body": ["a"]}), tmp_path / "columns.parquet")
-    cases["columns.parquet"] = (ValueError, "has columns body; expected a column `text`")
-    for name, (error, message) in cases.items():
-        with pytest.raises(error, match=message):
+def test_a_source_that_cannot_be_read_leaves_no_folder(make: Callable[..., TokenManifest], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    (tmp_path / "empty.jsonl").touch()
+    for name, message in {"bad.jsonl": "bad.jsonl:2: `text` is int", "empty.jsonl": "no text to train on in"}.items():
+        with pytest.raises(ValueError, match=message):
             make([tmp_path / name], restart=True)
         assert not (tmp_path / "tokens").exists()
-
-
-@pytest.mark.parametrize(
-    ("file", "module", "package"),
-    [
-        ("a.jsonl.zst", "zstandard", "zstandard"),
-        ("a.parquet", "pyarrow.parquet", "pyarrow"),
-        ("owner/name", "datasets", "datasets"),
-    ],
-)
-def test_an_absent_package_is_named_with_its_extra(
-    make: Callable[..., TokenManifest],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    file: str,
-    module: str,
-    package: str,
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    source = file if "/" in file else str(tmp_path / file)
-    if "/" not in file:
-        Path(source).write_bytes(b"anything")
-    with pytest.raises(ModuleNotFoundError, match=rf"needs the package {package}, .*pip install 'saeserve\[train\]'"):
-        make([source])
 
 
 def test_large_vocabularies_take_32_bits(

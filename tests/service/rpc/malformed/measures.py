@@ -1,4 +1,4 @@
-"""Malformed requests of InterventionService's measurements, for `malformed.malformed_requests`."""
+"""Malformed requests of Score, AblateFeatures, AttributeFeatures and ContrastFeatures."""
 
 from __future__ import annotations
 
@@ -6,62 +6,58 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grpc
-from google.protobuf.message import Message
-
 from service.pb.saeserve.v1 import catalog_service_pb2 as catalog_pb
 from service.pb.saeserve.v1 import causal_pb2 as pb
-from service.pb.saeserve.v1 import common_pb2, edits_pb2, server_service_pb2
+from service.pb.saeserve.v1 import edits_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as feature_pb
-
-Code = grpc.StatusCode
-INVALID, NOT_FOUND, PRECONDITION = Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.FAILED_PRECONDITION
-NAN, INF = float("nan"), float("inf")
-MAX_UINT32 = 2**32 - 1
-
-Make = Callable[[random.Random, catalog_pb.Dictionary], Message]
-Defects = dict[str, tuple[grpc.StatusCode, Callable[[Any], object]]]
-
-
-def causal_services(
-    info: server_service_pb2.GetServerInfoResponse, dictionaries: list[catalog_pb.Dictionary]
-) -> Iterator[tuple[str, Make, Defects]]:
-    """Of each RPC a maker of valid requests, and what spoils them."""
-    yield "Score", lambda rng, d: _score(d), _score_defects(info)
-    yield "AblateFeatures", lambda rng, d: _ablate(rng, d), _ablate_defects(info, dictionaries)
-    yield "AttributeFeatures", lambda rng, d: _attribute(d), _attribute_defects(info)
-    yield "ContrastFeatures", lambda rng, d: _contrast(d), _contrast_defects(info)
+from tests.service.rpc.malformed.common import (
+    INF,
+    INVALID,
+    MAX_UINT32,
+    NAN,
+    NOT_FOUND,
+    PRECONDITION,
+    Defects,
+    Facts,
+    Service,
+    inputs_defects,
+    names_defects,
+    texts,
+)
 
 
-def _texts(*texts: str) -> list[common_pb2.TextInput]:
-    return [common_pb2.TextInput(text=text) for text in texts]
+def services(facts: Facts) -> Iterator[Service]:
+    yield "Score", lambda rng, d: _score(d), _score_defects(facts)
+    yield "AblateFeatures", lambda rng, d: _ablate(rng, d), _ablate_defects(facts)
+    yield "AttributeFeatures", lambda rng, d: _attribute(d), _attribute_defects(facts)
+    yield "ContrastFeatures", lambda rng, d: _contrast(d), _contrast_defects(facts)
 
 
 def _score(dictionary: catalog_pb.Dictionary) -> pb.ScoreRequest:
     edit = edits_pb2.Edit(dictionary=dictionary.name, feature=0, set=edits_pb2.Amount(value=0.01))
-    return pb.ScoreRequest(inputs=_texts("Once upon", "a time"), edits=[edit], logit_tokens=[pb.TokenChoice(id=1)])
+    return pb.ScoreRequest(inputs=texts("Once upon", "a time"), edits=[edit], logit_tokens=[pb.TokenChoice(id=1)])
 
 
 def _ablate(rng: random.Random, dictionary: catalog_pb.Dictionary) -> pb.AblateFeaturesRequest:
     feature = rng.randrange(dictionary.n_latents)
     return pb.AblateFeaturesRequest(
-        inputs=_texts("Once upon"), features=[pb.FeatureKey(dictionary=dictionary.name, feature=feature)]
+        inputs=texts("Once upon"), features=[pb.FeatureKey(dictionary=dictionary.name, feature=feature)]
     )
 
 
 def _attribute(dictionary: catalog_pb.Dictionary) -> pb.AttributeFeaturesRequest:
     return pb.AttributeFeaturesRequest(
-        input=_texts("Once")[0], dictionaries=[dictionary.name], target=pb.TokenChoice(id=3), count=2
+        input=texts("Once")[0], dictionaries=[dictionary.name], target=pb.TokenChoice(id=3), count=2
     )
 
 
 def _contrast(dictionary: catalog_pb.Dictionary) -> pb.ContrastFeaturesRequest:
     return pb.ContrastFeaturesRequest(
-        a=_texts("ab", "cd"), b=_texts("12", "34"), dictionaries=[dictionary.name], suggest=1, validate=True
+        a=texts("ab", "cd"), b=texts("12", "34"), dictionaries=[dictionary.name], suggest=1, validate=True
     )
 
 
-def _token_defects(info: server_service_pb2.GetServerInfoResponse, field: str) -> Defects:
+def _token_defects(facts: Facts, field: str) -> Defects:
     """Of a TokenChoice, the first of a repeated field or a single one."""
 
     def token(request: Any) -> Any:
@@ -70,7 +66,7 @@ def _token_defects(info: server_service_pb2.GetServerInfoResponse, field: str) -
 
     return {
         f"{field} empty": (INVALID, lambda r: (token(r).Clear(), token(r).SetInParent())),
-        f"{field} outside": (INVALID, lambda r: setattr(token(r), "id", info.backbone.vocab_size)),
+        f"{field} outside": (INVALID, lambda r: setattr(token(r), "id", facts.vocab_size)),
         f"{field} far outside": (INVALID, lambda r: setattr(token(r), "id", MAX_UINT32)),
         f"{field} of no token": (INVALID, lambda r: setattr(token(r), "text", "")),
         f"{field} of several tokens": (INVALID, lambda r: setattr(token(r), "text", "ab cd ef gh")),
@@ -78,65 +74,40 @@ def _token_defects(info: server_service_pb2.GetServerInfoResponse, field: str) -
     }
 
 
-def _inputs_defects(info: server_service_pb2.GetServerInfoResponse) -> Defects:
-    limits = info.limits
-    many = limits.max_tokens_per_request // info.backbone.context_length + 1
-
-    def too_many_tokens(request: Any) -> None:
-        for _ in range(many):
-            request.inputs.add().token_ids.ids.extend([1] * info.backbone.context_length)
-
-    return {
-        "no inputs": (INVALID, lambda r: r.ClearField("inputs")),
-        "too many inputs": (INVALID, lambda r: r.inputs.extend(_texts(*["ab"] * limits.max_inputs))),
-        "too many tokens together": (INVALID, too_many_tokens),
+def _measured_defects(facts: Facts) -> Defects:
+    """Of texts whose predictions are measured, and of `logit_tokens`."""
+    most = facts.limits.max_logit_tokens
+    return inputs_defects(facts) | {
         "input of one token": (INVALID, lambda r: r.inputs[0].token_ids.ids.append(1)),
-        "input without a text": (INVALID, lambda r: r.inputs[0].Clear()),
-        "overflow unknown": (INVALID, lambda r: setattr(r, "overflow", 9)),
         "too many chosen tokens": (
             INVALID,
-            lambda r: r.logit_tokens.extend([pb.TokenChoice(id=i) for i in range(limits.max_logit_tokens + 1)]),
+            lambda r: r.logit_tokens.extend([pb.TokenChoice(id=i) for i in range(most + 1)]),
         ),
         "chosen token twice": (INVALID, lambda r: r.logit_tokens.extend([pb.TokenChoice(id=2)] * 2)),
     }
 
 
-def _names_defects(limits: server_service_pb2.Limits) -> Defects:
-    return {
-        "no dictionaries": (INVALID, lambda r: r.ClearField("dictionaries")),
-        "dictionary twice": (INVALID, lambda r: r.dictionaries.append(r.dictionaries[0])),
-        "dictionary unknown": (NOT_FOUND, lambda r: r.dictionaries.append("nowhere")),
-        "dictionary empty": (INVALID, lambda r: r.dictionaries.append("")),
-        "too many dictionaries": (
-            INVALID,
-            lambda r: r.dictionaries.extend(f"d{i}" for i in range(limits.max_dictionaries)),
-        ),
-    }
-
-
-def _score_defects(info: server_service_pb2.GetServerInfoResponse) -> Defects:
+def _score_defects(facts: Facts) -> Defects:
     def edit(**fields: Any) -> Callable[[Any], object]:
         return lambda r: r.edits[0].MergeFrom(edits_pb2.Edit(**fields))
 
     return (
-        _inputs_defects(info)
-        | _token_defects(info, "logit_tokens")
+        _measured_defects(facts)
+        | _token_defects(facts, "logit_tokens")
         | {
             "edit of an unknown dictionary": (NOT_FOUND, edit(dictionary="nowhere")),
             "edit of a feature outside": (INVALID, edit(feature=MAX_UINT32)),
             "edit NaN": (INVALID, edit(set=edits_pb2.Amount(value=NAN))),
             "edits that conflict": (INVALID, lambda r: r.edits.add().CopyFrom(r.edits[0])),
-            "too many edits": (INVALID, lambda r: [r.edits.add() for _ in range(info.limits.max_edits)]),
+            "too many edits": (INVALID, lambda r: [r.edits.add() for _ in range(facts.limits.max_edits)]),
             "preset unknown": (NOT_FOUND, lambda r: r.presets.append("nowhere")),
         }
     )
 
 
-def _ablate_defects(
-    info: server_service_pb2.GetServerInfoResponse, dictionaries: list[catalog_pb.Dictionary]
-) -> Defects:
-    limits = info.limits
-    outside = max(d.n_latents for d in dictionaries)
+def _ablate_defects(facts: Facts) -> Defects:
+    limits = facts.limits
+    outside = max(d.n_latents for d in facts.dictionaries)
 
     def strongest(count: int, *names: str) -> Callable[[Any], object]:
         def spoil(request: Any) -> None:
@@ -145,7 +116,7 @@ def _ablate_defects(
 
         return spoil
 
-    name = dictionaries[0].name
+    name = facts.dictionaries[0].name
     defects: Defects = {
         "no features": (INVALID, lambda r: r.ClearField("features")),
         "feature twice": (INVALID, lambda r: r.features.add().CopyFrom(r.features[0])),
@@ -172,7 +143,7 @@ def _ablate_defects(
         "ranking unknown": (INVALID, lambda r: setattr(r, "rank_by", 9)),
         "too many variants": (INVALID, lambda r: setattr(r, "single_tokens", MAX_UINT32)),
     }
-    for dictionary in dictionaries:
+    for dictionary in facts.dictionaries:
         if not dictionary.has_statistics:
 
             def lacking(request: Any, name: str = dictionary.name) -> None:
@@ -180,37 +151,37 @@ def _ablate_defects(
                 request.ablations.append(edits_pb2.ABLATION_MEAN)
 
             defects[f"mean of {dictionary.name}, which has no statistics"] = (PRECONDITION, lacking)
-    return defects | _inputs_defects(info)
+    return defects | _measured_defects(facts)
 
 
-def _attribute_defects(info: server_service_pb2.GetServerInfoResponse) -> Defects:
+def _attribute_defects(facts: Facts) -> Defects:
     return (
-        _names_defects(info.limits)
-        | _token_defects(info, "target")
+        names_defects(facts)
+        | _token_defects(facts, "target")
         | {
             "no input": (INVALID, lambda r: r.ClearField("input")),
             "input without a text": (INVALID, lambda r: (r.input.Clear(), r.input.SetInParent())),
             "foil is the target": (INVALID, lambda r: setattr(r.foil, "id", 3)),
             "position behind the text": (INVALID, lambda r: setattr(r, "position", 4)),
             "position far behind": (INVALID, lambda r: setattr(r, "position", MAX_UINT32)),
-            "too many attributions": (INVALID, lambda r: setattr(r, "count", info.limits.max_attributions + 1)),
+            "too many attributions": (INVALID, lambda r: setattr(r, "count", facts.limits.max_attributions + 1)),
             "overflow unknown": (INVALID, lambda r: setattr(r, "overflow", 9)),
         }
     )
 
 
-def _contrast_defects(info: server_service_pb2.GetServerInfoResponse) -> Defects:
-    limits = info.limits
-    many = limits.max_contrast_tokens // info.backbone.context_length + 1
+def _contrast_defects(facts: Facts) -> Defects:
+    limits = facts.limits
+    many = limits.max_contrast_tokens // facts.context_length + 1
 
     def too_many_tokens(request: Any) -> None:
         for _ in range(many):
-            request.b.add().token_ids.ids.extend([1] * info.backbone.context_length)
+            request.b.add().token_ids.ids.extend([1] * facts.context_length)
 
-    return _names_defects(limits) | {
+    return names_defects(facts) | {
         "no texts in a": (INVALID, lambda r: r.ClearField("a")),
         "one text in b": (INVALID, lambda r: r.b.pop()),
-        "too many texts": (INVALID, lambda r: r.a.extend(_texts(*["ab"] * limits.max_contrast_texts))),
+        "too many texts": (INVALID, lambda r: r.a.extend(texts(*["ab"] * limits.max_contrast_texts))),
         "too many tokens together": (INVALID, too_many_tokens),
         "text without a text": (INVALID, lambda r: r.b[1].Clear()),
         "sum as aggregation": (INVALID, lambda r: setattr(r, "aggregation", feature_pb.AGGREGATION_SUM)),

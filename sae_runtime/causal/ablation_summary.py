@@ -1,4 +1,4 @@
-"""From the effects of variants to what a study tells of each feature."""
+"""Averages the effects of an ablation study's variants into figures of each feature."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sae_runtime.causal.report import (
 
 @dataclass(frozen=True, eq=False)
 class StudyResult:
-    """One study that has run: what `summarize` needs of it, all on the host."""
+    """The results of one study that `summarize` needs, all on the host."""
 
     lengths: tuple[int, ...]
     unedited: tuple[Tensor, Tensor, Tensor]
@@ -55,8 +55,8 @@ def summarize(
 
     Args:
         n_chosen: number of chosen tokens.
-        rank_by: the figure over all predictions whose size sorts the features; "logit": of the first chosen token, or
-            of the token that follows.
+        rank_by: the features are sorted by the size of this figure over all predictions. "logit" is that of the first
+            chosen token, or of the token that follows if none is chosen.
         seed: of the bootstrap.
     """
     targets = torch.cat([result.unedited[0] for result in results])  # [R]
@@ -87,7 +87,7 @@ def summarize(
     for (feature, ablation), sums in by_text.items():
         active = torch.cat([result.activity[feature].active_tokens for result in results])
         total = float(torch.cat([result.activity[feature].total for result in results]).sum())
-        # Tokens that did not run are unchanged: they count, with a change of 0.
+        # Tokens that did not run are unchanged. They count with a change of 0.
         everywhere = sums.sum(0)
         everywhere[0], everywhere[1] = lengths.sum(), targets.sum()
         effects.append(
@@ -116,13 +116,13 @@ def summarize(
 
 
 def _means(sums: Tensor) -> EffectFigures:
-    """Of sums [C] as VariantEffect has them; 0 where there is nothing to average."""
-    n_tokens, n_targets, loss, right, target_logit, kl, *logits = sums.tolist()
+    """Means from sums [C] of a VariantEffect; 0 where there is nothing to average."""
+    n_tokens, n_targets, loss, correct, target_logit, kl, *logits = sums.tolist()
     return EffectFigures(
         n_tokens=round(n_tokens),
         n_targets=round(n_targets),
         delta_loss=loss / max(n_targets, 1),
-        delta_accuracy=right / max(n_targets, 1),
+        delta_accuracy=correct / max(n_targets, 1),
         kl=kl / max(n_tokens, 1),
         delta_target_logit=target_logit / max(n_targets, 1),
         delta_logits=tuple(logit / max(n_tokens, 1) for logit in logits),
@@ -130,11 +130,12 @@ def _means(sums: Tensor) -> EffectFigures:
 
 
 def _distances(sums: Tensor) -> list[DistanceEffect]:
-    found = []
+    effects = []
     for i, end in enumerate(DISTANCE_ENDS):
         if sums[i, 0] > 0:
-            found.append(DistanceEffect(DISTANCE_ENDS[i - 1] if i else 0, min(end - 1, 2**31 - 1), _means(sums[i])))
-    return found
+            first, last = DISTANCE_ENDS[i - 1] if i else 0, min(end - 1, 2**31 - 1)
+            effects.append(DistanceEffect(first, last, _means(sums[i])))
+    return effects
 
 
 def _size(figures: EffectFigures, rank_by: RankBy) -> float:

@@ -61,7 +61,7 @@ def test_export(saeserve: Saeserve, tmp_path: Path, format_name: str, name: str)
 def test_what_a_format_cannot_say(saeserve: Saeserve, tmp_path: Path):
     code, _, err = saeserve("export", str(GOLDEN / "dl_gated"), "--format", "openai", str(tmp_path / "x.pt"))
     assert code == 1
-    assert "OpenAI's format cannot say the activation gated" in err
+    assert "OpenAI's format cannot express the activation gated" in err
     code, _, err = saeserve("export", "nowhere", "--format", "saelens", str(tmp_path / "x"))
     assert code == 1
     assert "no builtin dictionary 'nowhere'" in err

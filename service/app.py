@@ -17,13 +17,13 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from service.rpc.servicers import RPCS
+from service.rpc.register import RPCS
 from service.settings import AppSettings
 
 START_FAILURE = "saeserve-start-failure: "
 """Stands before the message of what kept a replica from starting, in the text that Ray makes of it."""
 
-SERVICER_FUNCTIONS = ("service.rpc.servicers.add_services",)
+SERVICER_FUNCTIONS = ("service.rpc.register.add_services",)
 """Import paths for gRPCOptions.grpc_servicer_functions: what makes the ingress accept our services and health."""
 
 
@@ -63,7 +63,7 @@ class FeatureServer:
         try:
             # Here, because they bring torch, which the process that deploys does not need, and read that folder's name.
             from service.replica import ServiceRuntime
-            from service.rpc.servicers import build_handlers
+            from service.rpc.register import build_handlers
 
             self.runtime = await ServiceRuntime.start(settings.replica_settings())
             self.handlers = build_handlers(self.runtime)
@@ -83,7 +83,7 @@ class FeatureServer:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from service.http import build_http
-        from service.rpc.servicers import RPCS
+        from service.rpc.register import RPCS
 
         return build_http(self.runtime, sorted({rpc.service for rpc in RPCS.values()}))
 

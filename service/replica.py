@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from sae_runtime.errors import DictionaryFormatError
 from service.engine.settings import EngineSettings
 from service.presets import Presets
+from service.rpc.call import Readiness
 from service.rpc.limits import Limits
-from service.rpc.readiness import Readiness
-from service.rpc.served import ServedModel
+from service.rpc.model import ServedModel
 from service.rpc.text_inputs import TextInputReader
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ class ServiceRuntime:
 
         self.settings = settings
         presets = Presets.load(settings.edit_presets, dictionaries, backbone)
-        self.served = ServedModel(backbone, {name: dictionaries[name] for name in sorted(dictionaries)}, presets)
+        self.model = ServedModel(backbone, {name: dictionaries[name] for name in sorted(dictionaries)}, presets)
         self.metrics = Metrics()
-        self.engine = Engine(backbone, self.served.dictionaries, settings.engine, self.metrics)
+        self.engine = Engine(backbone, self.model.dictionaries, settings.engine, self.metrics)
         self.limits = settings.limits.for_context(backbone.context_length, self.engine.max_sequence_tokens)
         self.text_reader = TextInputReader(backbone, self.limits)
         self.readiness = Readiness()
@@ -104,7 +104,7 @@ class ServiceRuntime:
     async def open(self) -> None:
         """Starts the engine; calls are taken from now on."""
         await self.engine.start()
-        self.metrics.loaded({name: str(dictionary.site) for name, dictionary in self.served.dictionaries.items()})
+        self.metrics.loaded({name: str(dictionary.site) for name, dictionary in self.model.dictionaries.items()})
         self.readiness.set("serving")
 
     @property

@@ -180,5 +180,5 @@ def _fit_split(
         else:
             order.shuffle(numbers)
             in_fit[numbers[::2]] = True
-    row = np.repeat(np.arange(len(owners)), [len(each) for each in owners])
+    row = np.repeat(np.arange(len(owners)), [len(of_row) for of_row in owners])
     return np.where(lone[document], row % 2 == 0, in_fit[document])

@@ -27,10 +27,9 @@ from sae_runtime.dictionary.features import InputStatistics, SparseFeatures, all
 from sae_runtime.dictionary.normalization import NORMALIZATIONS, Normalization, normalize_rows, restore_rows
 from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.errors import UnknownDictionary
-from sae_runtime.kernels.active import tiled_active
+from sae_runtime.kernels.active import LatentActivation, tiled_active
 from sae_runtime.kernels.decode import sparse_decode
 from sae_runtime.kernels.groupmax import tiled_groupmax
-from sae_runtime.kernels.latent_activation import LatentActivation
 from sae_runtime.kernels.screened_topk import Screen, can_screen, screened_topk, screening_is_fast
 from sae_runtime.kernels.topk import tiled_topk
 from sae_runtime.model.sites import Site

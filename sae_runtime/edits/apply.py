@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_runtime.dictionary.dictionary import COMPETING, Dictionary
 from sae_runtime.dictionary.features import all_finite
 from sae_runtime.dictionary.readings import Places, Readings
-from sae_runtime.kernels.latent_activation import LatentActivation
+from sae_runtime.kernels.active import LatentActivation
 from sae_runtime.model.sites import Site
 
 

@@ -87,8 +87,8 @@ def ablation_sparsity(
         changed = _changed_logits(backbone, site, window, at, torch.cat(list(deltas.values())), tokens_per_pass)
         parts = changed.split([len(part) for part in deltas.values()])
         for name, effect in zip(deltas, parts, strict=True):
-            found = [effect_sparsity(each) for each in effect]
-            effects[name].append([each for each in found if each is not None])
+            found = [effect_sparsity(change) for change in effect]
+            effects[name].append([sparsity for sparsity in found if sparsity is not None])
         if progress is not None:
             progress.reach(done)
     return effects

@@ -147,7 +147,7 @@ def explain_latents(
     length = min(max_length, backbone.context_length - 1)  # the end-of-text token takes a place
     read = _Reader(backbone, dictionary, site, end_of_text, tokens_per_pass)
     examples = [_examples(f, sample, n_examples, length, seed) for f in chosen]
-    flat = [example for each in examples for example in each]
+    flat = [example for of_latent in examples for example in of_latent]
     _find_shortest_suffixes(read, flat, length, progress)
     patterns = _generalise(read, [example for example in flat if example.length is not None])
     found: dict[int, list[Pattern]] = {f.latent: [] for f in chosen}

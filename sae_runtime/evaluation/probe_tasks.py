@@ -83,14 +83,16 @@ def chunk_tasks(sample: TextSample, chunks: Chunks, max_examples: int, seed: int
     labels = [sample.labels(int(document)) for document in chunks.document]
     tasks: list[Task] = []
     for label in TASK_LABELS:
-        kinds = sorted({each["kind"] for each in labels if label in each}) if label != "kind" else [None]
+        kinds = sorted({of_chunk["kind"] for of_chunk in labels if label in of_chunk}) if label != "kind" else [None]
         for kind in kinds:
-            inside = np.array([label in each and (kind is None or each["kind"] == kind) for each in labels], bool)
-            values = sorted({each[label] for each, kept in zip(labels, inside, strict=True) if kept})
+            inside = np.array(
+                [label in of_chunk and (kind is None or of_chunk["kind"] == kind) for of_chunk in labels], bool
+            )
+            values = sorted({of_chunk[label] for of_chunk, kept in zip(labels, inside, strict=True) if kept})
             if len(values) == 2:
                 values = values[:1]
             for value in values:
-                positive = np.array([each.get(label) == value for each in labels], bool) & inside
+                positive = np.array([of_chunk.get(label) == value for of_chunk in labels], bool) & inside
                 name = f"{label}_{slug(value)}"
                 if any(task.name == name for task in tasks):  # the same value in two kinds
                     name = f"{label}_{slug(str(kind))}_{slug(value)}"
@@ -118,7 +120,7 @@ def token_tasks(
             tasks.append(task)
     if not tasks:
         return [], np.zeros(0, np.int64)
-    tokens = np.unique(np.concatenate([part for task in tasks for part in (task.fit, task.score)]))
+    tokens = np.unique(np.concatenate([split for task in tasks for split in (task.fit, task.score)]))
     renumbered = [
         Task(
             task.name,
@@ -150,6 +152,6 @@ def _balanced(
         size = min(max_examples, *map(len, classes))
         if size < MIN_EXAMPLES:
             return None
-        drawn = np.concatenate([np.sort(rng.permutation(each)[:size]) for each in classes])
+        drawn = np.concatenate([np.sort(rng.permutation(members)[:size]) for members in classes])
         parts += [drawn, np.arange(2 * size) < size]
     return Task(name, level, *parts)

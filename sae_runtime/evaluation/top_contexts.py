@@ -55,7 +55,7 @@ def top_contexts(
     A context holds up to `window` tokens on either side of the peak.
 
     Raises:
-        ValueError: the dictionary does not say which site it belongs to, or the backbone has no tokenizer.
+        ValueError: the dictionary does not say which site it reads, or the backbone lacks that site or a tokenizer.
     """
     site = dictionary.site_in(backbone)
     best = _Table(dictionary.n_latents, n_contexts, window)

@@ -1,14 +1,50 @@
-"""Sparse result of an activation that looks at each latent alone, never holding more than a tile of the dense one."""
+"""Activations that look at each latent alone (ReLU, JumpReLU, gated), and their sparse result.
+
+The dense result is never held but for a tile of it.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sae_runtime.kernels.latent_activation import LatentActivation
-from sae_runtime.kernels.topk import BITS, MIN_TILE_ROWS, TILE_ELEMENTS, TILE_LATENTS
+from sae_runtime.kernels.groups import Groups, as_bits
+from sae_runtime.kernels.topk import MIN_TILE_ROWS, TILE_ELEMENTS, TILE_LATENTS
 
-GROUP = 64
+
+@dataclass(frozen=True, eq=False)
+class LatentActivation:
+    """The value of m latents from the product p = x @ weight.T of their own encoder rows.
+
+    ReLU      relu(p + bias)
+    JumpReLU  relu(p + bias) where p + bias > threshold, else 0; a negative threshold acts as 0
+    gated     relu(magnitude_scale * p + magnitude_bias) where p + bias > 0, else 0
+
+    JumpReLU: Rajamanoharan et al. 2024, arXiv 2407.14435; gated: the same authors, arXiv 2404.16014, with
+    magnitude_scale = exp(r_mag). All tensors are [m], of one dtype; the gated ones come together and without threshold.
+    """
+
+    bias: Tensor
+    threshold: Tensor | None = None
+    magnitude_scale: Tensor | None = None
+    magnitude_bias: Tensor | None = None
+
+    def __getitem__(self, latents: slice | Tensor) -> LatentActivation:
+        """The activation of some of the latents."""
+        parts = (self.bias, self.threshold, self.magnitude_scale, self.magnitude_bias)
+        return LatentActivation(*(None if part is None else part[latents] for part in parts))  # type: ignore[arg-type]
+
+    def before_relu(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """What the last ReLU reads: [n, m] for x [n, d_in] and weight [m, d_in]; positive exactly at active latents."""
+        if self.magnitude_scale is None:
+            pre = torch.addmm(self.bias, x, weight.T, out=out)
+            return pre if self.threshold is None else pre.masked_fill_(pre <= self.threshold, 0)
+        assert self.magnitude_bias is not None
+        product = torch.mm(x, weight.T, out=out)
+        closed = product <= -self.bias
+        return torch.addcmul(self.magnitude_bias, product, self.magnitude_scale, out=product).masked_fill_(closed, 0)
 
 
 def reference_active(x: Tensor, weight: Tensor, activation: LatentActivation) -> tuple[Tensor, Tensor]:
@@ -43,16 +79,16 @@ def tiled_active(
     for row in range(0, n, tile_rows):
         x_rows = x[row : row + tile_rows]
         m = len(x_rows)
-        found_rows, found_latents, found_values = [], [], []
+        active: list[tuple[Tensor, Tensor, Tensor]] = []
         for start in range(0, n_latents, tile_latents):
             stop = min(n_latents, start + tile_latents)
             pre = tile[: m * (stop - start)].view(m, stop - start)
             activation[start:stop].before_relu(x_rows, weight[start:stop], out=pre)
-            for rows, latents in _positive(pre):
-                found_rows.append(rows)
-                found_latents.append(latents + start)
-                found_values.append(pre[rows, latents])
-        parts.append(_pad(torch.cat(found_rows), torch.cat(found_latents), torch.cat(found_values), m))
+            bits = as_bits(pre)
+            rows, latents = Groups(bits).at_least(bits.new_ones(()))  # positive entries
+            active.append((rows, latents + start, pre[rows, latents]))
+        rows, latents, found = (torch.cat(one) for one in zip(*active, strict=True))
+        parts.append(_pad(rows, latents, found, m))
     longest = max((values.shape[1] for values, _ in parts), default=0)
     values = x.new_zeros(n, longest)
     indices = torch.full((n, longest), -1, dtype=torch.int64, device=x.device)
@@ -62,24 +98,6 @@ def tiled_active(
         values[row : row + m, :k], indices[row : row + m, :k] = part_values, part_indices
         row += m
     return values, indices
-
-
-def _positive(pre: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Rows and columns of the positive entries of [n, m], in two parts that each ascend.
-
-    Few latents are active, and looking for them one by one is slow: only groups with a positive maximum are searched.
-    Signs are read off the bits, whose maxima are faster than those of 16-bit floats.
-    """
-    m = pre.shape[1]
-    whole = m - m % GROUP
-    bits = pre.view(BITS[pre.dtype]) if pre.dtype in BITS else pre
-    groups = bits[:, :whole].reshape(-1, GROUP)
-    active = (groups.amax(dim=-1) > 0).nonzero().squeeze(1)
-    which, inside = (groups[active] > 0).nonzero(as_tuple=True)
-    place = active[which] * GROUP + inside  # in the first `whole` columns, row by row
-    rest = (bits[:, whole:] > 0).nonzero(as_tuple=True)
-    first = (place // max(whole, 1), place % max(whole, 1))
-    return [first, (rest[0], rest[1] + whole)]
 
 
 def _pad(rows: Tensor, latents: Tensor, values: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,9 @@
-"""Products with weights that are read once for a few rows, as decoding does at every step.
+"""Products with weights: which way is fast on this CPU, and in which dtype.
 
-The time of such a product is that of reading the weights, but libraries are made for many rows. Which way is fast
-depends on the number of rows: ms for all products of GPT-2 small in float32, 2 cores of a Xeon with AVX-512, MKL as in
-torch 2.13 (`python -m loadtests.products` prints it):
-
-    rows  x @ W.T  x @ V  (W @ x.T).T
-    1     25       23     26
-    2     29       72     45
-    4     50       73     45
-    16    73       92     51
-    32    89       108    58
-    64    137      156    139
-    128   242      256    239
-
-with W [outputs, inputs] and V = W.T in memory of its own. In bfloat16 (the same command with `bfloat16`) one row takes
-34 ms as x @ W.T and 26 as W @ x, two rows 28 and, as W @ x.T, 23.
+`x @ W.T` and `(W @ x.T).T` are the same product, and libraries are quick in one or the other: the time of a product
+with few rows is that of reading the weights once, but libraries are made for many rows. Which way is fast depends on
+the number of rows and on the kind of CPU; the choice is a table, so that it is the same at every start and results can
+be reproduced. `python -m loadtests.products` prints the times that it rests on; they are in loadtests/README.md.
 """
 
 from __future__ import annotations
@@ -27,6 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CpuKind = Literal["amx", "avx512_bf16", "avx512", "avx2", "other"]
+
+WEIGHT_FIRST: dict[CpuKind, range] = {
+    "amx": range(3, 65),
+    "avx512_bf16": range(3, 65),
+    "avx512": range(3, 65),
+    "avx2": range(2, 1025),
+    "other": range(0),
+}
+"""Numbers of rows for which W @ x.T is the faster way in float32."""
 
 
 @cache
@@ -57,43 +55,28 @@ def default_compute_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and cpu_kind() in ("amx", "avx512_bf16") else torch.float32
 
 
-FEW_ROWS = range(3, 65)
-"""Numbers of rows for which W @ x.T is the fastest on a CPU in float32; in bfloat16 it is for two rows as well."""
-SMALL_BYTES = 8 << 20
-"""Of float32 matrices up to this size there are two copies: V is read faster for one row."""
-
-
-def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for x [n, inputs], weight [outputs, inputs], bias [outputs]: [n, outputs].
 
-    The result may lie in memory column by column.
+    The result may lie in memory column by column. `memory`, flat with n * outputs elements or more, takes the result of
+    a product with a bias; no gradient passes it.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return F.linear(x, weight, bias)
-    if x.dtype == torch.bfloat16 and len(x) == 1 and bias is not None:
+    n, outputs = len(x), len(weight)
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and n == 1 and bias is not None and memory is None:
         return torch.addmv(bias, weight, x[0])[None]
-    if len(x) in FEW_ROWS or (x.dtype == torch.bfloat16 and len(x) == 2):
-        return (weight @ x.t()).t() if bias is None else torch.addmm(bias[:, None], weight, x.t()).t()
-    return F.linear(x, weight, bias)
+    weight_first = _weight_first(x)
+    if bias is None:
+        return (weight @ x.t()).t() if weight_first else F.linear(x, weight)
+    if memory is None:
+        return torch.addmm(bias[:, None], weight, x.t()).t() if weight_first else F.linear(x, weight, bias)
+    memory = memory[: n * outputs]
+    if weight_first:
+        return torch.addmm(bias[:, None], weight, x.t(), out=memory.view(outputs, n)).t()
+    return torch.addmm(bias, x, weight.t(), out=memory.view(n, outputs))
 
 
-class Linear:
-    """A matrix and a bias, kept in the layouts that are fast."""
-
-    def __init__(self, inputs_first: Tensor, bias: Tensor) -> None:
-        """inputs_first [inputs, outputs], bias [outputs]."""
-        self.weight = inputs_first.t().contiguous()
-        self.bias = bias
-        is_small = inputs_first.dtype == torch.float32 and inputs_first.nbytes <= SMALL_BYTES
-        self._inputs_first = inputs_first.contiguous() if is_small and inputs_first.device.type == "cpu" else None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a product reads."""
-        return self.weight.nbytes + self.bias.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[n, inputs] -> [n, outputs]; the result may lie in memory column by column."""
-        if len(x) == 1 and self._inputs_first is not None:
-            return torch.addmm(self.bias, x, self._inputs_first)
-        return few_rows_linear(x, self.weight, self.bias)
+def _weight_first(x: Tensor) -> bool:
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    rows = WEIGHT_FIRST[cpu_kind()]
+    return len(x) in rows or (x.dtype == torch.bfloat16 and len(x) == 2 and len(rows) > 0)

@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_runtime.kernels.topk import tiled_topk, topk_of_rows
+from sae_runtime.kernels.groups import Groups, as_bits, ordered_bits
+from sae_runtime.kernels.topk import tiled_topk, topk_of_candidates
 
 MIN_ROWS = 16
 """With fewer rows reading the weights takes the time, not the product."""
 MIN_LATENTS_PER_K = 16
 MAX_CANDIDATES_PER_K = 16
 TILE_ELEMENTS = 1 << 24  # bfloat16 pre-activations held at once
-GROUPS_PER_LATENT = 8
 UNIT_ROUNDOFF = 2.0**-8  # of bfloat16
 SUM_ROUNDOFF = 2.0**-23  # of float32 sums, for every term
 
@@ -68,7 +68,6 @@ def can_screen(x: Tensor, n_latents: int, k: int) -> bool:
         and x.device.type == "cpu"
         and len(x) >= MIN_ROWS
         and n_latents >= MIN_LATENTS_PER_K * k
-        and n_latents % (GROUPS_PER_LATENT * k) == 0
     )
 
 
@@ -90,7 +89,8 @@ def screened_topk(
         screened, splits, columns = _candidates(rows, screen, k)
         sure = rows if len(screened) == len(rows) else rows[screened]
         exact = _exact(sure, weight, splits, columns).add_(bias[columns])
-        values[start + screened], indices[start + screened] = _largest(exact, splits, columns, k, relu=relu)
+        places = topk_of_candidates(ordered_bits(exact), splits.numpy(), k)
+        values[start + screened], indices[start + screened] = exact[places], columns[places]
         if len(screened) < len(rows):
             left = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, screened, False).nonzero().squeeze(1)
             values[start + left], indices[start + left] = tiled_topk(rows[left], weight, bias, k)
@@ -106,31 +106,26 @@ def _candidates(x: Tensor, screen: Screen, k: int) -> tuple[Tensor, Tensor, Tens
     Returns the m rows for which they could be told (int64 [m]), row splits int64 [m + 1], and latents, ascending in
     each row.
     """
-    n, n_latents = len(x), len(screen.weight)
+    n = len(x)
     rounded = x.bfloat16()
-    bits = F.linear(rounded, screen.weight, screen.bias).view(torch.int16)  # [n, n_latents]
+    groups = Groups(as_bits(F.linear(rounded, screen.weight, screen.bias)), k)  # [n, n_latents]
     error = torch.from_numpy(_screening_error(x, rounded, screen))
 
-    # The k-th largest of the groups' maxima is at most the k-th largest value. The bits of positive floats are ordered
-    # like them, and above those of negative ones.
-    n_groups = GROUPS_PER_LATENT * k
-    maxima = bits.view(n, n_latents // n_groups, n_groups).amax(1).numpy()  # group g: latents g, g + n_groups, …
-    kth = torch.from_numpy(np.partition(maxima, n_groups - k, axis=1)[:, n_groups - k].copy())
-    lowest = torch.where(kth > 0, kth, 0).view(torch.bfloat16).float()
+    # At most the k-th largest value, see groups.py.
+    lowest = groups.kth_maximum(k).squeeze(1).clamp_min(0).view(torch.bfloat16).float()
     # Values were rounded once more when they were stored. Rounding keeps their order, also that of the cutoff.
     cutoff = (lowest - 2 * error - 2.1 * UNIT_ROUNDOFF * lowest).bfloat16()
     told = ((cutoff > 0) & lowest.isfinite()).numpy()
-    least = np.where(told, cutoff.view(torch.int16).numpy(), np.iinfo(np.int16).max)  # bits that no finite value has
-    # NumPy is several times faster here than torch's comparison, count and nonzero.
-    flat = np.flatnonzero(bits.numpy() >= least[:, None])
-    splits = np.searchsorted(flat, np.arange(n + 1) * n_latents)
-    if splits[-1] > n * k and (many := np.diff(splits) > MAX_CANDIDATES_PER_K * k).any():
-        told &= ~many
-        flat = flat[~np.repeat(many, np.diff(splits))]
-        splits = np.searchsorted(flat, np.arange(n + 1) * n_latents)
+    least = cutoff.view(torch.int16).masked_fill(torch.from_numpy(~told), torch.iinfo(torch.int16).max)  # no number
+    row, columns = groups.at_least(least[:, None])
+    counts = np.bincount(row.numpy(), minlength=n)
+    many = counts > MAX_CANDIDATES_PER_K * k
+    if many.any():
+        columns = columns[torch.from_numpy(~many)[row]]
+        told, counts = told & ~many, np.where(many, 0, counts)
     rows = np.flatnonzero(told)
-    columns = flat - np.repeat(np.arange(n) * n_latents, np.diff(splits))
-    return torch.from_numpy(rows), torch.from_numpy(splits[np.append(rows, n)]), torch.from_numpy(columns)
+    splits = np.append(0, counts[rows].cumsum())
+    return torch.from_numpy(rows), torch.from_numpy(splits), columns
 
 
 def _screening_error(x: Tensor, rounded: Tensor, screen: Screen) -> NDArray[np.float32]:
@@ -151,17 +146,3 @@ def _exact(x: Tensor, weight: Tensor, splits: Tensor, columns: Tensor) -> Tensor
     wanted = torch.sparse_csr_tensor(splits, columns, x.new_zeros(len(columns)), shape, check_invariants=False)
     product: Tensor = torch.sparse.sampled_addmm(wanted, x, weight.T, beta=0.0)
     return product.values()
-
-
-def _largest(values: Tensor, splits: Tensor, columns: Tensor, k: int, *, relu: bool) -> tuple[Tensor, Tensor]:
-    """The k largest of each row's candidates, descending, and their latents."""
-    counts = splits.diff()
-    if len(counts) == 0:
-        return values.new_empty(0, k), columns.new_empty(0, k)
-    width = int(counts.max())
-    padded = values.new_full((len(counts), width), -torch.inf)
-    # The i-th candidate of a row goes to the i-th column.
-    shift = torch.arange(len(counts)) * width - splits[:-1]
-    padded.view(-1)[torch.arange(len(values)) + torch.repeat_interleave(shift, counts)] = values
-    found, chosen = topk_of_rows(padded, k, relu=relu)
-    return found, columns[splits[:-1, None] + chosen]

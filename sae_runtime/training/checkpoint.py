@@ -9,56 +9,6 @@ from typing import Any, Protocol
 import torch
 
 from sae_runtime.atomic import atomic_file
-from sae_runtime.model.backbone import Backbone
-from sae_runtime.training.config import TrainingConfig
-
-FREE_ON_RESUME = frozenset(
-    {
-        "out",
-        "name",
-        "checkpoint",
-        "checkpoint_interval",
-        "threads",
-        "micro_batch_tokens",
-        "storage_dtype",
-        "evaluation_tokens",
-        "statistics_tokens",
-        "log",
-        "log_interval",
-        "tensorboard",
-        "wandb_project",
-        "overlap",
-        "cache",
-        "cache_gb",
-    }
-)
-"""Settings that may differ between a run and its continuation: they do not change the weights, but by rounding."""
-
-
-def run_identity(config: TrainingConfig, backbone: Backbone) -> dict[str, Any]:
-    """What must be equal for a run to go on from a checkpoint, as JSON values."""
-    settings = config.model_dump(mode="json", exclude=set(FREE_ON_RESUME))
-    return {"settings": settings, "backbone": backbone.fingerprint}
-
-
-def check_identity(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    """Makes sure that a checkpoint belongs to this run.
-
-    Raises:
-        ValueError: it does not; names the backbones' fingerprints, or the first settings that differ.
-    """
-    if found == expected:
-        return
-    if found.get("backbone") != expected["backbone"]:
-        difference = f"its backbone has fingerprint {found.get('backbone')}, this one {expected['backbone']}"
-    else:
-        theirs, ours = found.get("settings", {}), expected["settings"]
-        names = [name for name in ours if name not in theirs or theirs[name] != ours[name]]
-        shown = (f"{name} was {theirs.get(name)!r}, is {ours[name]!r}" for name in names[:3])
-        difference = ", ".join(shown) or "unknown settings"
-    raise ValueError(
-        f"{path} belongs to another run: {difference}; restore the settings, or remove the checkpoint to start anew"
-    )
 
 
 class Checkpoint(Protocol):

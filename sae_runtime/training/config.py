@@ -14,6 +14,7 @@ from sae_runtime.model.sites import Site
 from sae_runtime.settings import SettingsError, SettingValues, read_mapping
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
+DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 Family = Literal["topk", "batch_topk", "matryoshka", "relu", "relu_decoder_norm", "jumprelu", "gated"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 PENALISED: tuple[Family, ...] = ("relu", "relu_decoder_norm", "jumprelu", "gated")
@@ -105,7 +106,7 @@ class TrainingConfig(BaseModel):
     data_lanes: int | None = Field(
         None,
         ge=1,
-        description="Streams that the text is dealt to, a multiple of the number of workers; with the same lanes any "
+        description="Streams that the text is dealt to, a multiple of the number of workers; with the same streams any "
         "number of workers trains on the same batches. The largest of 8, 4, 2 and 1 that divides batch_tokens "
         "if not given.",
     )
@@ -221,12 +222,12 @@ class TrainingConfig(BaseModel):
     )
     device: str = Field("cpu", description="Device of the backbone and the dictionary, for example cpu or cuda:0.")
     threads: int | None = Field(None, ge=1, description="CPU threads of PyTorch; its own choice if not given.")
-    compute_dtype: DTypeName | Literal["auto"] = Field(
+    compute_dtype: DTypeChoice = Field(
         "auto",
         description="Type of the large matrix product x @ encoder; weights and gradients stay float32. auto: bfloat16 "
         "where the device is fast in it, else float32; a run that goes on keeps the type that it began with.",
     )
-    backbone_dtype: DTypeName | Literal["auto"] = Field(
+    backbone_dtype: DTypeChoice = Field(
         "auto",
         description="Type the backbone runs in while training; evaluation always runs in float32. auto: as "
         "compute_dtype.",
@@ -285,8 +286,10 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 f"buffer_tokens is {self.buffer_tokens}, expected at least twice batch_tokens = {self.batch_tokens}"
             )
-        if self.batch_tokens % self.n_lanes:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}, expected a multiple of data_lanes = {self.n_lanes}")
+        if self.batch_tokens % self.n_streams:
+            raise ValueError(
+                f"batch_tokens is {self.batch_tokens}, expected a multiple of data_lanes = {self.n_streams}"
+            )
         torch.device(self.device)
         return self
 
@@ -343,7 +346,7 @@ class TrainingConfig(BaseModel):
         return self.log or self.out.with_name(self.out.name + ".metrics.jsonl")
 
     @property
-    def n_lanes(self) -> int:
+    def n_streams(self) -> int:
         """data_lanes, or the largest power of two up to 8 that divides a batch."""
         return self.data_lanes or math.gcd(self.batch_tokens, 8)
 
@@ -373,27 +376,6 @@ class TrainingConfig(BaseModel):
         """threshold_decay, or that of an average over 2 % of the steps."""
         return 1 - min(1.0, 50 / self.n_steps) if self.threshold_decay is None else self.threshold_decay
 
-    def provenance(self) -> dict[str, Any]:
-        """What a manifest records: every setting that decides the weights, files by their names only."""
-        settings = self.model_dump(mode="json", exclude=_NOT_RECORDED)
-        return settings | {"data": [p.name for p in self.data], "held_out": [p.name for p in self.held_out]}
-
-
-# Where things lie and what is reported: of no account to the weights, and paths are of no account to a reader.
-_NOT_RECORDED = {
-    "out",
-    "name",
-    "checkpoint",
-    "checkpoint_interval",
-    "threads",
-    "overlap",
-    "cache",
-    "cache_gb",
-    "log",
-    "log_interval",
-    "tensorboard",
-    "wandb_project",
-}
 
 _EITHER = (("n_latents", "expansion_factor"), ("expansion_factor", "n_latents"))
 

@@ -20,8 +20,9 @@ from sae_runtime.figures.statistics import measure_statistics
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
 from sae_runtime.progress import ProgressMeter
-from sae_runtime.training.activations.run_rows import held_out_rows
+from sae_runtime.training.activations.run_rows import describe_data, held_out_rows
 from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.identity import recorded_settings
 from sae_runtime.version import code_version
 
 
@@ -99,10 +100,10 @@ def _publish_one(
     dictionary = replace(dictionary.to("cpu"), statistics=statistics)
     provenance = Provenance(
         code_version=code_version(),
-        config=config.provenance(),
+        config=recorded_settings(config),
         seed=config.seed,
         tokens=config.n_steps * config.batch_tokens,
-        data=", ".join(f"{path.name} ({_size(path)} bytes)" for path in config.data),
+        data=describe_data(config),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     described = describe_dictionary(dictionary, backbone.name) | figures | density_figures_of(statistics)
@@ -118,8 +119,3 @@ def _publish_one(
     )
     meter.reach(1)
     return TrainingResult(path, manifest, replace(dictionary, manifest=manifest))
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size

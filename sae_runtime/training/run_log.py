@@ -13,6 +13,7 @@ from typing import IO, Any, Protocol
 
 from sae_runtime.atomic import atomic_file
 from sae_runtime.training.config import TrainingConfig
+from sae_runtime.training.identity import recorded_settings
 
 
 class _Sink(Protocol):
@@ -168,7 +169,7 @@ class _WeightsAndBiases:
             name=config.published_name,
             id=run_id,
             resume="allow",
-            config=config.provenance(),
+            config=recorded_settings(config),
         )
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:

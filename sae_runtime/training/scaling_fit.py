@@ -50,10 +50,6 @@ class ScalingFit:
     r_squared: float
     """Of log loss."""
 
-    @property
-    def has_irreducible(self) -> bool:
-        return "zeta" in self.parameters
-
     def loss(self, n_latents: int, k: int) -> float:
         """What the law says for a dictionary."""
         theta = np.array(list(self.parameters.values()))

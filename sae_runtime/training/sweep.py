@@ -6,14 +6,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sae_runtime.dictionary.formats.published import read_manifest
 from sae_runtime.progress import ProgressCallback
 from sae_runtime.training.config import PENALISED, TrainingConfig
+from sae_runtime.training.identity import ONLY_HOW, recorded_settings
 from sae_runtime.training.run import run_training
 from sae_runtime.training.scaling_fit import ScalingFit, SweepPoint, fit_scaling_law
-from sae_runtime.training.sweep_plot import draw_sweep
 
 REPORT = "sweep.json"
 PLOT = "sweep.png"
@@ -49,12 +52,12 @@ def sweep_configs(base: TrainingConfig, n_latents: Sequence[int], k: Sequence[in
         TrainingConfig(
             **base.model_dump(exclude={"n_latents", "k", "out", "name", "cache", "checkpoint", "log"}),
             n_latents=n,
-            k=own_k,
-            out=base.out / f"n{n}-k{own_k}",
-            name=f"{base.published_name}-n{n}-k{own_k}",
+            k=active,
+            out=base.out / f"n{n}-k{active}",
+            name=f"{base.published_name}-n{n}-k{active}",
             cache=cache,
         )
-        for n, own_k in product(n_latents, k)
+        for n, active in product(n_latents, k)
     ]
 
 
@@ -87,15 +90,15 @@ def run_sweep(
         reason = str(error)
     result = SweepResult(tuple(points), fit, reason)
     (base.out / REPORT).write_text(json.dumps(_report(base, result), indent=1) + "\n")
-    draw_sweep(result.points, result.fit, base.out / PLOT)
+    _draw(result, base.out / PLOT)
     return result
 
 
 def _point(config: TrainingConfig) -> SweepPoint:
     manifest = read_manifest(config.out)
-    provenance = config.provenance()
-    free = _FREE | {name for name, value in provenance.items() if value == "auto"}  # a run records what it chose
-    settings = {name: value for name, value in provenance.items() if name not in free}
+    recorded = recorded_settings(config)
+    free = ONLY_HOW | {name for name, value in recorded.items() if value == "auto"}  # a run records what it chose
+    settings = {name: value for name, value in recorded.items() if name not in free}
     found = {name: value for name, value in manifest.provenance.config.items() if name not in free}
     if found != settings:
         wrong = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
@@ -106,14 +109,42 @@ def _point(config: TrainingConfig) -> SweepPoint:
     return SweepPoint(manifest.n_latents, config.k, manifest.evaluation["nmse"])
 
 
-_FREE = {"cache", "cache_gb", "overlap", "log_interval", "tensorboard", "wandb_project"}
-"""Settings that may differ between runs of one sweep: they do not change the dictionaries."""
-
-
 def _report(base: TrainingConfig, result: SweepResult) -> dict[str, Any]:
     return {
-        "settings": base.provenance(),
+        "settings": recorded_settings(base),
         "points": [asdict(point) for point in result.points],
         "fit": None if result.fit is None else result.fit.to_json(),
         "no_fit_because": result.reason,
     }
+
+
+def _draw(result: SweepResult, path: Path) -> None:
+    """Error against the number of latents, a line for every k, with the fitted law; nothing without matplotlib."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    points, fit = result.points, result.fit
+    figure = Figure(figsize=(6.4, 4.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    k_values = sorted({point.k for point in points})
+    colors = colormaps["viridis"](np.linspace(0.1, 0.85, len(k_values)))
+    for k, color in zip(k_values, colors, strict=True):
+        line = sorted((p.n_latents, p.loss) for p in points if p.k == k)
+        axes.plot(*zip(*line, strict=True), "o" if fit else "o-", color=color, label=f"k = {k}")
+        if fit is not None:
+            n = np.geomspace(line[0][0], line[-1][0], 50)
+            axes.plot(n, [fit.loss(round(size), k) for size in n], "-", color=color, linewidth=1.2)
+    axes.set(xscale="log", yscale="log", xlabel="latents n", ylabel="held-out NMSE")
+    axes.set_title("Points: runs. Lines: fitted L(n, k)." if fit else "Runs of the sweep", fontsize=10)
+    axes.set_xticks(ticks := sorted({p.n_latents for p in points}), [f"{n:,}" for n in ticks])
+    lowest, highest = min(p.loss for p in points), max(p.loss for p in points)
+    losses = sorted({float(f"{loss:.2g}") for loss in np.geomspace(lowest, highest, 6)})  # powers of ten are too few
+    axes.set_yticks(losses, [f"{loss:g}" for loss in losses])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path)

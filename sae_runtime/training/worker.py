@@ -17,11 +17,12 @@ from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
 from sae_runtime.progress import ProgressMeter
 from sae_runtime.training.activations.source import open_activation_source
-from sae_runtime.training.checkpoint import Checkpoint, check_identity, load_checkpoint, run_identity, save_checkpoint
+from sae_runtime.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sae_runtime.training.communicator import SINGLE, Communicator
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.distributed.sharded_checkpoint import workers_folder
 from sae_runtime.training.distributed.sharded_topk_trainer import ShardedTopKTrainer, whole_export
+from sae_runtime.training.identity import check_identity, run_identity
 from sae_runtime.training.initialisation import MEDIAN_SAMPLES
 from sae_runtime.training.run_log import RunLog
 from sae_runtime.training.trainers import StepMetrics, Trainer, new_trainer, restored_trainer
@@ -40,9 +41,9 @@ def check_distribution(config: TrainingConfig, workers: int, latent_shards: int)
         raise ValueError(f"{workers} workers with {latent_shards} latent shards: expected a multiple of the shards")
     if latent_shards > 1 and config.family != "topk":
         raise ValueError(f"latent shards are for the family topk, found {config.family}; use latent_shards = 1")
-    if config.n_lanes % workers:
+    if config.n_streams % workers:
         raise ValueError(
-            f"batch_tokens = {config.batch_tokens} is read in {config.n_lanes} data lanes, which {workers} workers "
+            f"batch_tokens = {config.batch_tokens} is read in {config.n_streams} data streams, which {workers} workers "
             "cannot share equally; set data_lanes to a multiple of the workers that divides batch_tokens"
         )
     if config.n_latents is not None and config.n_latents % latent_shards:

@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     facts["latents"] = f"{manifest.n_latents:,}"
     if fit:
-        facts["NMSE"] = f"{fit['nmse']:.4f} over {fit['n_tokens']:,} tokens (1 is predicting the mean)"
+        facts["NMSE"] = f"{fit['nmse']:.4f} over {fit['n_tokens']:,.0f} tokens (1 is predicting the mean)"
         facts["L0"] = f"{fit['l0']:.1f} active latents per token"
     facts["statistics"] = "none" if measured is None else f"over {measured.n_tokens:,} tokens"
     print_table(Console(highlight=False, markup=False), fact_table(facts))

@@ -12,7 +12,7 @@ from sae_runtime.training.config import TrainingConfig
 from service.cli.argument_types import natural
 from service.cli.command_error import CommandError
 from service.local_ray import StartError
-from service.training.distribution import Distribution, TrainingFailed
+from service.training.ray_session import Distribution, TrainingFailed
 
 
 def add_worker_flags(parser: argparse.ArgumentParser) -> None:

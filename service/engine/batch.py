@@ -1,18 +1,27 @@
-"""Runs batches of extract, encode and decode work on the backbone and the dictionaries (model thread only)."""
+"""Runs batches of one kind of work on the backbone and the dictionaries (model thread only).
+
+Each kind has a class that holds what its rows need; slices of it are pieces of a work. A runner takes the pieces of a
+batch and returns a result for each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae_runtime.causal.predictions import Predictions
+from sae_runtime.causal.report import TextScore, TokenScores
+from sae_runtime.causal.score import RowScore, ScoredRow, score_rows
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import InputStatistics, SparseFeatures
+from sae_runtime.dictionary.readings import Places, Readings
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
@@ -28,8 +37,8 @@ _RowFeatures = tuple[Csr, NDArray[np.float32] | None]
 
 
 @dataclass(frozen=True, slots=True)
-class ExtractPart:
-    """Rows of one ExtractWork that run in one batch."""
+class Extraction:
+    """Rows of tokens to extract features from."""
 
     rows: Sequence[tuple[int, ...]]
     dictionaries: Sequence[tuple[str, Dictionary, Site]]
@@ -37,19 +46,25 @@ class ExtractPart:
     aggregation: Aggregation
     reconstruction_error: bool
 
+    def __getitem__(self, rows: slice) -> Extraction:
+        return replace(self, rows=self.rows[rows])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EncodePart:
-    """Rows of one EncodeWork that run in one batch."""
+class Encoding:
+    """Rows of activations to encode."""
 
     dictionary: Dictionary
     x: NDArray[np.float32]
     selection: Selection
 
+    def __getitem__(self, rows: slice) -> Encoding:
+        return replace(self, x=self.x[rows])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Result of an EncodePart: as EncodeResult."""
+    """Result of an Encoding: as EncodeResult."""
 
     features: Csr
     mean: NDArray[np.float32] | None
@@ -57,16 +72,56 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DecodePart:
-    """Rows of one DecodeWork that run in one batch."""
+class Decoding:
+    """Rows of features to decode."""
 
     dictionary: Dictionary
     features: Csr
     mean: NDArray[np.float32] | None
     std: NDArray[np.float32] | None
 
+    def __getitem__(self, rows: slice) -> Decoding:
+        mean, std = (None if values is None else values[rows] for values in (self.mean, self.std))
+        return replace(self, features=self.features[rows], mean=mean, std=std)
 
-def run_extract(backbone: Backbone, parts: Sequence[ExtractPart]) -> list[list[list[DictionaryRows]]]:
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Rows to score, and the dictionaries that their edits name."""
+
+    rows: Sequence[ScoredRow]
+    dictionaries: Mapping[str, Dictionary]
+
+    def __getitem__(self, rows: slice) -> Scoring:
+        return replace(self, rows=self.rows[rows])
+
+
+Computations = tuple[Callable[[], Any], ...]
+"""Steps of a measurement: to begin a study, or to run variants of one."""
+
+
+def run_batch(backbone: Backbone, kind: str, pieces: Sequence[Any], readings: Readings) -> list[Any]:
+    """A result for each of the pieces, which are of one kind. What is encoded on the way is in `readings`.
+
+    Raises:
+        NonFiniteActivations: some piece's activations cannot be encoded. Which one is not told.
+    """
+    match kind:
+        case "extract":
+            return run_extract(backbone, pieces, readings)
+        case "encode":
+            return run_encode(pieces, readings)
+        case "decode":
+            return [_decode(piece) for piece in pieces]
+        case "score":
+            return run_scores(backbone, pieces)
+        case _:
+            return run_computations(pieces)
+
+
+def run_extract(
+    backbone: Backbone, parts: Sequence[Extraction], readings: Readings
+) -> list[list[list[DictionaryRows]]]:
     """One forward pass over all rows, up to the last site; then each dictionary on the tokens that asked for it.
 
     Returns, for each part, one list a row, of one entry a dictionary.
@@ -89,7 +144,7 @@ def run_extract(backbone: Backbone, parts: Sequence[ExtractPart]) -> list[list[l
     for dictionary, site in site_of.items():
         asking = [i for i, part in enumerate(parts) if any(asked is dictionary for _, asked, _ in part.dictionaries)]
         outcome = _read_dictionary(
-            dictionary, activations[site], [parts[i] for i in asking], [spans[i] for i in asking]
+            dictionary, activations[site], readings, [parts[i] for i in asking], [spans[i] for i in asking]
         )
         for i, per_row in zip(asking, outcome, strict=True):
             found[i][dictionary] = per_row
@@ -105,7 +160,8 @@ def run_extract(backbone: Backbone, parts: Sequence[ExtractPart]) -> list[list[l
 def _read_dictionary(
     dictionary: Dictionary,
     x: Tensor,
-    parts: Sequence[ExtractPart],
+    readings: Readings,
+    parts: Sequence[Extraction],
     spans: Sequence[Sequence[tuple[int, int]]],
 ) -> list[list[_RowFeatures]]:
     """One dictionary on the packed activations x [N, width]: for each part, one entry a row."""
@@ -125,16 +181,19 @@ def _read_dictionary(
             ranges.append(RowRange(stop - 1 if last else n, stop, part.selection, combine))
             errors.append((n, stop) if part.reconstruction_error else None)
             n = stop
+    tokens = _tokens(wanted)
+    features = _encode(dictionary, x, tokens, readings)
     if n < len(x):
-        x = x[_token_index(wanted).to(x.device)]
-    features = _encode(dictionary, x)
+        x = x[torch.from_numpy(tokens).to(x.device)]
     rows = zip(select(features, ranges), _reconstruction_errors(dictionary, x, features, errors), strict=True)
     return [list(islice(rows, len(part.rows))) for part in parts]
 
 
-def _encode(dictionary: Dictionary, x: Tensor) -> SparseFeatures:
+def _encode(dictionary: Dictionary, x: Tensor, tokens: Places, readings: Readings) -> SparseFeatures:
+    """The features of some tokens of x."""
+    readings.want(dictionary, tokens)
     try:
-        return dictionary.encode(x)
+        return readings.read(dictionary, x).rows(tokens)
     except ValueError as error:
         # Shapes were checked before the work was queued; what is left is values out of range.
         raise NonFiniteActivations(str(error)) from error
@@ -149,7 +208,7 @@ def _reconstruction_errors(
         return [None] * len(spans)
     n = sum(end - start for start, end in asked)
     if n < len(x):
-        index = _token_index(asked).to(x.device)
+        index = torch.from_numpy(_tokens(asked)).to(x.device)
         x, features = x[index], features[index]
     x = x.float()
     size = x.square().sum(dim=1)
@@ -167,15 +226,15 @@ def _reconstruction_errors(
     return found
 
 
-def _token_index(spans: Sequence[tuple[int, int]]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.arange(start, end) for start, end in spans]))
+def _tokens(spans: Sequence[tuple[int, int]]) -> Places:
+    return np.concatenate([np.arange(start, end) for start, end in spans])
 
 
-def run_encode(parts: Sequence[EncodePart]) -> list[Encoded]:
+def run_encode(parts: Sequence[Encoding], readings: Readings) -> list[Encoded]:
     """Encodes the rows of all parts, which are of one dictionary, at once."""
     dictionary = parts[0].dictionary
     x = torch.from_numpy(np.concatenate([part.x for part in parts]))
-    features = _encode(dictionary, x.to(dictionary.device))
+    features = _encode(dictionary, x.to(dictionary.device), np.arange(len(x)), readings)
     ends = list(accumulate(len(part.x) for part in parts))
     spans = list(zip([0, *ends], ends, strict=False))
     rows = select(
@@ -189,12 +248,8 @@ def run_encode(parts: Sequence[EncodePart]) -> list[Encoded]:
     return [Encoded(own, mean[start:end], std[start:end]) for own, (start, end) in zip(rows, spans, strict=True)]
 
 
-def run_decode(parts: Sequence[DecodePart]) -> list[NDArray[np.float32]]:
-    """Decodes the rows of all parts, which are of one dictionary: float32 [n, d_in] each."""
-    return [_decode(part) for part in parts]
-
-
-def _decode(part: DecodePart) -> NDArray[np.float32]:
+def _decode(part: Decoding) -> NDArray[np.float32]:
+    """The reconstructions of one piece: float32 [n, d_in]."""
     dictionary, csr = part.dictionary, part.features
     splits = csr.row_splits.astype(np.int64)
     counts = np.diff(splits)
@@ -228,3 +283,48 @@ def _decode(part: DecodePart) -> NDArray[np.float32]:
         x[rows] = dictionary.decode(features).float().cpu().numpy()
         start += len(rows)
     return x
+
+
+def run_scores(backbone: Backbone, pieces: Sequence[Scoring]) -> list[list[TextScore]]:
+    """Scores the rows of all pieces at once: for each piece, an entry a row."""
+    dictionaries: dict[str, Dictionary] = {}
+    for piece in pieces:
+        dictionaries |= piece.dictionaries
+    # The same name stands for different dictionaries where one was loaded anew meanwhile.
+    if any(dictionaries[name] is not named for piece in pieces for name, named in piece.dictionaries.items()):
+        return [run_scores(backbone, [piece])[0] for piece in pieces]
+    try:
+        scores = iter(score_rows(backbone, [row for piece in pieces for row in piece.rows], dictionaries))
+    except ValueError as error:
+        # Shapes and names were checked before the work was queued; what is left is values out of range.
+        raise NonFiniteActivations(str(error)) from error
+    return [[_text_score(next(scores)) for _ in piece.rows] for piece in pieces]
+
+
+def run_computations(pieces: Sequence[Computations]) -> list[list[Any]]:
+    """Runs the computations of all pieces one after the other."""
+    try:
+        return [[run() for run in piece] for piece in pieces]
+    except ValueError as error:
+        raise NonFiniteActivations(str(error)) from error  # as of scores
+
+
+def _text_score(score: RowScore) -> TextScore:
+    return TextScore(
+        _token_scores(score.unedited),
+        None if score.edited is None else _token_scores(score.edited),
+        None if score.kl is None else score.kl.float().cpu().numpy(),
+    )
+
+
+def _token_scores(predictions: Predictions) -> TokenScores:
+    """Without the entry after the last token, where no token follows."""
+    loss, correct = predictions.loss[:-1].float().cpu().numpy(), predictions.correct[:-1].cpu().numpy()
+    return TokenScores(
+        loss=loss,
+        correct=correct,
+        target_logits=predictions.target_logit[:-1].float().cpu().numpy(),
+        token_logits=predictions.token_logits.float().cpu().numpy(),
+        mean_loss=float(loss.mean(dtype=float)),
+        accuracy=float(correct.mean()),
+    )

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 
 from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
+from sae_runtime.dictionary.readings import Readings
 from sae_runtime.edits import Edit
 from sae_runtime.model.backbone import Backbone
-from sae_runtime.model.sites import Site
-from service.engine.admission import check_csr, check_row, check_row_edits, check_selection, split_rows
-from service.engine.batch import (
-    DecodePart,
-    EncodePart,
-    ExtractPart,
-    run_decode,
-    run_encode,
-)
-from service.engine.errors import EngineStopped
+from service.engine.admission import check_features, check_row_edits, check_rows
+from service.engine.batch import Decoding, Encoded, Encoding, Extraction, run_batch
+from service.engine.errors import DeviceLost, EngineStopped
+from service.engine.failures import run_isolated
 from service.engine.generation import RunningBatch, StepOutcome
-from service.engine.lanes import Lanes, extract_in_lanes
-from service.engine.measure import KINDS, Measurements, run_measurements
+from service.engine.measure import Measurements
 from service.engine.measure_work import (
     AblateResult,
     AblateWork,
@@ -39,8 +36,8 @@ from service.engine.measure_work import (
     ScoreResult,
     ScoreWork,
 )
-from service.engine.observer import EngineObserver
-from service.engine.scheduler import Part, Scheduler, Turn
+from service.engine.observer import EngineObserver, observe_readings
+from service.engine.scheduler import Piece, Scheduler, Turn, Work
 from service.engine.selection import join_arrays, join_rows
 from service.engine.sequence import GenerateRequest, Mailbox
 from service.engine.settings import EngineSettings
@@ -59,38 +56,30 @@ from service.engine.work import (
     WorkTiming,
 )
 
-SMALL_BACKBONE_BYTES = 64 << 20
-"""Generation steps of backbones with fewer bytes of weights run on few threads (see EngineSettings.decode_threads)."""
-SMALL_BACKBONE_THREADS = 2
-"""On two cores they were faster than one; more were never measured."""
 GIL_SWITCH_S = 0.0005
 """Longest time a busy event loop keeps the model thread waiting (see `Engine.start`)."""
 
 
 @dataclass(slots=True, eq=False)
-class _Request:
-    """One piece of work other than a generation: its parts and where its results go."""
+class _AwaitedWork(Work):
+    """A work and where its results go."""
 
-    parts: list[Part]
-    future: asyncio.Future[tuple[list[Any], WorkTiming]]
-    arrival: float
-    results: dict[Part, Any] = field(default_factory=dict)
-    queue_s: float = 0.0
-    compute_s: float = 0.0
+    future: asyncio.Future[tuple[list[Any], WorkTiming]] = field(kw_only=True)
+    arrival: float = field(kw_only=True)
+    number: int = field(kw_only=True)
+    """Tells the request from others, for whoever observes the engine."""
+    results: list[Any] = field(default_factory=list, init=False)
+    """One a piece, in order."""
+    queue_s: float = field(default=0.0, init=False)
+    compute_s: float = field(default=0.0, init=False)
 
 
 @dataclass(frozen=True, slots=True)
-class _Payload:
-    request: _Request
-    work: Any
-
-
-@dataclass(slots=True)
 class _BatchOutcome:
     kind: str
-    parts: list[Part]
+    pieces: list[Piece]
     results: list[Any]
-    """A result or an exception a part."""
+    """A result or an exception a piece."""
     begin: float
     seconds: float
 
@@ -115,18 +104,23 @@ class Engine:
         self.dictionaries = dict(dictionaries)
         self.settings = settings
         self._observer = observer
-        self._sites = {name: d.site_in(backbone) for name, d in self.dictionaries.items() if d.site is not None}
+        self._observe = None if observer is None else observer.features
+        self._numbers = itertools.count()
+        for dictionary in self.dictionaries.values():
+            if dictionary.site is not None:
+                dictionary.site_in(backbone)
         self._max_sequence_tokens = min(
             settings.max_sequence_tokens or sys.maxsize, settings.max_cache_tokens, backbone.context_length
         )
         if backbone.device.type != "cpu":
             settings = settings.model_copy(update={"split_batch_tokens": 0})
         self._scheduler: Scheduler[GenerateRequest] = Scheduler(settings)
-        self._running = RunningBatch(backbone, self.dictionaries, settings, self._max_sequence_tokens)
-        self._causal = Measurements(backbone, self.dictionaries, settings, self._run, self.extract)
-        self._requests: set[_Request] = set()
+        self._running = RunningBatch(
+            backbone, self.dictionaries, settings, self._max_sequence_tokens, observe=self._observe
+        )
+        self._measurements = Measurements(backbone, self.dictionaries, settings, self._run, self.extract)
+        self._works: set[_AwaitedWork] = set()
         self._generating: set[GenerateRequest] = set()
-        self._lanes: Lanes | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._accepting = False
@@ -176,7 +170,7 @@ class Engine:
     def snapshot(self) -> EngineSnapshot:
         """What waits and runs now."""
         return EngineSnapshot(
-            queued_items=self._scheduler.queued_parts + self._scheduler.queued_generations + self._running.n_waiting,
+            queued_items=self._scheduler.queued_works + self._scheduler.queued_generations + self._running.n_waiting,
             queued_tokens=self._scheduler.queued_tokens,
             active_generations=self._running.n_active,
             cache_tokens=self._running.reserved_tokens,
@@ -187,54 +181,46 @@ class Engine:
 
         `under_way`: for a later round of a request that was admitted before.
         """
-        dictionaries = [(name, self._dictionary(name), self._site(name)) for name in work.dictionaries]
-        if not dictionaries or not work.rows:
-            raise ValueError("extract needs at least one row and one dictionary")
-        for row in work.rows:
-            check_row(row, self.backbone, self.backbone.context_length)
-        for _, dictionary, _ in dictionaries:
-            check_selection(work.selection, dictionary)
+        check_rows(work.rows, self.backbone)
+        dictionaries = []
+        for name in work.dictionaries:
+            dictionary = find_dictionary(name, self.dictionaries)
+            if work.selection.kind == "features":
+                dictionary.check_latents(work.selection.features)
+            dictionaries.append((name, dictionary, dictionary.site_in(self.backbone)))
+        if not dictionaries:
+            raise ValueError("there are no dictionaries to extract from")
         # Rows share a batch if the forward pass stops at the same block for all of them.
         kind = ("extract", max(site for _, _, site in dictionaries).layer)
-        parts = []
-        for rows in split_rows(work.rows, min(self.settings.max_batch_tokens, self.settings.shared_batch_tokens)):
-            payload = ExtractPart(rows, dictionaries, work.selection, work.aggregation, work.reconstruction_error)
-            parts.append(Part(kind, sum(map(len, rows)), max(map(len, rows)), payload))
-        results, timing = await self._run(parts, under_way)
-        inputs: list[list[DictionaryRows]] = [entry for part in results for entry in part]
-        return ExtractResult(inputs, timing)
+        rows = Extraction(work.rows, dictionaries, work.selection, work.aggregation, work.reconstruction_error)
+        results: list[list[list[DictionaryRows]]]
+        results, timing = await self._run(kind, rows, list(map(len, work.rows)), under_way=under_way)
+        return ExtractResult(list(chain.from_iterable(results)), timing)
 
     async def encode(self, work: EncodeWork) -> EncodeResult:
         """The features of given activations."""
-        dictionary = self._dictionary(work.dictionary)
+        dictionary = find_dictionary(work.dictionary, self.dictionaries)
         if work.x.ndim != 2 or work.x.shape[0] < 1 or work.x.shape[1] != dictionary.d_in:
             raise ValueError(f"activations have shape {list(work.x.shape)}, expected [n, {dictionary.d_in}], n >= 1")
-        check_selection(work.selection, dictionary)
-        step = self.settings.max_batch_tokens
-        pieces = [work.x[start : start + step] for start in range(0, len(work.x), step)]
-        parts = [Part(("encode", dictionary), len(x), 0, EncodePart(dictionary, x, work.selection)) for x in pieces]
-        encoded, timing = await self._run(parts)
+        if work.selection.kind == "features":
+            dictionary.check_latents(work.selection.features)
+        rows = Encoding(dictionary, work.x, work.selection)
+        results: list[Encoded]
+        results, timing = await self._run(("encode", dictionary), rows, [1] * len(work.x))
         return EncodeResult(
-            join_rows([part.features for part in encoded]),
-            join_arrays([part.mean for part in encoded]),
-            join_arrays([part.std for part in encoded]),
+            join_rows([piece.features for piece in results]),
+            join_arrays([piece.mean for piece in results]),
+            join_arrays([piece.std for piece in results]),
             timing,
         )
 
     async def decode(self, work: DecodeWork) -> DecodeResult:
         """Reconstructions from given features."""
-        dictionary = self._dictionary(work.dictionary)
-        check_csr(work, dictionary)
-        step, n = self.settings.max_batch_tokens, len(work.features)
-        parts = []
-        for start in range(0, n, step):
-            rows = slice(start, min(start + step, n))
-            mean = None if work.mean is None else work.mean[rows]
-            std = None if work.std is None else work.std[rows]
-            payload = DecodePart(dictionary, work.features[rows], mean, std)
-            parts.append(Part(("decode", dictionary), rows.stop - rows.start, 0, payload))
-        decoded, timing = await self._run(parts)
-        x = join_arrays(decoded)
+        dictionary = find_dictionary(work.dictionary, self.dictionaries)
+        check_features(work, dictionary)
+        rows = Decoding(dictionary, work.features, work.mean, work.std)
+        results, timing = await self._run(("decode", dictionary), rows, [1] * len(work.features))
+        x = join_arrays(results)
         assert x is not None
         return DecodeResult(x, timing)
 
@@ -248,7 +234,7 @@ class Engine:
         self._check_accepting()
         self._check_generation(work)
         mailbox = Mailbox()
-        request = GenerateRequest(work, mailbox.put)
+        request = GenerateRequest(work, mailbox.deliver, next(self._numbers))
         free_slots = self.settings.max_concurrent_generations - self._running.n_active
         self._scheduler.put_generation(
             request, len(work.prompt), 0 if self._running.n_waiting else free_slots // work.n_sequences
@@ -258,7 +244,7 @@ class Engine:
         running = work.n_sequences
         try:
             while running:
-                for event in await mailbox.take():
+                for event in await mailbox.pop():
                     if isinstance(event, Exception):
                         raise event
                     running -= isinstance(event, GenerationEnd)
@@ -271,23 +257,23 @@ class Engine:
 
     async def resolve_references(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
         """The edits as `score` and `generate` take them: every "resample" made a "set"; references are token ids."""
-        return await self._causal.resolve_references(edits)
+        return await self._measurements.resolve_references(edits)
 
     async def score(self, work: ScoreWork) -> ScoreResult:
         """Teacher-forced scores of rows, unedited and edited."""
-        return await self._causal.score(work)
+        return await self._measurements.score(work)
 
     async def ablate(self, work: AblateWork) -> AblateResult:
         """What taking features away, one at a time, does to the predictions on rows."""
-        return await self._causal.ablate(work)
+        return await self._measurements.ablate(work)
 
     async def attribute(self, work: AttributeWork) -> AttributeResult:
         """Which features on which tokens drive a logit."""
-        return await self._causal.attribute(work)
+        return await self._measurements.attribute(work)
 
     async def contrast(self, work: ContrastWork) -> ContrastResult:
         """Which features tell two sets of rows apart, and an edit made of them."""
-        return await self._causal.contrast(work)
+        return await self._measurements.contrast(work)
 
     # Admission
 
@@ -297,80 +283,68 @@ class Engine:
 
     def _check_generation(self, work: GenerateWork) -> None:
         """ValueError or UnknownDictionary for work that cannot run."""
-        if work.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {work.max_new_tokens}, expected at least 1")
-        if work.samples < 1:
-            raise ValueError(f"samples is {work.samples}, expected at least 1")
-        if not work.sampling.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty is {work.sampling.repetition_penalty}, expected a positive number")
-        check_row(work.prompt, self.backbone, self._max_sequence_tokens - 1)
+        if work.max_new_tokens < 1 or work.samples < 1 or not work.sampling.repetition_penalty > 0:
+            raise ValueError("max_new_tokens, samples and repetition_penalty must be positive")
+        check_rows([work.prompt], self.backbone, at_most=self._max_sequence_tokens - 1)
         if work.stop and not self.backbone.has_tokenizer:
             raise ValueError("stop strings need a backbone with a tokenizer")
         for name in work.features.dictionaries if work.features else ():
-            self._dictionary(name)
-            self._site(name)
+            find_dictionary(name, self.dictionaries).require_site()
         check_row_edits(work.edits, self.dictionaries, len(work.prompt), self.backbone)
         self._running.check_fits(work)
 
-    def _dictionary(self, name: str) -> Dictionary:
-        return find_dictionary(name, self.dictionaries)
-
-    def _site(self, name: str) -> Site:
-        return self._sites.get(name) or self._dictionary(name).require_site()
-
     # Event loop
 
-    async def _run(self, parts: list[Part], under_way: bool = False) -> tuple[list[Any], WorkTiming]:
-        """Queues the parts of one request and waits for their results, which come in the same order.
+    async def _run(
+        self, kind: tuple[str, Hashable], content: Any, sizes: Sequence[int], *, under_way: bool = False
+    ) -> tuple[list[Any], WorkTiming]:
+        """Queues the rows of one request and waits for their results, one for each piece that ran, in order.
 
-        `under_way`: a later round of a request that was admitted before.
+        Args: as the fields of Work. `under_way`: a later round of a request that was admitted before.
         """
         self._check_accepting()
         assert self._loop is not None
-        request = _Request(parts, self._loop.create_future(), time.monotonic())
-        for part in parts:
-            part.payload = _Payload(request, part.payload)
-        self._scheduler.put(parts, under_way=under_way)
-        self._requests.add(request)
+        future = self._loop.create_future()
+        work = _AwaitedWork(kind, content, sizes, future=future, arrival=time.monotonic(), number=next(self._numbers))
+        self._scheduler.put(work, under_way=under_way)
+        self._works.add(work)
         self._idle.clear()
         try:
-            return await request.future
+            return await work.future
         finally:
-            self._requests.discard(request)
-            if len(request.results) < len(parts):
-                self._scheduler.discard(parts)
+            self._works.discard(work)
+            self._scheduler.discard(work)
             self._note_idle()
 
     def _note_idle(self) -> None:
-        if not self._requests and not self._generating:
+        if not self._works and not self._generating:
             self._idle.set()
 
-    def _take_batch(self, outcome: _BatchOutcome) -> None:
+    def _deliver_batch(self, outcome: _BatchOutcome) -> None:
         """Hands the results of a batch to those who wait for them."""
         waits = []
-        requests: set[_Request] = {part.payload.request for part in outcome.parts}
-        for request in requests:
-            if not request.results:
-                waits.append(outcome.begin - request.arrival)
-            request.queue_s = max(request.queue_s, outcome.begin - request.arrival)
-            request.compute_s += outcome.seconds
-        for part, result in zip(outcome.parts, outcome.results, strict=True):
-            request = part.payload.request
-            request.results[part] = result
-            if request.future.done():
+        for piece, result in zip(outcome.pieces, outcome.results, strict=True):
+            work = piece.work
+            assert isinstance(work, _AwaitedWork)
+            waited = outcome.begin - work.arrival
+            if piece.rows.start == 0:
+                waits.append(waited)
+            work.queue_s = max(work.queue_s, waited)
+            work.compute_s += outcome.seconds
+            work.results.append(result)
+            if work.future.done():
                 continue
-            if isinstance(result, BaseException):
-                request.future.set_exception(result)
-            elif len(request.results) == len(request.parts):
-                results = [request.results[part] for part in request.parts]
-                request.future.set_result((results, WorkTiming(request.queue_s, request.compute_s)))
+            if isinstance(result, Exception):
+                work.future.set_exception(result)
+            elif piece.rows.stop == len(work.sizes):
+                work.future.set_result((work.results, WorkTiming(work.queue_s, work.compute_s)))
         if self._observer is not None:
-            tokens = sum(part.tokens for part in outcome.parts)
-            self._observer.batch_done(outcome.kind, len(requests), tokens, outcome.seconds)
+            tokens = sum(piece.tokens for piece in outcome.pieces)
+            self._observer.batch_done(outcome.kind, len(outcome.pieces), tokens, outcome.seconds)
             for seconds in waits:
                 self._observer.waited(outcome.kind, seconds)
 
-    def _take_step(self, outcome: StepOutcome) -> None:
+    def _deliver_step(self, outcome: StepOutcome) -> None:
         """Hands the events of a generation step to their streams."""
         for request, event in outcome.events:
             request.deliver(event)
@@ -381,9 +355,9 @@ class Engine:
 
     def _fail_everything(self, error: Exception) -> None:
         self._accepting = False
-        for request in self._requests:
-            if not request.future.done():
-                request.future.set_exception(error)
+        for work in self._works:
+            if not work.future.done():
+                work.future.set_exception(error)
         for generating in self._generating:
             generating.deliver(error)
 
@@ -393,32 +367,19 @@ class Engine:
         try:
             if self.settings.torch_threads:
                 torch.set_num_threads(self.settings.torch_threads)
-            n_lanes = self.settings.batch_lanes or torch.get_num_threads()
-            if self.backbone.device.type == "cpu" and n_lanes > 1:
-                self._lanes = Lanes(n_lanes)
-            threads = torch.get_num_threads()
-            decode_threads = self.settings.decode_threads or (
-                min(threads, SMALL_BACKBONE_THREADS) if self.backbone.decode_bytes < SMALL_BACKBONE_BYTES else threads
-            )
             with torch.inference_mode():
-                while True:
-                    turn = self._scheduler.next_turn(lambda: self._running.n_active > 0)
-                    # A number of this thread's, cheap to change.
-                    torch.set_num_threads(decode_threads if turn is Turn.GENERATION else threads)
-                    if turn is Turn.STOP:
-                        return
+                while (turn := self._scheduler.next_turn(lambda: self._running.n_active > 0)) is not Turn.STOP:
                     if turn is Turn.GENERATION:
-                        self._call_soon(self._take_step, self._running.step(self._scheduler.next_generation))
+                        self._call_soon(self._deliver_step, self._running.step(self._scheduler.pop_generation))
                     else:
-                        self._call_soon(self._take_batch, self._run_batch(turn))
+                        self._call_soon(self._deliver_batch, self._run_batch(turn))
         except BaseException as error:
-            # A defect of the engine itself: nobody must wait for an answer that never comes.
+            # The device is lost, or the engine itself has a defect: nobody must wait for an answer that never comes.
             self._scheduler.close()
-            self._call_soon(self._fail_everything, EngineStopped(f"the model thread failed: {error!r}"))
+            is_lost = isinstance(error, DeviceLost)
+            failure = DeviceLost(str(error)) if is_lost else EngineStopped(f"the model thread failed: {error!r}")
+            self._call_soon(self._fail_everything, failure)
             raise
-        finally:
-            if self._lanes is not None:
-                self._lanes.close()
 
     def _call_soon(self, callback: Callable[[Any], None], argument: Any) -> None:
         assert self._loop is not None
@@ -428,27 +389,25 @@ class Engine:
             if not self._loop.is_closed():
                 raise
 
-    def _run_batch(self, parts: list[Part]) -> _BatchOutcome:
+    def _run_batch(self, pieces: list[Piece]) -> _BatchOutcome:
         begin = time.monotonic()
-        kind = parts[0].kind[0]
-        results = self._execute(kind, [part.payload.work for part in parts])
+        kind = pieces[0].work.kind[0]
+        results = run_isolated(partial(self._run_pieces, kind), pieces)
         seconds = time.monotonic() - begin
-        self._scheduler.batch_finished(parts, seconds)
-        return _BatchOutcome(kind, parts, results, begin, seconds)
+        self._scheduler.batch_finished(pieces, seconds)
+        return _BatchOutcome(kind, pieces, results, begin, seconds)
 
-    def _execute(self, kind: str, works: list[Any]) -> list[Any]:
-        """A result or an exception each. What fails together runs again one by one, so that only the culprit fails."""
-        try:
-            match kind:
-                case "extract":
-                    return list(extract_in_lanes(self.backbone, works, self._lanes))
-                case "encode":
-                    return list(run_encode(works))
-                case _ if kind in KINDS:
-                    return run_measurements(self.backbone, works)
-                case _:
-                    return list(run_decode(works))
-        except Exception as error:
-            if len(works) > 1:
-                return [self._execute(kind, [work])[0] for work in works]
-            return [error]
+    def _run_pieces(self, kind: str, pieces: Sequence[Piece]) -> list[Any]:
+        """A result a piece. Errors as `run_batch`."""
+        readings = Readings()
+        results = run_batch(self.backbone, kind, [piece.content for piece in pieces], readings)
+        if self._observe is not None and readings.made:
+            lengths: list[int] = []
+            requests: list[int] = []
+            for piece in pieces:
+                assert isinstance(piece.work, _AwaitedWork)
+                sizes = piece.work.sizes[piece.rows]
+                lengths += sizes
+                requests += [piece.work.number] * len(sizes)
+            observe_readings(self._observe, kind, readings, requests, lengths)
+        return results

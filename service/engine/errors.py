@@ -20,5 +20,9 @@ class EngineStopped(Exception):
     """The engine is not running: not started yet, draining, stopped or broken."""
 
 
+class DeviceLost(EngineStopped):
+    """The device failed for good. The engine has stopped, and its replica must be replaced."""
+
+
 class NonFiniteActivations(ValueError):
     """Activations or logits of this request are NaN or infinite: its input or its edits are out of range."""

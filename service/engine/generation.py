@@ -14,10 +14,22 @@ from sae_runtime.edits import EditOutOfRange
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.kv_cache import KVCache
 from service.engine.errors import NonFiniteActivations
+from service.engine.failures import raise_if_lost, release_tensors, run_isolated
+from service.engine.observer import FeatureObserver
 from service.engine.sequence import RESERVATION_STEP, Event, GeneratedSequence, GenerateRequest
 from service.engine.settings import EngineSettings
 from service.engine.step import Row, RowResult, StepRunner
 from service.engine.work import GenerateWork, GenerationEnd
+
+PREFILL_S = 0.2
+"""How long a step with prompts in it should take at most, while other sequences decode and wait for it."""
+PREFILL_STEPS = 4
+"""It may take this many times as long as a step without prompts, if that is more: most of what a short step takes is to
+read the weights, so that prompts in shorter ones would take more than a quarter longer in all."""
+LEAST_PREFILL_TOKENS = 32
+"""Prompt tokens of a step whatever it takes: fewer would cost nearly as much."""
+OLDEST_SHARE = 4
+"""The oldest prompt gets one part in this many of the prompt tokens of a step, or more."""
 
 
 @dataclass(slots=True)
@@ -36,13 +48,20 @@ class RunningBatch:
     """The running batch and its key-value cache. `step` decodes one token for every sequence in it."""
 
     def __init__(
-        self, backbone: Backbone, dictionaries: Mapping[str, Dictionary], settings: EngineSettings, max_tokens: int
+        self,
+        backbone: Backbone,
+        dictionaries: Mapping[str, Dictionary],
+        settings: EngineSettings,
+        max_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+        observe: FeatureObserver | None = None,
     ) -> None:
         """`max_tokens`: prompt and new tokens of one sequence."""
         self._backbone = backbone
         self._dictionaries = dictionaries
-        self._runner = StepRunner(backbone, dictionaries)
-        self._prefill_tokens = settings.prefill_chunk_tokens
+        self._runner = StepRunner(backbone, dictionaries, observe)
+        self._clock = clock
+        self._pace = PrefillPace(settings.prefill_chunk_tokens)
         self._max_tokens = max_tokens
         self._end_of_text = backbone.settings.eos_token_id
         self._has_text = backbone.has_tokenizer
@@ -103,7 +122,7 @@ class RunningBatch:
         Args:
             next_waiting: takes the next of those that wait, or returns None.
         """
-        begin = time.monotonic()
+        begin = self._clock()
         self._leave([sequence for sequence in self._active if sequence.request.cancelled])
         events = self._join(next_waiting)
         rows = self._rows()
@@ -112,7 +131,9 @@ class RunningBatch:
         for request in started:
             request.queue_s = begin - request.arrival
         results = self._run(rows)
-        seconds = time.monotonic() - begin
+        seconds = self._clock() - begin
+        if rows:
+            self._pace.note(sum(row.n for row in rows if row.sequence.in_prompt), seconds)
         for request in requests:
             request.compute_s += seconds
         for row, result in zip(rows, results, strict=True):
@@ -138,6 +159,8 @@ class RunningBatch:
                 try:
                     request.prepare_edits(self._dictionaries, self._backbone)
                 except Exception as error:
+                    raise_if_lost(error)
+                    release_tensors(error)
                     failed.append((request, error))
                     continue
                 for sequence in request.sequences:
@@ -159,10 +182,11 @@ class RunningBatch:
     # A step
 
     def _rows(self) -> list[Row]:
-        """Every sequence that decodes, and pieces of the prompts up to the prefill budget."""
+        """Every sequence that decodes, and pieces of the prompts."""
         following = {follower for sequence in self._active for follower in sequence.followers}
         prompts = [s for s in self._active if s.in_prompt and s not in following]
-        pieces = _shares([len(s.tokens) - s.past for s in prompts], self._prefill_tokens)
+        budget = self._pace.budget(others_decode=any(not s.in_prompt for s in self._active))
+        pieces = prompt_pieces([len(s.tokens) - s.past for s in prompts], budget)
         piece_of = {sequence: n for sequence, n in zip(prompts, pieces, strict=True) if n}
         return [
             Row(sequence, piece_of.get(sequence, 1))
@@ -171,20 +195,18 @@ class RunningBatch:
         ]
 
     def _run(self, rows: Sequence[Row]) -> list[RowResult | Exception]:
-        """A result a row, or why it failed."""
-        if not rows:
-            return []
+        """A result a row, or why it failed. No row has advanced then, so that those which fail together run again."""
+        return run_isolated(self._run_together, rows) if rows else []
+
+    def _run_together(self, rows: Sequence[Row]) -> list[RowResult | Exception]:
+        """As `_run`, but only edits that are out of range are told apart; what else fails is raised."""
         try:
-            return list(self._runner.run(rows, self._cache))
+            return [*self._runner.run(rows, self._cache)]
         except EditOutOfRange as error:
-            found = iter(self._run([row for i, row in enumerate(rows) if i not in error.rows]))
-            failure = NonFiniteActivations(str(error))
-            return [failure if i in error.rows else next(found) for i in range(len(rows))]
-        except Exception as error:
-            if len(rows) == 1:
-                return [error]
-        # One row failed all. None has advanced, so that they can run again, alone.
-        return [self._run([row])[0] for row in rows]
+            failed, failure = error.rows, NonFiniteActivations(str(error))
+        others = [row for i, row in enumerate(rows) if i not in failed]
+        results = iter(self._run_together(others) if others else [])
+        return [failure if i in failed else next(results) for i in range(len(rows))]
 
     def _advance(self, row: Row, result: RowResult | Exception) -> list[tuple[GenerateRequest, Event]]:
         """Takes one row's result into its sequences; what they deliver. Ended sequences leave."""
@@ -196,25 +218,25 @@ class RunningBatch:
         if isinstance(result, Exception):
             self._leave([s for s in self._active if s.request is request])
             return [(request, result)]
-        takers = row.takers
+        sampling = row.sampling
         sequence.past += row.n
         if result.features is not None:
             sequence.features.append(result.features)
-        if sequence.followers and takers:
+        if sequence.followers and sampling:
             self._cache.copy(sequence.slot, [follower.slot for follower in sequence.followers], sequence.past)
             for follower in sequence.followers:
                 follower.past = sequence.past
             sequence.followers = []
-        if not takers:  # in the midst of its prompt
-            return [(request, event) for event in sequence.take_features()]
+        if not sampling:  # in the midst of its prompt
+            return [(request, event) for event in sequence.pop_features()]
         events: list[tuple[GenerateRequest, Event]] = []
-        for own, sampled in zip(takers, result.sampled, strict=True):
+        for receiver, sampled in zip(sampling, result.sampled, strict=True):
             is_end = sampled.id == self._end_of_text
-            is_full = len(own.tokens) + 1 >= self._max_tokens
-            for event in own.take(sampled, self._piece(sampled.id), is_end=is_end, is_full=is_full):
+            is_full = len(receiver.tokens) + 1 >= self._max_tokens
+            for event in receiver.append(sampled, self._piece(sampled.id), is_end=is_end, is_full=is_full):
                 events.append((request, event))
                 if isinstance(event, GenerationEnd):
-                    self._leave([own])
+                    self._leave([receiver])
         return events
 
     def _piece(self, token: int) -> bytes:
@@ -226,19 +248,55 @@ class RunningBatch:
             return b""
 
 
-def _shares(pending: Sequence[int], budget: int) -> list[int]:
-    """Splits the budget evenly over prompts with `pending` tokens each; what the short ones leave goes to the long."""
-    shares = [0] * len(pending)
-    if budget < len(pending):
-        for i, n in enumerate(pending):  # first come, first served: an even share would be less than a token
-            shares[i] = min(n, budget)
-            budget -= shares[i]
-        return shares
-    order = sorted(range(len(pending)), key=pending.__getitem__)
-    for place, i in enumerate(order):
-        shares[i] = min(pending[i], budget // (len(order) - place))
-        budget -= shares[i]
-    return shares
+class PrefillPace:
+    """How many prompt tokens a step may run beside sequences that decode, by the speed of the steps before."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self._most_tokens = most_tokens
+        self._budget = most_tokens
+        self._tokens_per_s = 0.0
+        """Of steps with prompts; 0 before the first one."""
+        self._plain_s = 0.0
+        """Of steps without."""
+
+    def budget(self, *, others_decode: bool) -> int:
+        """Prompt tokens of the next step. Where nothing decodes nobody waits for it, and it has all that it may."""
+        self._budget = self._most_tokens
+        if others_decode:
+            step_s = max(PREFILL_S, PREFILL_STEPS * self._plain_s)
+            self._budget = min(max(int(self._tokens_per_s * step_s), LEAST_PREFILL_TOKENS), self._most_tokens)
+        return self._budget
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """A step ran that many prompt tokens. A few tell nothing: what they take is mostly what any step takes."""
+        if tokens == 0:
+            self._plain_s = _running_mean(self._plain_s, seconds)
+        elif 2 * tokens >= self._budget:
+            self._tokens_per_s = _running_mean(self._tokens_per_s, tokens / max(seconds, 1e-6))
+
+
+def _running_mean(mean: float, value: float) -> float:
+    """The mean of what was seen, the later the more; 0 is nothing yet."""
+    return (mean + value) / 2 if mean else value
+
+
+def prompt_pieces(pending: Sequence[int], budget: int) -> list[int]:
+    """How many tokens of each prompt run next, of prompts with `pending` tokens left, the oldest first.
+
+    The prompt with the fewest tokens left goes first. So prompts that arrive together end one after the other, each as
+    early as it can, and a short one does not wait for a long one. The oldest always gets its share, so that no prompt
+    waits for ever.
+    """
+    pieces = [0] * len(pending)
+    if not pending:
+        return pieces
+    pieces[0] = min(pending[0], math.ceil(budget / OLDEST_SHARE))
+    budget -= pieces[0]
+    for i in sorted(range(len(pending)), key=lambda i: pending[i] - pieces[i]):
+        more = min(pending[i] - pieces[i], budget)
+        pieces[i] += more
+        budget -= more
+    return pieces
 
 
 def _non_finite(sequence: GeneratedSequence) -> NonFiniteActivations:

@@ -1,16 +1,17 @@
-"""Causal measurements as work of the engine: cut into parts of the token budget, so that they take turns with the rest.
+"""Causal measurements as work of the engine: rounds of the token budget's size, so that they take turns with the rest.
 
-An ablation study or an attribution first runs its rows (one part for each batch of them), then the variants that this
-shows to be needed, a few batches at a time: other work gets its turns in between, the queue is never flooded, and a
+An ablation study or an attribution first runs its rows, a batch of them at a time, then the variants that this shows to
+be needed, a few batches at a time: other work gets its turns in between, the queue is never flooded, and a
 cancelled call leaves at most one batch to run.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,6 @@ from sae_runtime.causal.ablation import (
 from sae_runtime.causal.ablation_summary import StudyResult, summarize
 from sae_runtime.causal.attribution import AttributionStudy, Target
 from sae_runtime.causal.contrast import contrast_features
-from sae_runtime.causal.predictions import Predictions
 from sae_runtime.causal.report import (
     Attribution,
     FeatureAttribution,
@@ -34,18 +34,16 @@ from sae_runtime.causal.report import (
     FeatureId,
     SetScore,
     SuggestionTrial,
-    TextScore,
-    TokenScores,
 )
-from sae_runtime.causal.score import RowScore, ScoredRow, score_rows
+from sae_runtime.causal.score import ScoredRow
 from sae_runtime.causal.suggestion import STRENGTH_FACTORS, at_strength, set_score, suggest_edit
 from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
 from sae_runtime.edits import Edit, resolve_references
 from sae_runtime.edits.edit import terms
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
-from service.engine.admission import check_row, check_row_edits, split_rows
-from service.engine.errors import NonFiniteActivations
+from service.engine.admission import check_row_edits, check_rows, check_tokens
+from service.engine.batch import Scoring
 from service.engine.measure_work import (
     AblateResult,
     AblateWork,
@@ -56,57 +54,25 @@ from service.engine.measure_work import (
     ScoreResult,
     ScoreWork,
 )
-from service.engine.scheduler import Part
 from service.engine.settings import EngineSettings
 from service.engine.work import Csr, DictionaryRows, ExtractResult, ExtractWork, Selection, WorkTiming
 
-KINDS = ("score", "ablate", "attribute", "resample")
-"""Names of the work that `run_measurements` runs."""
 BATCHES_AT_ONCE = 2
 """Batches of variants of one study that wait in the queue together."""
 
-RunParts = Callable[[list[Part], bool], Awaitable[tuple[list[Any], WorkTiming]]]
+
+class Run(Protocol):
+    """Engine._run."""
+
+    def __call__(
+        self, kind: tuple[str, Hashable], content: Any, sizes: Sequence[int], *, under_way: bool = False
+    ) -> Awaitable[tuple[list[Any], WorkTiming]]: ...
 
 
 class Extract(Protocol):
     """Engine.extract."""
 
     def __call__(self, work: ExtractWork, *, under_way: bool = False) -> Awaitable[ExtractResult]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ScorePart:
-    """Rows to score; those of several requests run together."""
-
-    rows: list[ScoredRow]
-    dictionaries: Mapping[str, Dictionary]
-
-
-@dataclass(frozen=True, slots=True)
-class Computation:
-    """Work that runs alone in its batch: a study to begin, or variants of one."""
-
-    run: Callable[[], Any]
-
-
-def run_measurements(backbone: Backbone, parts: Sequence[ScorePart | Computation]) -> list[Any]:
-    """The results of parts of one kind (model thread only)."""
-    try:
-        computations = [part for part in parts if isinstance(part, Computation)]
-        if computations:
-            return [part.run() for part in computations]
-        scores = [part for part in parts if isinstance(part, ScorePart)]
-        dictionaries: dict[str, Dictionary] = {}
-        for part in scores:
-            dictionaries |= part.dictionaries
-        # The same name stands for different dictionaries where one was loaded anew meanwhile.
-        if any(dictionaries[name] is not each for part in scores for name, each in part.dictionaries.items()):
-            return [run_measurements(backbone, [part])[0] for part in scores]
-        found = iter(score_rows(backbone, [row for part in scores for row in part.rows], dictionaries))
-        return [[_scored(next(found)) for _ in part.rows] for part in scores]
-    except ValueError as error:
-        # Shapes and names were checked before the work was queued; what is left is values out of range.
-        raise NonFiniteActivations(str(error)) from error
 
 
 @dataclass(slots=True)
@@ -137,8 +103,8 @@ class Measurements:
     backbone: Backbone
     dictionaries: Mapping[str, Dictionary]
     settings: EngineSettings
-    run_parts: RunParts
-    """Queues the parts of one round and waits for their results."""
+    run: Run
+    """Queues the rows of one round and waits for their results."""
     extract: Extract
     _budget: int = field(init=False)
 
@@ -154,7 +120,7 @@ class Measurements:
             if edit.reference is not None:
                 text = edit.reference.text
                 assert isinstance(text, tuple), "references are token ids"
-                self._check_rows([text], 1)
+                check_rows([text], self.backbone)
                 pieces.append((len(text), partial(resolve_references, [edit], self.dictionaries, self.backbone)))
         resolved = iter(await self._compute("resample", pieces, _Timer()))
         return tuple(edit if edit.reference is None else next(resolved)[0] for edit in edits)
@@ -163,37 +129,31 @@ class Measurements:
 
     async def score(self, work: ScoreWork, *, under_way: bool = False) -> ScoreResult:
         """Errors: those of the engine; EditConflict and InvalidEdit (ValueErrors)."""
-        self._check_rows(work.rows, 2)
-        self._check_tokens(work.logit_tokens)
+        check_rows(work.rows, self.backbone, at_least=2)
+        check_tokens(work.logit_tokens, self.backbone)
         edits = work.edits or ((),) * len(work.rows)
         if len(edits) != len(work.rows):
             raise ValueError(f"there are edits of {len(edits)} rows, expected {len(work.rows)}")
-        for row, own in zip(work.rows, edits, strict=True):
-            check_row_edits(own, self.dictionaries, len(row), self.backbone)
-        edited = any(edits)
-        named = {edit.dictionary for own in edits for edit in own}
-        named |= {term.dictionary for own in edits for edit in own for term in terms(edit.condition) if term.dictionary}
+        for row, row_edits in zip(work.rows, edits, strict=True):
+            check_row_edits(row_edits, self.dictionaries, len(row), self.backbone)
+        all_edits = list(chain.from_iterable(edits))
+        named = {edit.dictionary for edit in all_edits}
+        named |= {term.dictionary for edit in all_edits for term in terms(edit.condition) if term.dictionary}
         dictionaries = {name: self.dictionaries[name] for name in named}
-        # An edited row runs twice.
-        pieces = split_rows(work.rows, self._budget // 2 if edited else self._budget)
-        parts, at = [], 0
-        for rows in pieces:
-            scored = [
-                ScoredRow(row, own, work.logit_tokens, work.max_relative_change)
-                for row, own in zip(rows, edits[at : at + len(rows)], strict=True)
-            ]
-            at += len(rows)
-            tokens = sum(map(len, rows)) * (2 if edited else 1)
-            parts.append(Part(("score", None), tokens, max(map(len, rows)), ScorePart(scored, dictionaries)))
-        results, timing = await self.run_parts(parts, under_way)
-        return ScoreResult([row for part in results for row in part], timing)
+        rows = [
+            ScoredRow(row, row_edits, work.logit_tokens, work.max_relative_change)
+            for row, row_edits in zip(work.rows, edits, strict=True)
+        ]
+        sizes = [len(row.tokens) * (2 if row.edits else 1) for row in rows]  # an edited row runs twice
+        results, timing = await self.run(("score", None), Scoring(rows, dictionaries), sizes, under_way=under_way)
+        return ScoreResult(list(chain.from_iterable(results)), timing)
 
     # Ablation
 
     async def ablate(self, work: AblateWork) -> AblateResult:
         """Errors: those of the engine; ValueError for a mean that the dictionary has no statistics of."""
-        self._check_rows(work.rows, 2)
-        self._check_tokens(work.logit_tokens)
+        check_rows(work.rows, self.backbone, at_least=2)
+        check_tokens(work.logit_tokens, self.backbone)
         timer = _Timer()
         features = work.features
         if not features:
@@ -224,9 +184,9 @@ class Measurements:
             (study,) = await self._compute("ablate", [(_size(rows), partial(begin, rows))], timer)
             batches = in_batches(study.variants, self._budget)
             n_variants += len(study.variants)
-            found = await self._compute("ablate", [_variants(study, batch) for batch in batches], timer)
-            effects: list[VariantEffect] = [effect for batch in found for effect in batch]
-            results.append(StudyResult.of(study, effects))
+            computed: list[list[VariantEffect]]
+            computed = await self._compute("ablate", [_variants(study, batch) for batch in batches], timer)
+            results.append(StudyResult.of(study, list(chain.from_iterable(computed))))
         report = await asyncio.to_thread(
             summarize,
             features,
@@ -245,16 +205,16 @@ class Measurements:
             (_size(rows), partial(total_activation, self.backbone, dictionaries, rows))
             for rows in split_rows(work.rows, self._budget)
         ]
-        found: list[dict[str, torch.Tensor]] = await self._compute("ablate", pieces, timer)
-        totals = {name: torch.stack([piece[name] for piece in found]).sum(0) for name in dictionaries}
+        activations: list[dict[str, torch.Tensor]] = await self._compute("ablate", pieces, timer)
+        totals = {name: torch.stack([piece[name] for piece in activations]).sum(0) for name in dictionaries}
         return strongest_features(totals, work.strongest)
 
     # Attribution
 
     async def attribute(self, work: AttributeWork) -> AttributeResult:
         """Errors: those of the engine."""
-        self._check_rows([work.row], 1)
-        self._check_tokens([token for token in (work.target, work.foil) if token is not None])
+        check_rows([work.row], self.backbone)
+        check_tokens([token for token in (work.target, work.foil) if token is not None], self.backbone)
         dictionaries = {name: self._dictionary(name) for name in work.dictionaries}
         if not dictionaries or work.count < 1:
             raise ValueError("an attribution needs at least one dictionary and a count of at least 1")
@@ -270,8 +230,8 @@ class Measurements:
         step = max(1, self._budget // study.length)
         pairs = study.attributions
         pieces = [pairs[start : start + step] for start in range(0, len(pairs), step)]
-        found = await self._compute("attribute", [_ablations(study, piece) for piece in pieces], timer)
-        report = study.report([each for piece in found for each in piece])
+        attributions = await self._compute("attribute", [_ablations(study, piece) for piece in pieces], timer)
+        report = study.report(list(chain.from_iterable(attributions)))
         return AttributeResult(report, target, timer.timing)
 
     # Contrast
@@ -280,7 +240,7 @@ class Measurements:
         """Errors: those of the engine."""
         if min(len(work.a), len(work.b)) < 2:
             raise ValueError(f"the sets have {len(work.a)} and {len(work.b)} rows, expected at least 2 each")
-        self._check_rows([*work.a, *work.b], 1)
+        check_rows([*work.a, *work.b], self.backbone)
         for name in work.dictionaries:
             self._dictionary(name)
         timer = _Timer()
@@ -314,22 +274,22 @@ class Measurements:
     ) -> tuple[Edit, ...]:
         """Edits with the surest features that can be turned towards set a."""
         chosen: list[tuple[FeatureContrast, float]] = []
-        for each in features:
-            statistics = self._dictionary(each.feature.dictionary).statistics
-            maximum = 0.0 if statistics is None else float(statistics.max[each.feature.feature])
-            if each.auc != 0.5 and (each.auc < 0.5 or maximum > 0):
-                chosen.append((each, maximum))
+        for contrast in features:
+            statistics = self._dictionary(contrast.feature.dictionary).statistics
+            maximum = 0.0 if statistics is None else float(statistics.max[contrast.feature.feature])
+            if contrast.auc != 0.5 and (contrast.auc < 0.5 or maximum > 0):
+                chosen.append((contrast, maximum))
             if len(chosen) == work.suggest:
                 break
         edits = []
-        for each, maximum in chosen:
-            selection = Selection("features", features=(each.feature.feature,))
+        for contrast, maximum in chosen:
+            selection = Selection("features", features=(contrast.feature.feature,))
             peaks: list[float] = []
             for rows in split_rows(work.a, BATCHES_AT_ONCE * self._budget):
-                asked = ExtractWork(tuple(rows), (each.feature.dictionary,), selection, aggregation="max")
-                found = await self._extract(asked, timer)
-                peaks += [float(entry[0].features.values.max(initial=0.0)) for entry in found]
-            edits.append(suggest_edit(each, peaks, maximum))
+                asked = ExtractWork(tuple(rows), (contrast.feature.dictionary,), selection, aggregation="max")
+                extracted = await self._extract(asked, timer)
+                peaks += [float(entry[0].features.values.max(initial=0.0)) for entry in extracted]
+            edits.append(suggest_edit(contrast, peaks, maximum))
         return tuple(edits)
 
     async def _try(self, work: ContrastWork, edits: tuple[Edit, ...], timer: _Timer) -> SuggestionTrial:
@@ -355,30 +315,17 @@ class Measurements:
         results: list[Any] = []
         for at in range(0, len(pieces), BATCHES_AT_ONCE):
             chunk = pieces[at : at + BATCHES_AT_ONCE]
-            found, timing = await self.run_parts(_computations(kind, chunk), timer.under_way)
+            sizes, runs = zip(*chunk, strict=True)
+            # Of a kind of its own: it shares batches with nobody.
+            computed, timing = await self.run((kind, object()), runs, sizes, under_way=timer.under_way)
             timer.add(timing)
-            results += found
+            results += chain.from_iterable(computed)
         return results
 
     async def _extract(self, work: ExtractWork, timer: _Timer) -> list[list[DictionaryRows]]:
         result = await self.extract(work, under_way=timer.under_way)
         timer.add(result.timing)
         return result.inputs
-
-    # Admission
-
-    def _check_rows(self, rows: Sequence[tuple[int, ...]], least: int) -> None:
-        if not rows:
-            raise ValueError("there are no rows, expected at least one")
-        for row in rows:
-            check_row(row, self.backbone, self.backbone.context_length)
-            if len(row) < least:
-                raise ValueError(f"a row has {len(row)} tokens, expected at least {least}")
-
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            if not 0 <= token < self.backbone.vocab_size:
-                raise ValueError(f"token id {token} is outside the vocabulary of {self.backbone.vocab_size}")
 
     def _dictionary(self, name: str) -> Dictionary:
         dictionary = find_dictionary(name, self.dictionaries)
@@ -388,8 +335,16 @@ class Measurements:
         return dictionary
 
 
-def _computations(kind: str, pieces: Sequence[tuple[int, Callable[[], Any]]]) -> list[Part]:
-    return [Part((kind, object()), tokens, 0, Computation(run)) for tokens, run in pieces]
+def split_rows(rows: Sequence[tuple[int, ...]], budget: int) -> list[Sequence[tuple[int, ...]]]:
+    """Consecutive rows of at most `budget` tokens together; a longer row stands alone."""
+    rounds: list[Sequence[tuple[int, ...]]] = []
+    start = tokens = 0
+    for i, row in enumerate(rows):
+        if i > start and tokens + len(row) > budget:
+            rounds.append(rows[start:i])
+            start, tokens = i, 0
+        tokens += len(row)
+    return [*rounds, rows[start:]]
 
 
 def _size(rows: Sequence[tuple[int, ...]]) -> int:
@@ -420,24 +375,3 @@ def _dense(rows: Sequence[Csr], active: Sequence[int]) -> torch.Tensor:
         columns = [place[int(latent)] for latent in row.indices]
         dense[i, columns] = torch.from_numpy(row.values)
     return dense
-
-
-def _scored(score: RowScore) -> TextScore:
-    return TextScore(
-        _token_scores(score.unedited),
-        None if score.edited is None else _token_scores(score.edited),
-        None if score.kl is None else score.kl.float().cpu().numpy(),
-    )
-
-
-def _token_scores(predictions: Predictions) -> TokenScores:
-    """Without the entry after the last token, where no token follows."""
-    loss, correct = predictions.loss[:-1].float().cpu().numpy(), predictions.correct[:-1].cpu().numpy()
-    return TokenScores(
-        loss=loss,
-        correct=correct,
-        target_logits=predictions.target_logit[:-1].float().cpu().numpy(),
-        token_logits=predictions.token_logits.float().cpu().numpy(),
-        mean_loss=float(loss.mean(dtype=float)),
-        accuracy=float(correct.mean()),
-    )

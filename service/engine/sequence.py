@@ -23,8 +23,10 @@ Event = GeneratedTokens | GenerationEnd | Exception
 class GenerateRequest:
     """One Generate request. Only `cancelled` is written by the event loop."""
 
-    def __init__(self, work: GenerateWork, deliver: Callable[[Event], None]) -> None:
+    def __init__(self, work: GenerateWork, deliver: Callable[[Event], None], number: int = 0) -> None:
         self.work = work
+        self.number = number
+        """Tells it from other requests, for whoever observes the engine."""
         self.deliver = deliver
         """Takes the events of this request, on the event loop."""
         self.cancelled = False
@@ -86,8 +88,8 @@ class GeneratedSequence:
         """Whether tokens of the prompt have yet to be run."""
         return self.past < len(self.request.work.prompt)
 
-    def take(self, sampled: SampledToken, piece: bytes, *, is_end: bool, is_full: bool) -> list[Event]:
-        """Takes the next token; what that delivers.
+    def append(self, sampled: SampledToken, piece: bytes, *, is_end: bool, is_full: bool) -> list[Event]:
+        """Appends the next token. Returns what that delivers.
 
         Args:
             sampled: the token.
@@ -119,8 +121,8 @@ class GeneratedSequence:
             events.append(self._end(reason))
         return events
 
-    def take_features(self) -> list[Event]:
-        """Delivers the features of a piece of the prompt."""
+    def pop_features(self) -> list[Event]:
+        """The features of a piece of the prompt, to be delivered."""
         if not self.features:
             return []
         tokens = GeneratedTokens(features=self.features, sample=self.sample, unedited=self.unedited)
@@ -147,11 +149,11 @@ class Mailbox:
         self._events: list[Event] = []
         self._filled = asyncio.Event()
 
-    def put(self, event: Event) -> None:
+    def deliver(self, event: Event) -> None:
         self._events.append(event)
         self._filled.set()
 
-    async def take(self) -> list[Event]:
+    async def pop(self) -> list[Event]:
         """Waits for events and takes all; tokens that follow one another in a sequence are one event."""
         await self._filled.wait()
         self._filled.clear()
@@ -190,16 +192,16 @@ class TextStream:
 
     def push(self, token: bytes) -> str:
         """Takes the next token's bytes and returns the text that is certain now; never more after a stop string."""
-        return self._take(self._decoder.decode(token))
+        return self._release(self._decoder.decode(token))
 
     def finish(self) -> str:
         """The end of the sequence: returns what was held back. A character that was cut becomes U+FFFD."""
-        text = self._take(self._decoder.decode(b"", final=True))
+        text = self._release(self._decoder.decode(b"", final=True))
         if self.stopped_by is None:
             text, self._held = text + self._held, ""
         return text
 
-    def _take(self, text: str) -> str:
+    def _release(self, text: str) -> str:
         if self.stopped_by is not None:
             return ""
         if not self._matchers:

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import logging
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+logger = logging.getLogger(__name__)
+
+GONE = {
+    "batch_lanes": "torch's own threads run a batch (torch_threads)",
+    "decode_threads": "torch_threads holds for generation as well",
+}
+"""Settings of earlier versions, and why they are gone."""
 
 
 class EngineSettings(BaseModel):
     """Settings of one replica's engine. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_gone(cls, values: Any) -> Any:
+        """A file of an earlier version still works: what is gone is left out, with a warning."""
+        if not isinstance(values, dict):
+            return values
+        for name in GONE.keys() & values.keys():
+            logger.warning("the setting engine.%s is gone and does nothing; remove it: %s", name, GONE[name])
+        return {name: value for name, value in values.items() if name not in GONE}
 
     max_batch_tokens: int = Field(
         2048,
@@ -54,30 +75,19 @@ class EngineSettings(BaseModel):
     prefill_chunk_tokens: int = Field(
         512,
         ge=1,
-        description="Prompt tokens that run in one generation step, shared evenly by the prompts that are under way: "
-        "a long prompt does not stall other streams.",
+        description="Most prompt tokens that run in one generation step. While other sequences decode there are fewer: "
+        "as many as take about 0.2 s, or four times a step without prompts. The prompt with the fewest tokens left "
+        "goes first.",
     )
     generation_steps_per_batch: int = Field(
         4,
         ge=1,
         description="Generation steps between two batches of other work, while both wait.",
     )
-    batch_lanes: int = Field(
-        0,
-        ge=0,
-        description="On the CPU, threads that a batch of extractions is shared out to, a core each; 0 is one for each "
-        "torch thread, 1 splits every operation instead.",
-    )
     shared_batch_tokens: int = Field(
         512,
         ge=1,
         description="As max_batch_tokens while generations run: how much other work goes between their tokens.",
-    )
-    decode_threads: int = Field(
-        0,
-        ge=0,
-        description="CPU threads of a generation step's operations. 0 is at most two for a backbone of under 64 MiB, "
-        "whose operations are short (more were not measured), and torch_threads for a larger one.",
     )
     torch_threads: int = Field(
         0, ge=0, description="CPU threads of the model thread's operations; 0 is torch's choice."

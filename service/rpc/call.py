@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -20,7 +20,6 @@ from google.protobuf.message import DecodeError, Message
 from service.engine.work import WorkTiming
 from service.pb.saeserve.v1 import common_pb2
 from service.rpc.errors import GrpcContext, RpcError, Violation, as_rpc_error, invalid_argument, set_error, unavailable
-from service.rpc.readiness import Readiness
 
 if TYPE_CHECKING:
     from service.metrics import Metrics
@@ -61,6 +60,7 @@ class Call:
 
     def __init__(self) -> None:
         self.arrived = time.perf_counter()
+        self._submitted = self.arrived
         self.request_id = uuid.uuid4().hex
         """The client's, once `identify` has read it."""
 
@@ -82,14 +82,49 @@ class Call:
             )
         self.request_id = request_id
 
-    def timing(self, work: WorkTiming, submitted: float) -> common_pb2.Timing:
-        """The timing of a reply; `submitted` is when (time.perf_counter) the work was given to the engine."""
+    def submit(self) -> None:
+        """To be called when the request has been read, as its work is given to the engine."""
+        self._submitted = time.perf_counter()
+
+    def timing(self, work: WorkTiming) -> common_pb2.Timing:
+        """The timing of a reply: what the engine took, and what passed before it had the work."""
         now = time.perf_counter()
         return common_pb2.Timing(
-            queue_ms=1000 * (submitted - self.arrived + work.queue_s),
+            queue_ms=1000 * (self._submitted - self.arrived + work.queue_s),
             compute_ms=1000 * work.compute_s,
             total_ms=1000 * (now - self.arrived),
         )
+
+
+State = Literal["starting", "serving", "draining"]
+
+
+class Readiness:
+    """Whether a replica takes calls: a state that can be waited on. All methods belong to one event loop."""
+
+    def __init__(self) -> None:
+        self._state: State = "starting"
+        self._changed = asyncio.Event()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def serving(self) -> bool:
+        return self._state == "serving"
+
+    def set(self, state: State) -> None:
+        """Changes the state and wakes those who wait."""
+        self._state = state
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_beyond(self, state: State) -> State:
+        """Returns the state once it is not `state`."""
+        while self._state == state:
+            await self._changed.wait()
+        return self._state
 
 
 class CallWrapper:

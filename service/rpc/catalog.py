@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from service.pb.saeserve.v1 import catalog_service_pb2 as pb
 from service.rpc.call import Call
 from service.rpc.errors import Violation, invalid_argument
-from service.rpc.served import ServedModel
+from service.rpc.model import ServedModel
 
 if TYPE_CHECKING:
     from sae_runtime import Dictionary
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 class CatalogRpc:
     """Handlers of CatalogService."""
 
-    def __init__(self, served: ServedModel) -> None:
-        self._served = served
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
 
     async def ListDictionaries(self, request: pb.ListDictionariesRequest, call: Call) -> pb.ListDictionariesResponse:
         return pb.ListDictionariesResponse(
             request_id=call.request_id,
-            dictionaries=[_describe(name, dictionary) for name, dictionary in self._served.dictionaries.items()],
+            dictionaries=[_describe(name, dictionary) for name, dictionary in self._model.dictionaries.items()],
         )
 
     async def GetDictionary(self, request: pb.GetDictionaryRequest, call: Call) -> pb.GetDictionaryResponse:
         if not request.name:
             raise invalid_argument([Violation("name", "is empty, expected a dictionary's name")])
-        self._served.require([request.name])
-        dictionary = self._served.dictionaries[request.name]
+        self._model.require([request.name])
+        dictionary = self._model.dictionaries[request.name]
         reply = pb.GetDictionaryResponse(request_id=call.request_id, dictionary=_describe(request.name, dictionary))
         if dictionary.manifest is not None:
             reply.provenance.CopyFrom(_provenance(dictionary.manifest.provenance))

@@ -8,7 +8,8 @@ show the exception's text to the client. A plain grpc.aio context takes it the s
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import grpc
@@ -142,6 +143,15 @@ def as_rpc_error(error: Exception, request_id: str) -> RpcError:
         return invalid_argument([Violation("", str(error))])
     logger.error("request %s failed", request_id, exc_info=error)
     return RpcError(grpc.StatusCode.INTERNAL, f"internal error; request id {request_id}")
+
+
+@contextmanager
+def out_of_range(field: str) -> Iterator[None]:
+    """Activations that are not finite are the fault of what `field` asked for: RpcError INVALID_ARGUMENT."""
+    try:
+        yield
+    except NonFiniteActivations as error:
+        raise invalid_argument([Violation(field, str(error))]) from error
 
 
 def set_error(context: GrpcContext, error: RpcError, request_id: str) -> None:

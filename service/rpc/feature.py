@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from service.arrays import (
     dictionary_features_bytes,
@@ -13,28 +12,17 @@ from service.arrays import (
     pack_input_statistics,
     pack_sparse_rows,
     pack_tensor,
-    pack_tokens,
     varint_field,
 )
-from service.engine.errors import NonFiniteActivations, QueueFull
+from service.engine.errors import QueueFull
 from service.engine.work import Aggregation, DecodeWork, EncodeWork, ExtractResult, ExtractWork
 from service.pb.saeserve.v1 import feature_service_pb2 as pb
+from service.rpc.array_inputs import read_activations, read_input_statistics, read_selection, read_sparse_rows
 from service.rpc.call import Call, Undecodable, cancelled_together
-from service.rpc.checks import (
-    Violations,
-    check_dictionary_names,
-    read_activations,
-    read_input_statistics,
-    read_selection,
-    read_sparse_rows,
-)
-from service.rpc.errors import Violation, invalid_argument
-from service.rpc.limits import Limits
-from service.rpc.served import ServedModel
-from service.rpc.text_inputs import TextInputReader, TokenRow
-
-if TYPE_CHECKING:
-    from service.engine.engine import Engine
+from service.rpc.checks import Violations
+from service.rpc.errors import Violation, invalid_argument, out_of_range
+from service.rpc.model import ModelRpc
+from service.rpc.text_inputs import TokenRow
 
 STREAM_WINDOW: Final = 16
 """Requests of one ExtractFeaturesStream that are in the works at once; the next ones wait in the connection."""
@@ -49,60 +37,33 @@ _AGGREGATIONS: dict[int, Aggregation] = {
 }
 
 
-class FeatureRpc:
+class FeatureRpc(ModelRpc):
     """Handlers of FeatureService."""
-
-    def __init__(self, engine: Engine, served: ServedModel, limits: Limits, reader: TextInputReader) -> None:
-        self._engine = engine
-        self._served = served
-        self._limits = limits
-        self._reader = reader
 
     async def ExtractFeatures(self, request: pb.ExtractFeaturesRequest, call: Call) -> pb.ExtractFeaturesResponse:
         rows, work = await self._read_extraction(request)
-        submitted = time.perf_counter()
-        result = await self._engine.extract(work)
-        return self._pack_extraction(request, rows, result, submitted, call)
+        call.submit()
+        result = await self.engine.extract(work)
+        return self._pack_extraction(request, rows, result, call)
 
     async def _read_extraction(self, request: pb.ExtractFeaturesRequest) -> tuple[list[TokenRow], ExtractWork]:
-        limits, violations = self._limits, Violations()
-        check_dictionary_names(request.dictionaries, limits, violations)
+        violations = Violations(self.limits)
+        violations.check_dictionary_names(request.dictionaries)
+        known = self.model.dictionaries
+        dictionaries = {name: known[name] for name in request.dictionaries if name in known}
         selection = read_selection(
-            request.selection if request.HasField("selection") else None,
-            {
-                name: self._served.dictionaries[name]
-                for name in request.dictionaries
-                if name in self._served.dictionaries
-            },
-            limits,
-            violations,
+            request.selection if request.HasField("selection") else None, dictionaries, self.limits, violations
         )
         violations.check_enum("aggregation", request.aggregation, _AGGREGATIONS)
-        if request.include_tokens and not self._reader.has_tokenizer:
-            violations.add("include_tokens", "the backbone has no tokenizer")
-        rows = []
-        if violations.check_count("inputs", len(request.inputs), limits.max_inputs, "max_inputs"):
-            rows = await self._reader.read(
-                request.inputs,
-                [f"inputs[{place}]" for place in range(len(request.inputs))],
-                request.overflow,
-                limits.max_tokens_per_input,
-                "max_tokens_per_input",
-                "end",
-                violations,
-            )
-            tokens = sum(len(row.ids) for row in rows)
-            if tokens > limits.max_tokens_per_request:
-                most = f"max_tokens_per_request = {limits.max_tokens_per_request}"
-                violations.add("inputs", f"have {tokens} tokens together, more than {most}")
+        self.reader.check_include_tokens(request.include_tokens, violations)
+        rows = await self.reader.read_inputs(request.inputs, request.overflow, violations)
         if request.include_reconstruction_error:
             for place, name in enumerate(request.dictionaries):
-                dictionary = self._served.dictionaries.get(name)
-                if dictionary is not None and dictionary.transcoder:
+                if name in dictionaries and dictionaries[name].transcoder:
                     reason = "decodes to another activation than it reads: it has no reconstruction error"
                     violations.add(f"dictionaries[{place}]", reason)
         violations.raise_if_any()
-        self._served.require(request.dictionaries)
+        self.model.require(request.dictionaries)
         work = ExtractWork(
             rows=tuple(row.ids for row in rows),
             dictionaries=tuple(request.dictionaries),
@@ -113,33 +74,28 @@ class FeatureRpc:
         return rows, work
 
     def _pack_extraction(
-        self,
-        request: pb.ExtractFeaturesRequest,
-        rows: list[TokenRow],
-        result: ExtractResult,
-        submitted: float,
-        call: Call,
+        self, request: pb.ExtractFeaturesRequest, rows: list[TokenRow], result: ExtractResult, call: Call
     ) -> pb.ExtractFeaturesResponse:
         # Written as wire bytes from the arrays up and parsed once: 15 us for 60 tokens x 32 features, 290 us by fields.
         parts = [length_delimited(1, call.request_id.encode())]
         for row, dictionaries in zip(rows, result.inputs, strict=True):
             fields = []
             if request.include_tokens:
-                fields.append(length_delimited(1, pack_tokens(*self._reader.describe(row)).SerializeToString()))
+                fields.append(length_delimited(1, self.reader.tokens(row).SerializeToString()))
             fields += [varint_field(2, len(row.ids)), varint_field(3, row.truncated)]
-            for found in dictionaries:
-                csr = found.features
+            for entry in dictionaries:
+                csr = entry.features
                 fields.append(
                     length_delimited(
                         4,
                         dictionary_features_bytes(
-                            found.dictionary, csr.row_splits, csr.indices, csr.values, found.reconstruction_error
+                            entry.dictionary, csr.row_splits, csr.indices, csr.values, entry.reconstruction_error
                         ),
                     )
                 )
             parts.append(length_delimited(2, *fields))
         reply = pb.ExtractFeaturesResponse.FromString(b"".join(parts))
-        reply.timing.CopyFrom(call.timing(result.timing, submitted))
+        reply.timing.CopyFrom(call.timing(result.timing))
         return reply
 
     async def ExtractFeaturesStream(
@@ -202,41 +158,37 @@ class FeatureRpc:
                 await asyncio.sleep(full.retry_after_s)
 
     async def EncodeActivations(self, request: pb.EncodeActivationsRequest, call: Call) -> pb.EncodeActivationsResponse:
-        limits, violations = self._limits, Violations()
-        dictionary = self._served.dictionaries.get(request.dictionary)
-        if not request.dictionary:
-            violations.add("dictionary", "is empty, expected a dictionary's name")
+        violations = Violations(self.limits)
+        violations.check_dictionary_name(request.dictionary, "dictionary")
+        dictionary = self.model.dictionaries.get(request.dictionary)
         selection = read_selection(
             request.selection if request.HasField("selection") else None,
             {} if dictionary is None else {request.dictionary: dictionary},
-            limits,
+            self.limits,
             violations,
         )
-        x = read_activations(request.activations, dictionary, limits, violations)
+        x = read_activations(request.activations, dictionary, violations)
         violations.raise_if_any()
-        self._served.require([request.dictionary])
-        submitted = time.perf_counter()
-        try:
-            result = await self._engine.encode(EncodeWork(request.dictionary, x, selection))
-        except NonFiniteActivations as error:
-            raise invalid_argument([Violation("activations", str(error))]) from error
+        self.model.require([request.dictionary])
+        call.submit()
+        with out_of_range("activations"):
+            result = await self.engine.encode(EncodeWork(request.dictionary, x, selection))
         csr = result.features
         reply = pb.EncodeActivationsResponse(
             request_id=call.request_id, features=pack_sparse_rows(csr.row_splits, csr.indices, csr.values)
         )
         if result.mean is not None and result.std is not None:
             reply.input_statistics.CopyFrom(pack_input_statistics(result.mean, result.std))
-        reply.timing.CopyFrom(call.timing(result.timing, submitted))
+        reply.timing.CopyFrom(call.timing(result.timing))
         return reply
 
     async def DecodeFeatures(self, request: pb.DecodeFeaturesRequest, call: Call) -> pb.DecodeFeaturesResponse:
-        violations = Violations()
-        dictionary = self._served.dictionaries.get(request.dictionary)
-        if not request.dictionary:
-            violations.add("dictionary", "is empty, expected a dictionary's name")
+        violations = Violations(self.limits)
+        violations.check_dictionary_name(request.dictionary, "dictionary")
+        dictionary = self.model.dictionaries.get(request.dictionary)
         if dictionary is not None and dictionary.skip is not None:
             violations.add("dictionary", "has a skip connection: decoding it needs the encoder's input as well")
-        features = read_sparse_rows(request.features, dictionary, self._limits, violations)
+        features = read_sparse_rows(request.features, dictionary, self.limits, violations)
         mean, std = read_input_statistics(
             request.input_statistics if request.HasField("input_statistics") else None,
             max(0, len(request.features.row_splits) - 1),
@@ -244,14 +196,10 @@ class FeatureRpc:
             violations,
         )
         violations.raise_if_any()
-        self._served.require([request.dictionary])
-        submitted = time.perf_counter()
-        try:
-            result = await self._engine.decode(DecodeWork(request.dictionary, features, mean, std))
-        except NonFiniteActivations as error:
-            raise invalid_argument([Violation("features.values", str(error))]) from error
+        self.model.require([request.dictionary])
+        call.submit()
+        with out_of_range("features.values"):
+            result = await self.engine.decode(DecodeWork(request.dictionary, features, mean, std))
         return pb.DecodeFeaturesResponse(
-            request_id=call.request_id,
-            activations=pack_tensor(result.x),
-            timing=call.timing(result.timing, submitted),
+            request_id=call.request_id, activations=pack_tensor(result.x), timing=call.timing(result.timing)
         )

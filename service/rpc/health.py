@@ -7,9 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Collection
 import grpc
 from grpc_health.v1 import health_pb2
 
-from service.rpc.call import Call
+from service.rpc.call import Call, Readiness
 from service.rpc.errors import RpcError, shown, unavailable
-from service.rpc.readiness import Readiness
 
 _Status = health_pb2.HealthCheckResponse
 

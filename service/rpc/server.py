@@ -8,7 +8,7 @@ from service.engine.settings import EngineSettings
 from service.pb.saeserve.v1 import server_service_pb2 as pb
 from service.rpc.call import Call
 from service.rpc.limits import Limits
-from service.rpc.served import ServedModel
+from service.rpc.model import ServedModel
 
 _LIBRARIES = ("torch", "transformers", "ray")
 
@@ -16,8 +16,8 @@ _LIBRARIES = ("torch", "transformers", "ray")
 class ServerRpc:
     """Handlers of ServerService."""
 
-    def __init__(self, served: ServedModel, limits: Limits, engine_settings: EngineSettings) -> None:
-        backbone = served.backbone
+    def __init__(self, model: ServedModel, limits: Limits, engine_settings: EngineSettings) -> None:
+        backbone = model.backbone
         # Nothing of this changes while the replica lives.
         self._info = pb.GetServerInfoResponse(
             version=installed_version("saeserve") or "",
@@ -32,7 +32,7 @@ class ServerRpc:
                 dtype=str(backbone.dtype).removeprefix("torch."),
                 sites=[f"{layer}.{location}" for layer in range(backbone.n_layers) for location in LOCATIONS],
             ),
-            dictionaries=list(served.dictionaries),
+            dictionaries=list(model.dictionaries),
             limits=pb.Limits(
                 **limits.model_dump(exclude={"default_new_tokens"}),
                 max_concurrent_generations=engine_settings.max_concurrent_generations,
@@ -41,7 +41,7 @@ class ServerRpc:
             ),
             cache_bytes=engine_settings.max_cache_tokens * backbone.cache_bytes_per_token,
             device=str(backbone.device),
-            edit_presets=served.presets,
+            edit_presets=model.presets,
         )
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:

@@ -1,4 +1,4 @@
-"""Texts and token ids of requests, as token rows."""
+"""Texts and token ids of requests, as token rows; and tokens for replies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sae_runtime.model.tokenization import TokenizedText
-from service.pb.saeserve.v1 import common_pb2
+from service.arrays import pack_tokens
+from service.pb.saeserve.v1 import causal_pb2, common_pb2
 from service.rpc.checks import Violations
+from service.rpc.errors import shown
 from service.rpc.limits import Limits
 
 if TYPE_CHECKING:
@@ -34,6 +36,23 @@ class TokenRow:
     """Spans of all tokens of a text, dropped ones included; None for an input of token ids."""
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How one input is read."""
+
+    field: str
+    overflow: int
+    max_tokens: int
+    limit_name: str
+    """What bounds the tokens, for a violation."""
+    drop: Literal["start", "end"]
+    """Where tokens over the limit are dropped, with OVERFLOW_TRUNCATE; they are a violation otherwise."""
+    in_thread: bool
+
+    def kept(self, ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(ids[: self.max_tokens] if self.drop == "end" else ids[-self.max_tokens :])
+
+
 class TextInputReader:
     """Reads inputs for one backbone."""
 
@@ -45,52 +64,94 @@ class TextInputReader:
         # One thread: long texts wait for each other and leave the cores to the model.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 
-    async def read(
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether texts can be read and tokens described."""
+        return self._has_tokenizer
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    # Inputs
+
+    async def read_inputs(
+        self, inputs: Sequence[common_pb2.TextInput], overflow: int, violations: Violations, *, least: int = 1
+    ) -> list[TokenRow]:
+        """The field `inputs` of a call: rows of at least `least` tokens, within the limits of one call."""
+        if not violations.check_count("inputs", len(inputs), "max_inputs"):
+            return []
+        rows = await self.read_list(inputs, "inputs", overflow, violations, least=least)
+        tokens = sum(len(row.ids) for row in rows)
+        violations.check_limit("inputs", tokens, "max_tokens_per_request", "have {} tokens together")
+        return rows
+
+    async def read_list(
         self,
         inputs: Sequence[common_pb2.TextInput],
-        fields: Sequence[str],
+        field: str,
+        overflow: int,
+        violations: Violations,
+        *,
+        least: int = 1,
+    ) -> list[TokenRow]:
+        """The rows of a repeated field, at least `least` tokens and at most max_tokens_per_input each.
+
+        They can be used if there were no violations.
+        """
+        self._check_overflow(overflow, violations)
+        total_bytes = sum(len(message.text) for message in inputs)
+        rows = []
+        for place, message in enumerate(inputs):
+            where, most = f"{field}[{place}]", self._limits.max_tokens_per_input
+            read = _Reading(where, overflow, most, "max_tokens_per_input", "end", total_bytes > _INLINE_BYTES)
+            row = await self._read(message, read, violations)
+            if row is not None:
+                rows.append(row)
+                if len(row.ids) < least:
+                    violations.add(where, f"has {len(row.ids)} token, expected at least {least}")
+        return rows
+
+    async def read_one(
+        self,
+        message: common_pb2.TextInput | None,
+        field: str,
         overflow: int,
         max_tokens: int,
         limit_name: str,
         drop: Literal["start", "end"],
         violations: Violations,
-    ) -> list[TokenRow]:
-        """The token rows of `inputs`, at most `max_tokens` each; `fields` are their names in the request.
-
-        Tokens over the limit are dropped from one side with OVERFLOW_TRUNCATE and a violation otherwise. The rows can
-        be used if there were no violations.
-        """
-        known = overflow in common_pb2.Overflow.values()
-        if not known:
-            violations.check_enum("overflow", overflow, common_pb2.Overflow.values())
-        truncate = overflow == common_pb2.OVERFLOW_TRUNCATE
-        total_bytes = sum(len(message.text) for message in inputs)
-        rows = []
-        for message, field in zip(inputs, fields, strict=True):
-            kind = message.WhichOneof("input")
-            if kind == "text":
-                row = await self._read_text(
-                    message.text, field, max_tokens, drop, total_bytes > _INLINE_BYTES, violations
-                )
-                field += ".text"
-            elif kind == "token_ids":
-                field += ".token_ids.ids"
-                row = self._read_ids(message.token_ids.ids, field, max_tokens, drop, violations)
-            else:
-                violations.add(field, "is empty; set text or token_ids")
-                continue
-            if row is None:
-                continue
-            if row.truncated and not truncate and known:
-                found = len(row.ids) + row.truncated
-                violations.add(field, f"has {found} tokens, more than {limit_name} = {max_tokens}")
-            rows.append(row)
-        return rows
-
-    async def _read_text(
-        self, text: str, field: str, max_tokens: int, drop: str, in_thread: bool, violations: Violations
     ) -> TokenRow | None:
-        field += ".text"
+        """The row of a single field, at most `max_tokens` long; None, with a violation, if there is none."""
+        self._check_overflow(overflow, violations)
+        if message is None:
+            violations.add(field, "is not set")
+            return None
+        read = _Reading(field, overflow, max_tokens, limit_name, drop, len(message.text) > _INLINE_BYTES)
+        return await self._read(message, read, violations)
+
+    @staticmethod
+    def _check_overflow(overflow: int, violations: Violations) -> None:
+        violations.check_enum("overflow", overflow, common_pb2.Overflow.values())
+
+    async def _read(self, message: common_pb2.TextInput, read: _Reading, violations: Violations) -> TokenRow | None:
+        match message.WhichOneof("input"):
+            case "text":
+                field = f"{read.field}.text"
+                row = await self._read_text(message.text, field, read, violations)
+            case "token_ids":
+                field = f"{read.field}.token_ids.ids"
+                row = self._read_ids(message.token_ids.ids, field, read, violations)
+            case _:
+                violations.add(read.field, "is empty; set text or token_ids")
+                return None
+        refused = read.overflow in (common_pb2.OVERFLOW_UNSPECIFIED, common_pb2.OVERFLOW_ERROR)
+        if row is not None and row.truncated and refused:
+            found = len(row.ids) + row.truncated
+            violations.add(field, f"has {found} tokens, more than {read.limit_name} = {read.max_tokens}")
+        return row
+
+    async def _read_text(self, text: str, field: str, read: _Reading, violations: Violations) -> TokenRow | None:
         # Characters are at most as many as bytes: a cheap test first, as the text may have any length.
         limit = self._limits.max_text_bytes
         if len(text) > limit or len(text.encode()) > limit:
@@ -99,31 +160,74 @@ class TextInputReader:
         if not self._has_tokenizer:
             violations.add(field, "the backbone has no tokenizer; send token_ids")
             return None
-        if in_thread:
+        if read.in_thread:
             tokenized = await asyncio.get_running_loop().run_in_executor(self._thread, self._backbone.encode_text, text)
         else:
             tokenized = self._backbone.encode_text(text)
         if not len(tokenized):
             violations.add(field, "gives no tokens; at least one is needed")
             return None
-        truncated = max(0, len(tokenized) - max_tokens)
-        return TokenRow(tuple(_kept(tokenized.ids, max_tokens, drop)), truncated, tokenized)
+        kept = read.kept(tokenized.ids)
+        return TokenRow(kept, len(tokenized) - len(kept), tokenized)
 
-    def _read_ids(
-        self, ids: Sequence[int], field: str, max_tokens: int, drop: str, violations: Violations
-    ) -> TokenRow | None:
+    def _read_ids(self, ids: Sequence[int], field: str, read: _Reading, violations: Violations) -> TokenRow | None:
         if not ids:
             violations.add(field, "is empty; at least one token is needed")
             return None
-        kept = tuple(_kept(ids, max_tokens, drop))
-        vocabulary = self._backbone.vocab_size
-        if max(kept) >= vocabulary:
-            at = next(place for place, token in enumerate(kept) if token >= vocabulary)
-            place = at if drop == "end" else at + len(ids) - len(kept)
-            violations.add(f"{field}[{place}]", f"token id {kept[at]} is outside the vocabulary of {vocabulary}")
+        kept = read.kept(ids)
+        if max(kept) >= self._backbone.vocab_size:
+            at = next(place for place, token in enumerate(kept) if token >= self._backbone.vocab_size)
+            place = at if read.drop == "end" else at + len(ids) - len(kept)
+            self._check_token_id(kept[at], f"{field}[{place}]", violations)
         return TokenRow(kept, len(ids) - len(kept), None)
 
-    def describe(self, row: TokenRow) -> tuple[TokenizedText, list[bytes]]:
+    def _check_token_id(self, token: int, field: str, violations: Violations) -> None:
+        vocabulary = self._backbone.vocab_size
+        if token >= vocabulary:
+            violations.add(field, f"token id {token} is outside the vocabulary of {vocabulary}")
+
+    # Single tokens
+
+    def read_logit_tokens(self, messages: Sequence[causal_pb2.TokenChoice], violations: Violations) -> tuple[int, ...]:
+        """The ids of the field `logit_tokens`; can be used if there were no violations."""
+        if not violations.check_at_most("logit_tokens", len(messages), "max_logit_tokens"):
+            return ()
+        tokens = tuple(self.read_token(each, f"logit_tokens[{i}]", violations) for i, each in enumerate(messages))
+        if not violations:
+            violations.check_distinct("logit_tokens", tokens, lambda token: f"token {token}")
+        return tokens
+
+    def read_token(self, message: causal_pb2.TokenChoice, field: str, violations: Violations) -> int:
+        """The id of a token that is named by its id or its text; can be used if there were no violations."""
+        kind = message.WhichOneof("token")
+        if kind == "id":
+            self._check_token_id(message.id, f"{field}.id", violations)
+            return message.id
+        if kind is None:
+            violations.add(field, "is empty; set id or text")
+        elif not self._has_tokenizer:
+            violations.add(f"{field}.text", "the backbone has no tokenizer; set id")
+        elif len(message.text.encode()) > self._limits.max_stop_bytes:
+            violations.add(f"{field}.text", f"has more bytes than max_stop_bytes = {self._limits.max_stop_bytes}")
+        else:
+            ids = self._backbone.encode_text(message.text).ids
+            if len(ids) == 1:
+                return ids[0]
+            violations.add(f"{field}.text", f"{shown(message.text)} is {len(ids)} tokens, expected exactly one")
+        return 0
+
+    # Tokens in replies
+
+    def check_include_tokens(self, asked: bool, violations: Violations) -> None:
+        """That tokens, if asked for, can be described."""
+        if asked and not self._has_tokenizer:
+            violations.add("include_tokens", "the backbone has no tokenizer")
+
+    def tokens(self, row: TokenRow) -> common_pb2.Tokens:
+        """The tokens that are run, as a message."""
+        return pack_tokens(*self._describe(row))
+
+    def _describe(self, row: TokenRow) -> tuple[TokenizedText, list[bytes]]:
         """Spans and bytes of the tokens that are run (of a row whose end may have been dropped).
 
         Token ids without a text stand for the bytes of their tokens.
@@ -149,22 +253,9 @@ class TextInputReader:
         first_char = np.maximum(begun[np.minimum(starts + 1, ends[-1])] - 1, 0)
         return TokenizedText(list(row.ids), starts, ends, first_char, np.maximum(begun[ends], first_char)), pieces
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; none without a tokenizer."""
-        return self._pieces[token] if self._has_tokenizer else b""
-
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
         """The bytes of tokens; none without a tokenizer."""
         return [self._pieces[token] for token in ids] if self._has_tokenizer else []
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether texts can be read and tokens described."""
-        return self._has_tokenizer
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _piece(backbone: Backbone, token: int) -> bytes:
@@ -172,9 +263,3 @@ def _piece(backbone: Backbone, token: int) -> bytes:
         return backbone.token_bytes(token)
     except ValueError:  # vocabularies of models are padded beyond their tokenizer's
         return b""
-
-
-def _kept(ids: Sequence[int], count: int, drop: str) -> Sequence[int]:
-    if len(ids) <= count:
-        return ids
-    return ids[:count] if drop == "end" else ids[-count:]

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from service.local_ray import OBJECT_STORE_BYTES, TOKEN, StartError, ignore_signals, ray_is_silent, stop_ray
@@ -27,6 +28,24 @@ _LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # importing torch in all workers at once, on a busy machine
 }
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How a run is spread over workers."""
+
+    workers: int
+    """Processes, each with a device of its own on GPUs."""
+    latent_shards: int = 1
+    """Parts that the latents are split into; workers / latent_shards replicas share each batch."""
+    max_restarts: int = 3
+    """How often lost workers are replaced before the run fails."""
+    ray_address: str | None = None
+    """A running Ray cluster, which must see the same files; None: a Ray instance of the run's own."""
+
+
+class TrainingFailed(Exception):
+    """The run ended without a dictionary; the message says why. Its last checkpoint is kept."""
 
 
 @contextlib.contextmanager

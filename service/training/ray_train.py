@@ -18,8 +18,7 @@ from sae_runtime.training.run import check_paths
 from sae_runtime.training.stop_signals import StopSignals, TrainingStopped
 from sae_runtime.training.worker import check_distribution
 from service.local_ray import StartError
-from service.training.distribution import Distribution, TrainingFailed
-from service.training.ray_session import ray_session
+from service.training.ray_session import Distribution, TrainingFailed, ray_session
 from service.training.ray_worker import FAILURE, PROGRESS, STOP, run_worker
 
 _LOOK_EVERY_S = 0.2

@@ -21,7 +21,7 @@ from service.pb.saeserve.v1.common_pb2 import TextInput
 from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
 from service.pb.saeserve.v1.intervention_service_pb2_grpc import InterventionServiceStub
 from service.pb.saeserve.v1.server_service_pb2_grpc import ServerServiceStub
-from service.rpc.servicers import RPCS
+from service.rpc.register import RPCS
 from tests.e2e.conftest import MAX_GENERATIONS, MAX_QUEUED_GENERATIONS
 from tests.e2e.running_service import RunningService, poll
 from tests.e2e.tiny_model import TinyModel

@@ -17,6 +17,7 @@ from tests.e2e.test_api import extract_request, generate_request
 def test_killed_replica_is_replaced(service: RunningService) -> None:
     [pid] = service.replica_pids()
     with service.channel() as channel:
+        FeatureServiceStub(channel).ExtractFeatures(extract_request("counted before it dies"), timeout=20)
         stream = InterventionServiceStub(channel).Generate(generate_request(1000), timeout=120)
         next(stream)
         os.kill(pid, signal.SIGSTOP)  # so that the next call cannot be answered before the replica dies

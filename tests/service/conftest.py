@@ -18,7 +18,7 @@ from service.pb.saeserve.v1 import (
 )
 from service.replica import ReplicaSettings, ServiceRuntime
 from service.rpc.limits import Limits
-from service.rpc.servicers import add_to_grpc_server, build_handlers
+from service.rpc.register import add_to_grpc_server, build_handlers
 from tests.service.engine.models import small_backbone, small_dictionaries
 
 LIMITS = Limits(
@@ -36,11 +36,11 @@ class Served:
 
     @property
     def backbone(self) -> Backbone:
-        return self.runtime.served.backbone
+        return self.runtime.model.backbone
 
     @property
     def dictionaries(self) -> dict[str, Dictionary]:
-        return dict(self.runtime.served.dictionaries)
+        return dict(self.runtime.model.dictionaries)
 
     @property
     def features(self) -> feature_service_pb2_grpc.FeatureServiceAsyncStub:

@@ -43,7 +43,7 @@ def test_build_app_takes_its_args(config: dict[str, Any]) -> None:
 
 
 def test_ingress_class_has_every_rpc() -> None:
-    from service.rpc.servicers import RPCS
+    from service.rpc.register import RPCS
 
     server = build_app({})._bound_deployment.func_or_class
     for name in RPCS:

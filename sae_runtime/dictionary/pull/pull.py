@@ -85,9 +85,8 @@ def pull(name: str, out: Path, settings: PullSettings | None = None, progress: P
     fetched = tuple(_fetch(file, folder, settings, progress) for file in source.files)
     dictionary = load_dictionary(folder if source.is_folder else fetched[0].path)
     site = settings.site or source.site or dictionary.site
-    if site is None:
-        raise ValueError(f"the files of {name} do not say which site it belongs to; give the site")
     dictionary = replace(dictionary, site=site, name=settings.name or out.name)
+    dictionary.require_site()
     origin, fetched_manifest = dictionary.origin, dictionary.manifest
     model = fetched_manifest.backbone.name if fetched_manifest is not None else None
     if origin is not None:

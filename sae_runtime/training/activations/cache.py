@@ -150,6 +150,7 @@ class ActivationCache:
         size = _HEADER.size + len(content)
         if not self._make_room(size):
             return
+        # Not an atomic_file: other runs may write the same pass, and the checksum stands in for a flush to disk.
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as file:

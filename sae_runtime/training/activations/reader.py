@@ -1,4 +1,4 @@
-"""Passes of the backbone over the lanes of a text: one when it is asked for, or a bounded number ahead in a thread."""
+"""Passes of the backbone over the streams of a text: when they are asked for, or some ahead in a thread."""
 
 from __future__ import annotations
 
@@ -7,48 +7,67 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sae_runtime.model.backbone import Backbone
+from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
 from sae_runtime.training.activations.cache import ActivationCache
-from sae_runtime.training.activations.forward import read_activations
-from sae_runtime.training.activations.streams import Pass, RowLanes
+from sae_runtime.training.activations.streams import Pass, RowStreams
+
+
+def read_activations(
+    backbone: Backbone, sites: Sequence[Site], rows: Sequence[Sequence[int]], *, skip_first: bool = False
+) -> dict[Site, Tensor]:
+    """[n, width] activations of each site in the backbone's dtype, tokens in reading order, of one forward pass.
+
+    Args:
+        rows: token ids, each at most the backbone's context length.
+        skip_first: leave out every row's first token (a prepended end-of-text).
+    """
+    packed = PackedTokens.from_rows(rows).to(backbone.device)
+    with torch.no_grad():
+        captured = backbone.forward(packed, capture=sites).activations
+    if skip_first:
+        kept = packed.positions > 0
+        return {site: captured[site][kept] for site in sites}
+    return {site: captured[site] for site in sites}
 
 
 class ActivationReader:
-    """Reads a lane's next pass when it is asked for."""
+    """Reads a stream's next pass when it is asked for."""
 
     def __init__(
         self,
         backbone: Backbone,
         sites: Sequence[Site],
-        lanes: RowLanes,
+        streams: RowStreams,
         *,
         skip_first: bool,
         cache: ActivationCache | None = None,
     ) -> None:
         self._backbone = backbone
         self._sites = sites
-        self._lanes = lanes
+        self._streams = streams
         self._skip_first = skip_first
         self._cache = cache
 
-    def next_pass(self, lane: int) -> dict[Site, Tensor]:
+    def next_pass(self, stream: int) -> dict[Site, Tensor]:
         """[n, width] activations of each site. After an error the same pass comes next."""
-        rows = self._lanes.next_pass(lane)
+        rows = self._streams.next_pass(stream)
         try:
             return self._read(rows)
         except BaseException:
-            self._lanes.give_back(lane, rows)
+            self._streams.give_back(stream, rows)
             raise
 
-    def state_of(self, lane: int) -> dict[str, Any]:
-        """What the lane needs to go on after the last pass that was given."""
-        return self._lanes.state_of(lane)
+    def state_of(self, stream: int) -> dict[str, Any]:
+        """What the stream needs to go on after the last pass that was given."""
+        return self._streams.state_of(stream)
 
     def load(self, states: Mapping[int, Mapping[str, Any]]) -> None:
-        self._lanes.load(states)
+        self._streams.load(states)
 
     def close(self) -> None:
         """Ends what runs in the background."""
@@ -63,25 +82,25 @@ class ActivationReader:
 class ThreadedReader(ActivationReader):
     """Reads ahead in a thread while the caller trains; gives exactly what ActivationReader gives.
 
-    A lane's passes are the same whenever they are read, so the order in which the thread serves the lanes is free: the
-    lane that the caller waits for first, then the one with the fewest passes ready.
+    A stream's passes are the same whenever they are read, so the order in which the thread serves the streams is free:
+    the stream that the caller waits for first, then the one with the fewest passes ready.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         sites: Sequence[Site],
-        lanes: RowLanes,
+        streams: RowStreams,
         *,
         skip_first: bool,
         cache: ActivationCache | None = None,
         names: Sequence[int],
         ahead: int,
     ) -> None:
-        """`names`: the lanes that are read; `ahead`: passes of each that may be ready at once."""
-        super().__init__(backbone, sites, lanes, skip_first=skip_first, cache=cache)
+        """`names`: the streams that are read; `ahead`: passes of each that may be ready at once."""
+        super().__init__(backbone, sites, streams, skip_first=skip_first, cache=cache)
         self._ahead = ahead
-        # Everything below, and the RowLanes, are touched under the lock only; the backbone runs outside of it.
+        # Everything below, and the RowStreams, are touched under the lock only; the backbone runs outside of it.
         self._changed = threading.Condition()
         self._ready: dict[int, deque[tuple[Pass, dict[Site, Tensor]]]] = {name: deque() for name in names}
         self._reading: tuple[int, Pass] | None = None
@@ -91,30 +110,30 @@ class ThreadedReader(ActivationReader):
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def next_pass(self, lane: int) -> dict[Site, Tensor]:
+    def next_pass(self, stream: int) -> dict[Site, Tensor]:
         with self._changed:
             if self._closed:
                 raise ValueError("the reader of activations is closed")
-            self._waiting = lane
+            self._waiting = stream
             try:
-                while not self._ready[lane]:
+                while not self._ready[stream]:
                     if self._error is not None:
                         error, self._error = self._error, None
                         raise error
                     self._start()
                     self._changed.notify_all()
                     self._changed.wait()
-                return self._ready[lane].popleft()[1]
+                return self._ready[stream].popleft()[1]
             finally:
                 self._waiting = None
                 self._changed.notify_all()
 
-    def state_of(self, lane: int) -> dict[str, Any]:
+    def state_of(self, stream: int) -> dict[str, Any]:
         with self._changed:
-            again = [rows for rows, _ in self._ready[lane]]
-            if self._reading is not None and self._reading[0] == lane:
+            again = [rows for rows, _ in self._ready[stream]]
+            if self._reading is not None and self._reading[0] == stream:
                 again.append(self._reading[1])
-            return self._lanes.state_of(lane, again)
+            return self._streams.state_of(stream, again)
 
     def load(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         with self._changed:
@@ -122,7 +141,7 @@ class ThreadedReader(ActivationReader):
             for ready in self._ready.values():
                 ready.clear()
             self._reading = self._error = None
-            self._lanes.load(states)
+            self._streams.load(states)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -144,37 +163,37 @@ class ThreadedReader(ActivationReader):
             with self._changed:
                 while not self._closed and self._error is None and self._choose() is None:
                     self._changed.wait()
-                lane = self._choose()
-                if self._closed or self._error is not None or lane is None:
+                stream = self._choose()
+                if self._closed or self._error is not None or stream is None:
                     self._thread = None
                     return
                 try:
-                    rows = self._lanes.next_pass(lane)
+                    rows = self._streams.next_pass(stream)
                 except BaseException as error:
                     self._fail(error)
                     return
-                self._reading, restarts = (lane, rows), self._restarts
+                self._reading, restarts = (stream, rows), self._restarts
             try:
                 activations = self._read(rows)
             except BaseException as error:
                 with self._changed:
                     if restarts == self._restarts:
-                        self._lanes.give_back(lane, rows)
+                        self._streams.give_back(stream, rows)
                         self._fail(error)
                         return
                 continue
             with self._changed:
                 if restarts == self._restarts:
                     self._reading = None
-                    self._ready[lane].append((rows, activations))
+                    self._ready[stream].append((rows, activations))
                     self._changed.notify_all()
 
     def _choose(self) -> int | None:
-        """The lane to read next, None if enough is ready."""
+        """The stream to read next, None if enough is ready."""
         if self._waiting is not None and not self._ready[self._waiting]:
             return self._waiting
-        lane = min(self._ready, key=lambda name: len(self._ready[name]))
-        return lane if len(self._ready[lane]) < self._ahead else None
+        stream = min(self._ready, key=lambda name: len(self._ready[name]))
+        return stream if len(self._ready[stream]) < self._ahead else None
 
     def _fail(self, error: BaseException) -> None:
         """Leaves the error for the caller's next pass and ends the thread; the pass after it starts a new one."""

@@ -15,7 +15,7 @@ from sae_runtime.training.activations.cache import ActivationCache
 from sae_runtime.training.activations.reader import ActivationReader, ThreadedReader
 from sae_runtime.training.activations.run_rows import data_fingerprint, row_cutter, training_rows
 from sae_runtime.training.activations.shuffle import ShuffleBuffer
-from sae_runtime.training.activations.streams import RowLanes
+from sae_runtime.training.activations.streams import RowStreams
 from sae_runtime.training.communicator import SINGLE, Communicator
 from sae_runtime.training.config import TrainingConfig
 
@@ -34,26 +34,26 @@ def open_activation_source(
 
     Raises:
         FileNotFoundError: a data file does not exist.
-        ValueError: the data, a site or the context length does not fit the backbone, or the lanes cannot be shared
+        ValueError: the data, a site or the context length does not fit the backbone, or the streams cannot be shared
             equally by the workers.
     """
     communicator = SINGLE if communicator is None else communicator
     checked = [backbone.check_site(site) for site in sites]
     cutter = row_cutter(config, backbone)
     workers = communicator.data_parallel_size * communicator.n_shards
-    if config.n_lanes % workers:
+    if config.n_streams % workers:
         raise ValueError(
-            f"{config.n_lanes} data lanes cannot be shared equally by {workers} workers "
+            f"{config.n_streams} data streams cannot be shared equally by {workers} workers "
             f"({communicator.data_parallel_size} data ranks × {communicator.n_shards} latent shards); "
             "set data_lanes to a multiple of the workers that divides batch_tokens"
         )
-    per_worker = config.n_lanes // workers
+    per_worker = config.n_streams // workers
     first = (communicator.data_rank * communicator.n_shards + communicator.shard_rank) * per_worker
     mine = range(first, first + per_worker)
     rows_per_pass = max(1, config.backbone_tokens // cutter.context_length)
-    lanes = RowLanes(
+    streams = RowStreams(
         training_rows(config, backbone),
-        n_lanes=config.n_lanes,
+        n_streams=config.n_streams,
         mine=mine,
         rows_per_pass=rows_per_pass,
         skip_first=config.prepend_end_of_text,
@@ -62,11 +62,11 @@ def open_activation_source(
     cache, skip_first = _cache(config, backbone, checked), config.prepend_end_of_text
     if config.overlap == "on" or (config.overlap == "auto" and torch.device(config.device) != backbone.device):
         # A refill takes half of a buffer at once: so much is read while the other half is trained on.
-        half = config.buffer_tokens // config.n_lanes // 2
+        half = config.buffer_tokens // config.n_streams // 2
         ahead = max(1, math.ceil(half / (rows_per_pass * cutter.context_length)))
-        reader = ThreadedReader(backbone, checked, lanes, skip_first=skip_first, cache=cache, names=mine, ahead=ahead)
+        reader = ThreadedReader(backbone, checked, streams, skip_first=skip_first, cache=cache, names=mine, ahead=ahead)
     else:
-        reader = ActivationReader(backbone, checked, lanes, skip_first=skip_first, cache=cache)
+        reader = ActivationReader(backbone, checked, streams, skip_first=skip_first, cache=cache)
     return ActivationSource(config, checked, reader, mine, communicator)
 
 
@@ -86,11 +86,11 @@ def _cache(config: TrainingConfig, backbone: Backbone, sites: Sequence[Site]) ->
 class ActivationSource:
     """Shuffled activations of one worker, at several sites.
 
-    The text is dealt to `data_lanes` lanes, each with a shuffle buffer of its own and a random generator seeded by the
-    lane's number; a batch has the same number of tokens from every lane. Each replica of a run (data rank) has an equal
-    part of the lanes, so all replicas together give the batches that a single process gives (its parts one after the
-    other). The latent shards of a replica each read a part of its lanes and exchange the activations, so `next_batch`
-    and `peek` are meetings of them.
+    The text is dealt to `data_lanes` streams, each with its own shuffle buffer and a random generator seeded by the
+    stream's number; a batch has the same number of tokens from every stream. Each replica of a run (data rank) has an
+    equal part of the streams, so all replicas together give the batches that a single process gives (its parts one
+    after the other). The latent shards of a replica each read a part of its streams and exchange the activations, so
+    `next_batch` and `peek` are meetings of them.
 
     Not for several threads. A call that an exception ends (Ctrl-C included) leaves the position undefined: take
     `state_dict` between calls only.
@@ -101,24 +101,24 @@ class ActivationSource:
         config: TrainingConfig,
         sites: Sequence[Site],
         reader: ActivationReader,
-        lanes: Sequence[int],
+        streams: Sequence[int],
         communicator: Communicator,
     ) -> None:
         """Use `open_activation_source`."""
         self.sites = tuple(sites)
         self._config = config
         self._reader = reader
-        self._lanes = lanes
+        self._streams = streams
         self._communicator = communicator
         self._fingerprint = data_fingerprint(config)
         self._buffers = {
-            lane: ShuffleBuffer(
-                _LaneStream(reader, lane),
-                config.buffer_tokens // config.n_lanes,
-                seed=config.seed * config.n_lanes + lane,
+            stream: ShuffleBuffer(
+                _StreamPasses(reader, stream),
+                config.buffer_tokens // config.n_streams,
+                seed=config.seed * config.n_streams + stream,
                 device=config.device,
             )
-            for lane in lanes
+            for stream in streams
         }
 
     def next_batch(self, size: int) -> dict[Site, Tensor]:
@@ -128,53 +128,56 @@ class ActivationSource:
             size: tokens of this replica: batch_tokens / data_parallel_size. The same for every call.
 
         Raises:
-            ValueError: size is not a multiple of the replica's lanes, or over half of their buffers; there is no text.
+            ValueError: size is not a multiple of the replica's streams, or over half of their buffers; there is no
+                text.
         """
-        n_lanes = len(self._lanes) * self._communicator.n_shards
-        if size < 1 or size % n_lanes:
-            raise ValueError(f"a batch of {size} tokens cannot be read equally from {n_lanes} data lanes")
-        return self._together([buffer.next_batch(size // n_lanes) for buffer in self._buffers.values()])
+        n_streams = len(self._streams) * self._communicator.n_shards
+        if size < 1 or size % n_streams:
+            raise ValueError(f"a batch of {size} tokens cannot be read equally from {n_streams} data streams")
+        return self._together([buffer.next_batch(size // n_streams) for buffer in self._buffers.values()])
 
     def peek(self, size: int) -> dict[Site, Tensor]:
-        """Up to `size` of the tokens that come next, equally many of every lane of the replica, without taking them.
+        """Up to `size` of the tokens that come next, equally many of every stream of the replica, without taking them.
 
         Raises:
             ValueError: there is no text.
         """
-        n_lanes = len(self._lanes) * self._communicator.n_shards
-        return self._together([buffer.peek(max(1, size // n_lanes)) for buffer in self._buffers.values()])
+        n_streams = len(self._streams) * self._communicator.n_shards
+        return self._together([buffer.peek(max(1, size // n_streams)) for buffer in self._buffers.values()])
 
     def state_dict(self) -> dict[str, Any]:
-        """The exact position of this worker's lanes. Its tensors are the buffers' own: save them before going on.
+        """The exact position of this worker's streams. Its tensors are the buffers' own: save them before going on.
 
         The states of several workers go together with `merge_source_states`; every worker may load the whole, so a run
         may go on with another number of workers.
         """
-        lanes = {
-            str(lane): {"rows": self._reader.state_of(lane), "buffer": self._buffers[lane].state_dict()}
-            for lane in self._lanes
+        streams = {
+            str(stream): {"rows": self._reader.state_of(stream), "buffer": self._buffers[stream].state_dict()}
+            for stream in self._streams
         }
-        return {"data": self._fingerprint, "n_lanes": self._config.n_lanes, "lanes": lanes}
+        # Checkpoints call streams lanes.
+        return {"data": self._fingerprint, "n_lanes": self._config.n_streams, "lanes": streams}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on exactly where `state_dict` was taken.
 
         Raises:
-            ValueError: the state is of other data or another number of lanes, or lacks lanes of this worker.
+            ValueError: the state is of other data or another number of streams, or lacks streams of this worker.
         """
         if state["data"] != self._fingerprint:
             raise ValueError(
                 f"the state was taken from data of fingerprint {state['data']}, this run's has {self._fingerprint}: "
                 "files were changed"
             )
-        if state["n_lanes"] != self._config.n_lanes:
-            raise ValueError(f"the state is of {state['n_lanes']} data lanes, this run has {self._config.n_lanes}")
-        missing = [lane for lane in self._lanes if str(lane) not in state["lanes"]]
+        if state["n_lanes"] != self._config.n_streams:
+            raise ValueError(f"the state is of {state['n_lanes']} data streams, this run has {self._config.n_streams}")
+        missing = [stream for stream in self._streams if str(stream) not in state["lanes"]]
         if missing:
-            raise ValueError(f"the state holds data lanes {', '.join(state['lanes'])}; lane {missing[0]} is missing")
-        self._reader.load({lane: state["lanes"][str(lane)]["rows"] for lane in self._lanes})
-        for lane, buffer in self._buffers.items():
-            buffer.load_state_dict(state["lanes"][str(lane)]["buffer"])
+            held = ", ".join(state["lanes"])
+            raise ValueError(f"the state holds data streams {held}; stream {missing[0]} is missing")
+        self._reader.load({stream: state["lanes"][str(stream)]["rows"] for stream in self._streams})
+        for stream, buffer in self._buffers.items():
+            buffer.load_state_dict(state["lanes"][str(stream)]["buffer"])
 
     def close(self) -> None:
         """Ends the thread that reads ahead, if there is one; the source cannot be used afterwards."""
@@ -189,18 +192,18 @@ class ActivationSource:
         return joined
 
 
-class _LaneStream(Iterator[dict[Site, Tensor]]):
-    """The passes of one lane: an iterator that goes on after an error, unlike a generator."""
+class _StreamPasses(Iterator[dict[Site, Tensor]]):
+    """The passes of one stream: an iterator that goes on after an error, unlike a generator."""
 
-    def __init__(self, reader: ActivationReader, lane: int) -> None:
+    def __init__(self, reader: ActivationReader, stream: int) -> None:
         self._reader = reader
-        self._lane = lane
+        self._stream = stream
 
     def __next__(self) -> dict[Site, Tensor]:
-        return self._reader.next_pass(self._lane)
+        return self._reader.next_pass(self._stream)
 
 
 def merge_source_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One state that every worker can load, of the states of all workers of a run."""
-    lanes = {lane: part for state in states for lane, part in state["lanes"].items()}
-    return {**states[0], "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+    streams = {stream: part for state in states for stream, part in state["lanes"].items()}
+    return {**states[0], "lanes": dict(sorted(streams.items(), key=lambda item: int(item[0])))}

@@ -104,7 +104,7 @@ def splits(shape: RunShape, workers: int) -> Iterator[RunShape]:
 def best_split(shape: RunShape, workers: int, hardware: Hardware = H100) -> Estimate | None:
     """The fastest split that fits the devices; None if none does."""
     usable = hardware.memory * hardware.usable
-    fitting = [e for e in (estimate(each, hardware) for each in splits(shape, workers)) if e.held <= usable]
+    fitting = [e for e in (estimate(split, hardware) for split in splits(shape, workers)) if e.held <= usable]
     return min(fitting, key=lambda e: e.step_s, default=None)
 
 
@@ -131,7 +131,7 @@ def table(shape: RunShape, workers: Sequence[int], tokens: float, hardware: Hard
         most = f"2^{most_latents(shape, count, hardware).bit_length() - 1}"
         best = best_split(shape, count, hardware)
         if best is None:
-            least = min((estimate(each, hardware).held for each in splits(shape, count)), default=float("nan"))
+            least = min((estimate(split, hardware).held for split in splits(shape, count)), default=float("nan"))
             lines.append(f"| {count} | does not fit | {least / 1e9:,.1f} GB at least | | | | | | | | {most} |")
             continue
         rate = shape.batch_tokens / best.step_s

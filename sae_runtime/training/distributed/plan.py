@@ -7,13 +7,39 @@ tests. Times are bounds of the hardware times an assumed efficiency: an estimate
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sae_runtime.training.choose_latents import TILE_ELEMENTS
 from sae_runtime.training.distributed.choose_over_shards import expected_saturation, first_offer
-from sae_runtime.training.distributed.traffic import Meeting, bytes_sent
 from sae_runtime.training.trainers.topk import MULTI_TOPK_FACTOR
 
 _FLOAT = 4
+
+Operation = Literal["reduce", "gather"]
+Group = Literal["data", "shards"]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A kind of exchange."""
+
+    operation: Operation
+    """reduce: everyone ends with the sum (or maximum) of all tensors; gather: with all tensors."""
+    group: Group
+    """Between the replicas of a shard, or the shards of a replica."""
+
+
+def bytes_sent(meeting: Meeting, payload: float, size: int) -> float:
+    """Bytes that a worker sends when `size` workers meet with `payload` bytes each, along a ring.
+
+    A reduction passes every piece round twice, (size - 1) / size of the payload each time: once to sum, once to hand
+    out. A gathering passes every worker's tensor to all others.
+    """
+    if meeting.operation == "reduce":
+        return 2 * (size - 1) / size * payload
+    return (size - 1) * payload
+
+
 _SUM_SHARDS, _GATHER_SHARDS = Meeting("reduce", "shards"), Meeting("gather", "shards")
 _SUM_DATA = Meeting("reduce", "data")
 _SCALARS_TO_SUM = 4 * 8  # loss, NMSE, auxiliary NMSE and active latents, as float64

@@ -55,7 +55,6 @@ class ShardedTopKTrainer(TopKTrainer):
         self.n_latents_of_all_shards = self.n_latents * self.communicator.n_shards
         self._learning_rate = self.config.learning_rate_for(self.n_latents_of_all_shards)
         self._own_pre_bias = self.pre_bias
-        self._tokens_chosen = self._tokens_saturated = 0
 
     def initial_weights(self, config: TrainingConfig, sample: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         n_latents, d_in = config.latents_for(sample.shape[1]), sample.shape[1]
@@ -67,14 +66,8 @@ class ShardedTopKTrainer(TopKTrainer):
             "latent_bias": directions.new_zeros(len(directions)),
         }
 
-    @property
-    def saturated_fraction(self) -> float:
-        """Share of the last step's choices whose first offers were not certain to hold the k largest (this replica)."""
-        return self._tokens_saturated / max(self._tokens_chosen, 1)
-
     def step(self, activations: Tensor) -> StepMetrics:
         n_dead = int(self.communicator.sum_over_shards(self.dead().sum()))
-        self._tokens_chosen = self._tokens_saturated = 0
         return replace(super().step(activations), dead_fraction=n_dead / self.n_latents_of_all_shards)
 
     def select(self, batch: Sequence[Tensor]) -> Iterable[Selection]:
@@ -132,11 +125,9 @@ class ShardedTopKTrainer(TopKTrainer):
 
     def _choose(self, offers: Offers, k: int) -> Tensor:
         first = first_offer(k, self.communicator.n_shards, self.config.shard_offer_factor)
-        keep, saturated = choose_over_shards(
+        keep, _ = choose_over_shards(
             offers, k, self.communicator, first=first, complete=self.config.shard_offers_complete
         )
-        self._tokens_chosen += len(saturated)
-        self._tokens_saturated += int(saturated.sum())
         return keep
 
 

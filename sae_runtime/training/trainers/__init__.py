@@ -12,8 +12,7 @@ from sae_runtime.training.trainers.batch_topk import BatchTopKTrainer
 from sae_runtime.training.trainers.gated import GatedTrainer
 from sae_runtime.training.trainers.jumprelu import JumpReluTrainer
 from sae_runtime.training.trainers.matryoshka import MatryoshkaTrainer
-from sae_runtime.training.trainers.relu import ReluTrainer
-from sae_runtime.training.trainers.relu_decoder_norm import ReluDecoderNormTrainer
+from sae_runtime.training.trainers.relu import ReluDecoderNormTrainer, ReluTrainer
 from sae_runtime.training.trainers.topk import TopKTrainer
 from sae_runtime.training.trainers.trainer import StepMetrics, Trainer
 

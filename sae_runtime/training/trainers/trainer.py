@@ -249,8 +249,8 @@ class Trainer(ABC):
             if p.grad is not None
         }
         # Every shard holds all of pre_bias, and its own rows of everything else.
-        own = torch.stack([square for name, square in squares.items() if name != "pre_bias"]).sum()
-        return float((self.communicator.sum_over_shards(own) + squares["pre_bias"]).sqrt())
+        per_latent = torch.stack([square for name, square in squares.items() if name != "pre_bias"]).sum()
+        return float((self.communicator.sum_over_shards(per_latent) + squares["pre_bias"]).sqrt())
 
     @torch.no_grad()
     def _update(self, gradient_norm: float) -> float:

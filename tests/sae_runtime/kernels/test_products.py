@@ -1,29 +1,36 @@
-"""Products for few rows are the same products, whichever way they are computed."""
+"""Products are the same products, whichever way they are computed."""
 
 import pytest
 import torch
+from torch import Tensor
 
-from sae_runtime.kernels import products as module
-from sae_runtime.kernels.products import Linear, cpu_kind, default_compute_dtype, few_rows_linear
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 16, 64, 65, 200])
-@pytest.mark.parametrize("small", [True, False])
-def test_every_number_of_rows_gives_the_product(monkeypatch: pytest.MonkeyPatch, n: int, small: bool) -> None:
-    if not small:
-        monkeypatch.setattr(module, "SMALL_BYTES", 0)
-    generator = torch.Generator().manual_seed(n)
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((n, 24), (24, 40), (40,)))
-    linear = Linear(weight, bias)
-    torch.testing.assert_close(linear(x), x @ weight + bias)
-    torch.testing.assert_close(few_rows_linear(x, linear.weight), x @ weight)
-    assert linear.nbytes == 4 * (24 * 40 + 40)
+from sae_runtime.kernels import products
+from sae_runtime.kernels.products import WEIGHT_FIRST, CpuKind, cpu_kind, default_compute_dtype, linear
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def random_tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(len(shapes))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@pytest.mark.parametrize("kind", WEIGHT_FIRST)
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 16, 64, 65, 1100])
+def test_every_number_of_rows_gives_the_product(monkeypatch: pytest.MonkeyPatch, n: int, kind: CpuKind) -> None:
+    monkeypatch.setattr(products, "cpu_kind", lambda: kind)
+    x, weight, bias = random_tensors((n, 24), (40, 24), (40,))
+    torch.testing.assert_close(linear(x, weight, bias), x @ weight.T + bias)
+    torch.testing.assert_close(linear(x, weight), x @ weight.T)
+    memory = torch.full((n * 40 + 7,), 5.0)
+    result = linear(x, weight, bias, memory)
+    torch.testing.assert_close(result, x @ weight.T + bias)
+    assert n == 0 or result.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+    assert memory[n * 40 :].tolist() == [5.0] * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    x, weight, bias = torch.ones(5, 8, dtype=dtype), torch.ones(8, 6, dtype=dtype), torch.ones(6, dtype=dtype)
-    assert Linear(weight, bias)(x).tolist() == [[9.0] * 6] * 5
+    x, weight, bias = torch.ones(5, 8, dtype=dtype), torch.ones(6, 8, dtype=dtype), torch.ones(6, dtype=dtype)
+    assert linear(x, weight, bias).tolist() == [[9.0] * 6] * 5
 
 
 @pytest.mark.parametrize("n", [1, 2, 16])
@@ -32,16 +39,16 @@ def test_bfloat16_rounds_each_result_once(n: int) -> None:
     generator = torch.Generator().manual_seed(n)
     x, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((n, 600), (700, 600), (700,)))
     exact = x.double() @ weight.double().T + bias.double()
-    found = few_rows_linear(x, weight, bias).double()
+    found = linear(x, weight, bias).double()
     terms = x.double().abs() @ weight.double().T.abs() + bias.double().abs()
     assert bool(((found - exact).abs() <= 2**-8 * exact.abs() + 2**-20 * terms).all())
 
 
 def test_gradients_reach_the_input() -> None:
     x = torch.randn(5, 8, requires_grad=True)
-    linear = Linear(torch.randn(8, 6), torch.zeros(6))
-    linear(x).sum().backward()
-    torch.testing.assert_close(x.grad, linear.weight.sum(0).expand(5, 8))
+    weight = torch.randn(6, 8)
+    linear(x, weight, torch.zeros(6)).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 8))
 
 
 @pytest.mark.parametrize(

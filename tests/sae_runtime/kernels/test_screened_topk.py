@@ -122,7 +122,6 @@ def test_what_can_be_screened() -> None:
     assert not can_screen(x[:8], N_LATENTS, K)  # too few rows
     assert not can_screen(x.double(), N_LATENTS, K)
     assert not can_screen(x, 100, K)  # too few latents
-    assert not can_screen(x, N_LATENTS + 1, K)  # no whole groups
 
 
 def test_a_dictionary_encodes_the_same_with_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:

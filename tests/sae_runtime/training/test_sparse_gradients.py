@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_runtime.training.choose_latents import _top_indices_by_groups, choose_latents, top_indices
+from sae_runtime.training.choose_latents import choose_latents, top_indices
 from sae_runtime.training.sparse_gradients import (
     SelectedLatents,
     reference_autoencode,
@@ -114,7 +114,7 @@ def test_a_latent_that_relu_silences_gets_no_gradient(weights: dict[str, Tensor]
 def test_fast_selection_equals_topk(dtype: torch.dtype, shift: float) -> None:
     x = (torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) + shift).to(dtype)
     k = 8
-    indices = _top_indices_by_groups(x, k)
+    indices = top_indices(x, k)
     assert indices.shape == (64, k)
     assert all(len(set(row.tolist())) == k for row in indices)
     # What ReLU leaves of them is what counts; of equal values any may be chosen.
@@ -125,7 +125,7 @@ def test_fast_selection_equals_topk(dtype: torch.dtype, shift: float) -> None:
 def test_fast_selection_breaks_ties_by_the_lower_index() -> None:
     x = torch.zeros(2, 256)
     x[0, [5, 200]] = 1.0
-    assert _top_indices_by_groups(x, 4).tolist() == [[0, 1, 5, 200], [0, 1, 2, 3]]
+    assert top_indices(x, 4).tolist() == [[5, 200, 0, 1], [0, 1, 2, 3]]
 
 
 def test_selection_works_where_groups_do_not_fit() -> None:

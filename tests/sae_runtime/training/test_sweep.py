@@ -55,7 +55,7 @@ def test_every_run_is_trained_once_and_reported(base: TrainingConfig, monkeypatc
         assert dictionary.manifest is not None
         assert dictionary.manifest.evaluation["nmse"] == point.loss
     assert result.fit is not None
-    assert not result.fit.has_irreducible
+    assert "zeta" not in result.fit.parameters
     report: dict[str, Any] = json.loads((base.out / "sweep.json").read_text())
     assert [tuple(point.values()) for point in report["points"]] == [(p.n_latents, p.k, p.loss) for p in result.points]
     assert report["fit"]["parameters"] == result.fit.parameters

@@ -202,7 +202,7 @@ def test_runs_that_cannot_be_split_are_refused(config: TrainingConfig) -> None:
         check_distribution(config, 3, 2)
     with pytest.raises(ValueError, match="latent shards are for the family topk, found batch_topk"):
         check_distribution(config.model_copy(update={"family": "batch_topk"}), 2, 2)
-    with pytest.raises(ValueError, match="4 data lanes, which 8 workers cannot share equally; set data_lanes"):
+    with pytest.raises(ValueError, match="4 data streams, which 8 workers cannot share equally; set data_lanes"):
         check_distribution(config, 8, 1)
     with pytest.raises(ValueError, match="66 latents cannot be split into 4 equal shards"):
         check_distribution(config.model_copy(update={"n_latents": 66}), 4, 4)

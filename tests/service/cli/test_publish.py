@@ -74,7 +74,8 @@ def test_a_builtin_dictionary_fits(saeserve: Saeserve, tmp_path: Path):
     fit = json.loads(out)["fit"]
     assert 0 < fit["nmse"] < 0.5
     assert fit["n_tokens"] >= 8_192
-    assert "NMSE" in saeserve("publish", "resid-mid", str(tmp_path / "e"))[1]
+    shown = saeserve("publish", "resid-mid", str(tmp_path / "e"))[1]
+    assert f"{fit['nmse']:.4f} over {int(fit['n_tokens']):,} tokens" in shown
 
 
 def test_a_dictionary_of_another_model_is_told(

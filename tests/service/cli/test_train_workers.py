@@ -12,7 +12,7 @@ import pytest
 from sae_runtime.training.config import TrainingConfig
 from service.cli import train_workers
 from service.training import ray_train
-from service.training.distribution import Distribution, TrainingFailed
+from service.training.ray_session import Distribution, TrainingFailed
 from service.training.ray_train import with_absolute_paths
 
 Saeserve = Callable[..., tuple[int, str, str]]

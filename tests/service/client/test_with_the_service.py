@@ -22,7 +22,7 @@ from service.client import (
     set_feature,
 )
 from service.replica import ReplicaSettings, ServiceRuntime
-from service.rpc.servicers import add_to_grpc_server, build_handlers
+from service.rpc.register import add_to_grpc_server, build_handlers
 from tests.service.conftest import LIMITS, served_dictionaries
 from tests.service.engine.models import small_backbone
 
@@ -54,10 +54,10 @@ async def test_features_equal_the_librarys(runtime: ServiceRuntime, address: str
     tokens = reply[0].tokens
     assert tokens is not None
     assert b"".join(tokens.pieces).decode() == TEXT
-    assert set(reply[0].dictionaries) == set(runtime.served.dictionaries)
-    for name, dictionary in runtime.served.dictionaries.items():
+    assert set(reply[0].dictionaries) == set(runtime.model.dictionaries)
+    for name, dictionary in runtime.model.dictionaries.items():
         assert dictionary.site is not None
-        acts = runtime.served.backbone.activations(
+        acts = runtime.model.backbone.activations(
             torch.tensor(tokens.ids.astype(np.int64))[None], sites=[dictionary.site]
         )
         x = acts[dictionary.site][0]
@@ -73,9 +73,9 @@ async def test_blocking_client_encodes_decodes_and_generates(runtime: ServiceRun
         with Client(address) as client:
             assert client.is_healthy()
             assert client.is_healthy("saeserve.v1.FeatureService")
-            assert client.server_info().backbone.fingerprint == runtime.served.backbone.fingerprint
+            assert client.server_info().backbone.fingerprint == runtime.model.backbone.fingerprint
             for info in client.list_dictionaries():
-                dictionary = runtime.served.dictionaries[info.name]
+                dictionary = runtime.model.dictionaries[info.name]
                 assert (info.d_in, info.n_latents, info.normalizes_input) == (
                     dictionary.d_in,
                     dictionary.n_latents,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.model.backbone import Backbone
 from service.engine.generation import RunningBatch, StepOutcome
+from service.engine.observer import FeatureObserver
 from service.engine.sequence import Event, GenerateRequest
 from service.engine.settings import EngineSettings
 from service.engine.work import GeneratedTokens, GenerateWork, GenerationEnd
@@ -19,11 +20,17 @@ class Runner:
     """Joins requests, steps, and collects what each delivers."""
 
     def __init__(
-        self, backbone: Backbone, dictionaries: Mapping[str, Dictionary], *works: GenerateWork, **settings: int
+        self,
+        backbone: Backbone,
+        dictionaries: Mapping[str, Dictionary],
+        *works: GenerateWork,
+        clock: Callable[[], float] = lambda: 0.0,
+        observe: FeatureObserver | None = None,
+        **settings: int,
     ) -> None:
         made = EngineSettings(**settings)
         longest = min(backbone.context_length, made.max_cache_tokens)
-        self.running = RunningBatch(backbone, dictionaries, made, longest)
+        self.running = RunningBatch(backbone, dictionaries, made, longest, clock, observe)
         self.waiting: deque[GenerateRequest] = deque()
         self.requests: list[GenerateRequest] = []
         self.events: dict[GenerateRequest, list[Event]] = {}
@@ -32,7 +39,7 @@ class Runner:
 
     def join(self, work: GenerateWork) -> GenerateRequest:
         """Queues a request."""
-        request = GenerateRequest(work, lambda event: None)
+        request = GenerateRequest(work, lambda event: None, len(self.requests))
         self.requests.append(request)
         self.events[request] = []
         self.waiting.append(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from transformers import GPT2LMHeadModel, LogitsProcessorList, RepetitionPenalty
 
 from sae_runtime.edits import Edit
 from sae_runtime.model.families.gpt2.weights import random_state
+from sae_runtime.model.packed import PackedTokens
 from service.engine.errors import NonFiniteActivations
-from service.engine.generation import _shares
+from service.engine.generation import LEAST_PREFILL_TOKENS, PREFILL_S, PREFILL_STEPS, PrefillPace, prompt_pieces
 from service.engine.work import GenerateWork, SamplingOptions, WatchedFeatures
 from tests.service.engine.models import SlowGenerator, random_rows, small_backbone, small_dictionaries
 from tests.service.engine.runner import Runner
@@ -26,7 +28,7 @@ LONG = random_rows(1, (80, 80), seed=51)[0]
 STEER = (Edit("mid", 3, "add", 7.0), Edit("wide", 5, "set", 4.0, positions="generated"))
 
 
-def runner(*works: GenerateWork, **settings: int) -> Runner:
+def runner(*works: GenerateWork, **settings: Any) -> Runner:
     return Runner(BACKBONE, DICTIONARIES, *works, **settings)
 
 
@@ -34,10 +36,29 @@ def work(prompt: tuple[int, ...], n: int, **fields: object) -> GenerateWork:
     return GenerateWork(prompt, n, GREEDY, **({"ignore_end_of_text": True} | fields))  # type: ignore[arg-type]
 
 
+class SlowDevice:
+    """A backbone whose forward passes take `base_s`, and `token_s` more for each token, on a clock of their own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, base_s: float, token_s: float) -> None:
+        self.now, self.passes_s = 0.0, []  # type: float, list[float]
+        forward = BACKBONE.forward
+
+        def timed(packed: PackedTokens, **kwargs: object) -> object:
+            self.passes_s.append(base_s + token_s * sum(packed.lengths))
+            self.now += self.passes_s[-1]
+            return forward(packed, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(BACKBONE, "forward", timed)
+
+    def clock(self) -> float:
+        return self.now
+
+
 class TestPrefill:
-    def test_a_long_prompt_does_not_stall_a_stream(self) -> None:
+    def test_a_long_prompt_does_not_stall_a_stream(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every step decodes one token of the stream and runs at most a piece of the prompt."""
-        run = runner(work(SHORT, 30), prefill_chunk_tokens=16)
+        device = SlowDevice(monkeypatch, 0.0, PREFILL_S / 16)
+        run = runner(work(SHORT, 30), prefill_chunk_tokens=16, clock=device.clock)
         run.step()
         run.join(work(LONG, 3))
         for step in range(1, 6):
@@ -55,19 +76,108 @@ class TestPrefill:
         run.run()
         assert run.ids(0) == SLOW.greedy(LONG, 3)[0]
 
+    def test_prompts_that_arrive_together_end_one_after_the_other(self) -> None:
+        """8 prompts of 80 tokens, 40 at a time: one ends every two steps, and the last when it would anyway."""
+        prompts = random_rows(8, (80, 80), seed=52)
+        run = runner(*(work(prompt, 16) for prompt in prompts), prefill_chunk_tokens=40)
+        first_token = {}
+        for step in range(1, 17):
+            outcome = run.step()
+            assert outcome.n_tokens <= 40 + 8
+            first_token |= {i: step for i in range(8) if run.ids(i) and i not in first_token}
+        assert first_token == {i: 2 * (i + 1) for i in range(8)}
+        run.run()
+        for i, prompt in enumerate(prompts):
+            assert run.ids(i) == SLOW.greedy(prompt, 16)[0]
+
+    def test_pieces_of_samples_and_edits_and_watched_features_are_those_of_the_whole(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        works = [
+            work(LONG, 4, samples=3, edits=STEER, features=WatchedFeatures(("mid",), 3, prompt=True)),
+            work(LONG[::-1], 4, edits=STEER, compare=True),
+        ]
+        whole = runner(*works).run()
+        device = SlowDevice(monkeypatch, 0.1, 0.01)
+        pieces = runner(work(SHORT, 30), *works, prefill_chunk_tokens=20, clock=device.clock).run()
+        for i in range(2):
+            assert pieces.ids(i + 1) == whole.ids(i)
+            assert len(pieces.ends(i + 1)) == len(whole.ends(i))
+        told = [
+            np.concatenate([each.features["mid"].values for each in run.tokens(i).features])
+            for run, i in ((pieces, 1), (whole, 0))
+        ]
+        np.testing.assert_allclose(told[0], told[1], atol=1e-5)
+
+    def test_a_step_beside_streams_takes_no_longer_than_meant(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """0.05 s a step and 3 ms a token: 50 tokens are 0.2 s, where all of the prompt at once were 0.29."""
+        device = SlowDevice(monkeypatch, 0.05, 0.003)
+        run = runner(work(SHORT, 60), clock=device.clock)
+        run.step()
+        sizes = []
+        for _ in range(6):
+            run.join(work(LONG, 1))
+            while not run.ends(len(run.requests) - 1):
+                sizes.append(run.step().n_tokens - 1)
+        assert sizes[0] == LEAST_PREFILL_TOKENS  # nothing is known yet
+        assert max(device.passes_s) == pytest.approx(PREFILL_S, rel=0.1)
+        assert max(sizes) == pytest.approx(49, abs=5)
+
     @pytest.mark.parametrize(
         ("pending", "budget", "expected"),
         [
             ([], 5, []),
             ([3, 4], 100, [3, 4]),
-            ([100, 4, 100], 20, [8, 4, 8]),
-            ([100, 1, 7], 30, [22, 1, 7]),
+            ([100, 100, 100], 20, [20, 0, 0]),
+            ([100, 4, 100], 20, [16, 4, 0]),
+            ([100, 50, 40], 20, [5, 0, 15]),
+            ([100, 50, 7], 20, [5, 8, 7]),
             ([9, 9, 9], 2, [2, 0, 0]),
-            ([1, 9, 9], 2, [1, 1, 0]),
+            ([9, 1, 9], 2, [1, 1, 0]),
         ],
     )
-    def test_the_budget_is_shared_evenly(self, pending: list[int], budget: int, expected: list[int]) -> None:
-        assert _shares(pending, budget) == expected
+    def test_the_shortest_goes_first_and_the_oldest_goes_on(
+        self, pending: list[int], budget: int, expected: list[int]
+    ) -> None:
+        assert prompt_pieces(pending, budget) == expected
+
+
+class TestPace:
+    def test_pieces_are_as_long_as_the_speed_allows(self) -> None:
+        pace = PrefillPace(512)
+        assert pace.budget(others_decode=False) == 512
+        assert pace.budget(others_decode=True) == LEAST_PREFILL_TOKENS
+        pace.note(100, 0.25)
+        assert pace.budget(others_decode=True) == 400 * PREFILL_S
+        assert pace.budget(others_decode=False) == 512
+        pace.note(512, 0.1)
+        assert pace.budget(others_decode=True) == 512  # of 552 by the mean speed
+
+    @pytest.mark.parametrize(("base_s", "token_s"), [(0.0, 0.001), (0.05, 0.0013), (0.15, 0.001), (0.001, 0.0009)])
+    def test_they_come_to_take_the_time_that_is_meant(self, base_s: float, token_s: float) -> None:
+        pace = PrefillPace(512)
+        for _ in range(30):
+            tokens = pace.budget(others_decode=True)
+            pace.note(tokens, base_s + token_s * tokens)
+        assert base_s + token_s * pace.budget(others_decode=True) == pytest.approx(PREFILL_S, rel=0.03)
+
+    def test_they_may_take_longer_where_any_step_takes_long(self) -> None:
+        pace = PrefillPace(512)
+        pace.note(400, 1.0)
+        pace.note(0, PREFILL_S)
+        assert pace.budget(others_decode=True) == pytest.approx(400 * PREFILL_STEPS * PREFILL_S)
+
+    def test_a_few_tokens_say_nothing_of_the_speed(self) -> None:
+        pace = PrefillPace(512)
+        pace.note(400, 0.4)
+        before = pace.budget(others_decode=True)
+        pace.note(3, 0.1)
+        assert pace.budget(others_decode=True) == before
+
+    def test_a_slow_device_goes_on(self) -> None:
+        pace = PrefillPace(512)
+        pace.note(512, 100.0)
+        assert pace.budget(others_decode=True) == LEAST_PREFILL_TOKENS
 
 
 class TestCache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,8 +17,9 @@ import torch
 from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.edits import Edit, InvalidEdit, Reference
 from sae_runtime.errors import EditConflict, UnknownDictionary
+from sae_runtime.model.packed import PackedTokens
 from service.engine.engine import Engine
-from service.engine.errors import EngineStopped, NonFiniteActivations, QueueFull
+from service.engine.errors import DeviceLost, EngineStopped, NonFiniteActivations, QueueFull
 from service.engine.settings import EngineSettings
 from service.engine.work import (
     Csr,
@@ -47,6 +49,8 @@ GREEDY = SamplingOptions(temperature=0)
 class Log:
     """An observer that remembers."""
 
+    features = None
+
     def __init__(self) -> None:
         self.batches: list[tuple[str, int, int]] = []
         self.waits: list[str] = []
@@ -75,11 +79,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.open = threading.Event(), threading.Event()
+        self.error: Exception | None = None
         forward = BACKBONE.forward
 
         def held(*args: Any, **kwargs: Any) -> Any:
             self.reached.set()
             assert self.open.wait(60)
+            if self.error is not None:
+                raise self.error
             return forward(*args, **kwargs)
 
         monkeypatch.setattr(BACKBONE, "forward", held)
@@ -189,7 +196,7 @@ class TestExtract:
         assert sum(tokens for _, _, tokens in log.batches) == sum(len(row) for work in works for row in work.rows)
         assert log.waits == ["extract"] * 64
 
-    async def test_a_request_over_the_budget_runs_in_parts(self) -> None:
+    async def test_a_request_over_the_budget_runs_in_pieces(self) -> None:
         rows = tuple(random_rows(9, (5, 60), seed=4))
         log = Log()
         async with running(log, max_batch_tokens=50) as engine:
@@ -225,6 +232,34 @@ class TestExtract:
             gate.open.set()
             await asyncio.gather(first, *others)
         assert log.batches == [("extract", 1, 3), ("extract", 3, 4)]
+
+    async def test_a_batch_without_room_runs_again_in_halves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing of the batch that failed may take room when the first half runs."""
+        gate, forward = Gate(monkeypatch), BACKBONE.forward
+        tensors: list[weakref.ref[torch.Tensor]] = []
+        sizes = []
+
+        def little_memory(packed: PackedTokens, **kwargs: Any) -> Any:
+            assert all(tensor() is None for tensor in tensors)
+            sizes.append(len(packed.lengths))
+            result = forward(packed, **kwargs)
+            if len(packed.lengths) > 2:
+                tensors.extend(weakref.ref(x) for x in result.activations.values())
+                raise torch.OutOfMemoryError("no room")
+            return result
+
+        rows = random_rows(4, (2, 9), seed=12)
+        async with running() as engine:
+            first = await gate.occupy(engine)
+            monkeypatch.setattr(BACKBONE, "forward", little_memory)
+            tasks = await queued(engine, *(engine.extract(ExtractWork((row,), ("mid",))) for row in rows))
+            gate.open.set()
+            await first
+            results = await asyncio.gather(*tasks)
+        assert sizes == [4, 2, 2]
+        assert len(tensors) == 1
+        for row, result in zip(rows, results, strict=True):
+            assert_same(result.inputs[0][0].features, library(row, "mid")[1].to_dense())
 
     async def test_cancelled_work_is_dropped_before_it_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gate, log = Gate(monkeypatch), Log()
@@ -267,12 +302,12 @@ class TestExtract:
         [
             (ExtractWork(((1,),), ("nothing",)), UnknownDictionary, "loaded: delta, early, mid, wide"),
             (ExtractWork(((1,),), ("mid", "nothing")), UnknownDictionary, "nothing"),
-            (ExtractWork((), ("mid",)), ValueError, "at least one row"),
-            (ExtractWork(((1,),), ()), ValueError, "one dictionary"),
+            (ExtractWork((), ("mid",)), ValueError, "no rows"),
+            (ExtractWork(((1,),), ()), ValueError, "no dictionaries"),
             (ExtractWork(((1,), ()), ("mid",)), ValueError, "0 tokens, expected 1 to 96"),
             (ExtractWork(((1,) * 97,), ("mid",)), ValueError, "97 tokens, expected 1 to 96"),
-            (ExtractWork(((257,),), ("mid",)), ValueError, "token id 257 is outside"),
-            (ExtractWork(((-1,),), ("mid",)), ValueError, "token id -1 is outside"),
+            (ExtractWork(((257,),), ("mid",)), ValueError, "leave the vocabulary"),
+            (ExtractWork(((-1,),), ("mid",)), ValueError, "leave the vocabulary"),
             (ExtractWork(((1,),), ("mid",), Selection("features", features=(96,))), ValueError, "latent 96"),
         ],
     )
@@ -333,7 +368,7 @@ class TestEncodeAndDecode:
 
         async with running() as engine:
             for bad, message in [
-                (csr([0, 2], [1]), "row_splits end with 2"),
+                (csr([0, 2], [1]), "different lengths"),
                 (csr([1, 2], [1, 2]), "rising offsets"),
                 (csr([0, 2, 1], [1]), "rising offsets"),
                 (csr([0], []), "at least one row"),
@@ -517,6 +552,39 @@ class TestLifeCycle:
         await engine.start()
         with pytest.raises(EngineStopped, match="ZeroDivisionError"):
             await engine.extract(ExtractWork(((1,),), ("mid",)))
+        assert not engine.ready
+        await engine.stop()
+
+    async def test_a_lost_device_fails_all_that_waits_and_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As after an illegal access: the replica must not look healthy, or nobody replaces it."""
+        monkeypatch.setattr(threading, "excepthook", lambda args: None)
+        gate = Gate(monkeypatch)
+        engine = Engine(BACKBONE, DICTIONARIES, EngineSettings())
+        await engine.start()
+        first = await gate.occupy(engine)
+        others = await queued(
+            engine, engine.extract(ExtractWork(((1,),), ("mid",))), collect(engine, GenerateWork((1,), 3))
+        )
+        gate.error = torch.AcceleratorError("an illegal memory access was encountered")
+        assert engine.ready
+        gate.open.set()
+        for error in await asyncio.gather(first, *others, return_exceptions=True):
+            assert isinstance(error, DeviceLost)
+            assert "illegal memory access" in str(error)
+        assert not engine.ready
+        with pytest.raises(EngineStopped):
+            await engine.extract(ExtractWork(((1,),), ("mid",)))
+        await engine.stop()
+
+    async def test_a_device_lost_in_a_generation_step_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(threading, "excepthook", lambda args: None)
+        gate = Gate(monkeypatch)
+        gate.error = torch.AcceleratorError("an illegal memory access was encountered")
+        gate.open.set()
+        engine = Engine(BACKBONE, DICTIONARIES, EngineSettings())
+        await engine.start()
+        with pytest.raises(DeviceLost):
+            await collect(engine, GenerateWork((1,), 3))
         assert not engine.ready
         await engine.stop()
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from sae_runtime import Edit
 from sae_runtime.edits import resolve_references
-from service.edits.files import EditFileError
 from service.edits.messages import edit_message, read_edit
 from service.pb.saeserve.v1 import common_pb2, server_service_pb2
 from service.pb.saeserve.v1 import edits_pb2 as pb
 from service.pb.saeserve.v1 import intervention_service_pb2 as intervention_pb
-from service.replica import ReplicaSettings, ServiceRuntime
-from tests.service.conftest import LIMITS, Served, serve, served_dictionaries
-from tests.service.engine.models import SlowGenerator, small_backbone
+from service.replica import ReplicaSettings
+from tests.service.conftest import LIMITS, Served, serve
+from tests.service.engine.models import SlowGenerator
+from tests.service.rpc.reading import Failure, failure
 
 PRESETS = """
 - name: strong
@@ -46,22 +46,8 @@ async def run(
     return [token async for reply in served.interventions.Generate(request) for token in reply.chunk.token_ids]
 
 
-async def refused(served: Served, *edits: pb.Edit, **fields: Any) -> tuple[grpc.StatusCode, list[str], str, Any]:
-    """Code, fields of the violations, message, and the first ResourceInfo."""
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await run(served, edits=list(edits), **fields)
-    error = raised.value
-
-    class Call:
-        code, details, trailing_metadata = error.code, error.details, error.trailing_metadata
-
-    status = rpc_status.from_call(Call())
-    assert status is not None
-    request, resource = error_details_pb2.BadRequest(), error_details_pb2.ResourceInfo()
-    for detail in status.details:
-        detail.Unpack(request)
-        detail.Unpack(resource)
-    return error.code(), [each.field for each in request.field_violations], error.details() or "", resource
+async def refused(served: Served, *edits: pb.Edit, **fields: Any) -> Failure:
+    return await failure(run(served, edits=list(edits), **fields))
 
 
 @pytest.fixture
@@ -78,46 +64,30 @@ async def test_presets_by_name_and_with_further_edits(presets_file: Path) -> Non
             ("lasting", "", 1),
             ("strong", "Pins a feature.", 2),
         ]
-        own = Edit("delta", 2, "add", 1.0)
-        by_name = await run(served, presets=["strong", "lasting"], edits=[edit_message(own)])
+        further = Edit("delta", 2, "add", 1.0)
+        by_name = await run(served, presets=["strong", "lasting"], edits=[edit_message(further)])
         spelt_out = [
             edit for name in ("strong", "lasting") for p in info.edit_presets if p.name == name for edit in p.edits
         ]
-        assert by_name == await run(served, edits=[*spelt_out, edit_message(own)])
+        assert by_name == await run(served, edits=[*spelt_out, edit_message(further)])
         plain = SlowGenerator(served.backbone, served.dictionaries)
         prompt = served.backbone.encode_text("Once upon").ids
         strong = [read_edit(edit) for edit in info.edit_presets[1].edits]
         assert await run(served, presets=["strong"]) == plain.greedy(prompt, 8, strong)[0]
         assert await run(served, presets=["strong"]) != await run(served)
 
-        code, _, message, resource = await refused(served, presets=["strong", "weak"])
-        assert (code, resource.resource_type) == (grpc.StatusCode.NOT_FOUND, "saeserve.v1.EditPreset")
-        assert resource.resource_name == "weak"
-        assert message == "no edit preset named 'weak'; there are: lasting, strong"
-        code, fields, _, _ = await refused(served, presets=["lasting", "lasting"])
-        assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["presets[1]"])
-        code, fields, message, _ = await refused(served, edit_message(Edit("mid", 3, "scale", 1.0)), presets=["strong"])
-        assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["edits"])
-        assert "both write feature 3 of 'mid'" in message
-        code, fields, message, _ = await refused(served, *[edit_message(own)] * 5, presets=["strong"])
-        assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["edits"])
-        assert "has 7 entries, those of presets included, more than max_edits = 6" in message
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("- {name: a, edits: [{feature: 'mid:999', set: 1}]}", r"preset 'a': edits\[0\]\.feature: is 999, outside"),
-        ("- {name: a, edits: [{feature: 'plain:1', ablate: mean}]}", "ablate_mean needs statistics"),
-        ("- {name: a, edits: [{feature: 'mid:1', set: 1}, {feature: 'mid:1', add: 1}]}", "both write feature 1"),
-        ("- {name: a, edit: []}", "no such key"),
-    ],
-)
-def test_presets_that_cannot_work_stop_the_start(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "edits.yaml"
-    file.write_text(text)
-    with pytest.raises(EditFileError, match=message):
-        ServiceRuntime(small_backbone(), served_dictionaries(), ReplicaSettings(edit_presets=str(file)))
+        unknown = await refused(served, presets=["strong", "weak"])
+        assert unknown.code is grpc.StatusCode.NOT_FOUND
+        assert unknown.resources == [("saeserve.v1.EditPreset", "weak")]
+        assert unknown.message == "no edit preset named 'weak'; there are: lasting, strong"
+        repeated = await refused(served, presets=["lasting", "lasting"])
+        assert (repeated.code, repeated.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["presets[1]"])
+        conflict = await refused(served, edit_message(Edit("mid", 3, "scale", 1.0)), presets=["strong"])
+        assert (conflict.code, conflict.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["edits"])
+        assert "both write feature 3 of 'mid'" in conflict.message
+        too_many = await refused(served, *[edit_message(further)] * 5, presets=["strong"])
+        assert (too_many.code, too_many.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["edits"])
+        assert "has 7 entries, those of presets included, more than max_edits = 6" in too_many.message
 
 
 async def test_a_preset_of_a_dictionary_that_is_not_loaded_fails_when_it_is_used(
@@ -128,8 +98,7 @@ async def test_a_preset_of_a_dictionary_that_is_not_loaded_fails_when_it_is_used
     with caplog.at_level(logging.WARNING):
         async for served in serve(ReplicaSettings(limits=LIMITS, edit_presets=str(file))):
             assert "preset 'a' needs gone" in caplog.text
-            code, _, _, resource = await refused(served, presets=["a"])
-            assert (code, resource.resource_name) == (grpc.StatusCode.NOT_FOUND, "gone")
+            assert (await refused(served, presets=["a"])).resources == [("saeserve.v1.Dictionary", "gone")]
 
 
 @pytest.mark.parametrize("tokens", ["last", "mean", "max"])
@@ -151,8 +120,6 @@ async def test_resampling_runs_the_reference_text(served: Served, tokens: str) -
 
 
 def _activations(served: Served, ids: tuple[int, ...], site: str) -> Any:
-    import torch
-
     return served.backbone.activations(torch.tensor([ids]), sites=[site])[site][0]
 
 
@@ -195,20 +162,18 @@ async def test_fields_are_named_wherever_they_are(served: Served) -> None:
         pb.Edit(dictionary="mid", feature=2, scale=1, condition=pb.Condition(dictionary="delta", feature=1)),
         pb.Edit(dictionary="mid", feature=3, set=pb.Amount(value=float("nan"))),
     ]
-    code, fields, _, _ = await refused(served, *wrong)
-    assert code == grpc.StatusCode.INVALID_ARGUMENT
-    assert fields == [
+    failed = await refused(served, *wrong)
+    assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert failed.fields == [
         "edits[0].condition.all_of.conditions[0].threshold",
         "edits[0].condition.all_of.conditions[1].any_of.conditions[1].feature",
         "edits[2].set.value",
     ]
-    code, fields, message, _ = await refused(served, wrong[1])
-    assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["edits[0].condition"])
-    assert "reads 'delta' at 2.resid_delta_attn, after the edit's site 1.resid_post_mlp" in message
-    code, _, _, resource = await refused(
-        served, pb.Edit(dictionary="mid", scale=1, condition=pb.Condition(dictionary="gone"))
-    )
-    assert (code, resource.resource_name) == (grpc.StatusCode.NOT_FOUND, "gone")
+    failed = await refused(served, wrong[1])
+    assert (failed.code, failed.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["edits[0].condition"])
+    assert "reads 'delta' at 2.resid_delta_attn, after the edit's site 1.resid_post_mlp" in failed.message
+    failed = await refused(served, pb.Edit(dictionary="mid", scale=1, condition=pb.Condition(dictionary="gone")))
+    assert (failed.code, failed.resources) == (grpc.StatusCode.NOT_FOUND, [("saeserve.v1.Dictionary", "gone")])
 
 
 async def test_a_reference_that_is_too_strong_is_refused() -> None:
@@ -221,9 +186,9 @@ async def test_a_reference_that_is_too_strong_is_refused() -> None:
             _activations(served, tuple(served.backbone.encode_text("Another text").ids), "0.resid_post_mlp")
         )
         message.feature = int(z.amax(0).argmax())
-        code, fields, text, _ = await refused(served, message)
-        assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["edits[0].resample"])
-        assert "more than max_edit_strength = 1e-06" in text
+        failed = await refused(served, message)
+        assert (failed.code, failed.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["edits[0].resample"])
+        assert "more than max_edit_strength = 1e-06" in failed.message
 
 
 async def test_the_largest_relative_change_is_a_setting() -> None:
@@ -233,6 +198,24 @@ async def test_the_largest_relative_change_is_a_setting() -> None:
         assert info.limits.max_relative_change == 0.5
         weak = edit_message(Edit("early", 3, "add", 1e-3))
         assert len(await run(served, edits=[weak])) == 8
-        code, _, message, _ = await refused(served, edit_message(Edit("early", 3, "add", 40.0)))
-        assert code == grpc.StatusCode.INVALID_ARGUMENT
-        assert "max_relative_change = 0.5" in message
+        failed = await refused(served, edit_message(Edit("early", 3, "add", 40.0)))
+        assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "max_relative_change = 0.5" in failed.message
+
+
+async def test_edit_that_needs_statistics_the_dictionary_lacks(served: Served) -> None:
+    request = intervention_pb.GenerateRequest(
+        prompt=common_pb2.TextInput(text="a"),
+        edits=[
+            pb.Edit(dictionary="plain", feature=1, ablate=pb.ABLATION_MEAN),
+            pb.Edit(
+                dictionary="plain",
+                feature=2,
+                set=pb.Amount(value=1, unit=pb.UNIT_RECORDED_MAXIMUM),
+            ),
+        ],
+    )
+    failed = await failure(served.interventions.Generate(request))
+    assert failed.code == grpc.StatusCode.FAILED_PRECONDITION
+    precondition = failed.detail(error_details_pb2.PreconditionFailure)
+    assert [violation.subject for violation in precondition.violations] == ["edits[0].ablate", "edits[1].set.unit"]

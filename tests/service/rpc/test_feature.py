@@ -1,4 +1,6 @@
-"""FeatureService equals the library, one request at a time and many at once."""
+"""FeatureService equals the library, one request at a time and many at once, for dictionaries of every family."""
+
+from __future__ import annotations
 
 import asyncio
 import random
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_runtime import Dictionary, SparseFeatures
+from sae_runtime import SparseFeatures
 from sae_runtime.dictionary.features import InputStatistics
 from service.arrays import (
     pack_input_statistics,
@@ -16,13 +18,14 @@ from service.arrays import (
     pack_tensor,
     unpack_input_statistics,
     unpack_reconstruction_error,
-    unpack_sparse_rows,
     unpack_tensor,
 )
 from service.pb.saeserve.v1 import common_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as pb
 from service.rpc.feature import STREAM_WINDOW
-from tests.service.conftest import Served
+from tests.service.conftest import Served, serve, tight_settings
+from tests.service.rpc.conftest import SITE, WIDTH
+from tests.service.rpc.reading import dense
 
 TEXTS = ("A short text.", "Zwölf Boxkämpfer 😀 jagen", "x", "To be, or not to be, that is the question.")
 
@@ -36,14 +39,6 @@ def library_features(served: Served, name: str, ids: list[int]) -> SparseFeature
     dictionary = served.dictionaries[name]
     activations = served.backbone.activations(torch.tensor([ids]), sites=[dictionary.site])
     return dictionary.encode(activations[dictionary.site][0])
-
-
-def dense(rows: common_pb2.SparseRows, dictionary: Dictionary) -> np.ndarray:
-    splits, indices, values = unpack_sparse_rows(rows)
-    out = np.zeros((len(splits) - 1, dictionary.n_latents), np.float32)
-    row = np.repeat(np.arange(len(splits) - 1), np.diff(splits.astype(int)))
-    out[row, indices] = values
-    return out
 
 
 def text_ids(served: Served, text: str) -> list[int]:
@@ -76,32 +71,6 @@ async def test_features_of_texts_and_ids_in_several_dictionaries(served: Served)
             x = served.backbone.activations(torch.tensor([ids]), sites=[dictionary.site])[dictionary.site][0]
             error = (x - dictionary.decode(features)).square().sum(1) / x.square().sum(1)
             np.testing.assert_allclose(unpack_reconstruction_error(found), error, rtol=1e-4, atol=1e-5)
-
-
-async def test_offsets_of_tokens(served: Served) -> None:
-    text = "é😀!"
-    reply = await served.features.ExtractFeatures(
-        pb.ExtractFeaturesRequest(
-            inputs=[
-                common_pb2.TextInput(text=text),
-                common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=text_ids(served, text))),
-                # Begins inside the emoji.
-                common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=text_ids(served, text)[3:])),
-            ],
-            dictionaries=["mid"],
-            include_tokens=True,
-        )
-    )
-    for tokens in (reply.results[0].tokens, reply.results[1].tokens):
-        assert b"".join(tokens.pieces).decode() == text
-        assert list(tokens.byte_starts) == [0, 1, 2, 3, 4, 5, 6]
-        assert list(tokens.byte_ends) == [1, 2, 3, 4, 5, 6, 7]
-        assert list(tokens.char_starts) == [0, 0, 1, 1, 1, 1, 2]
-        assert list(tokens.char_ends) == [1, 1, 2, 2, 2, 2, 3]
-    cut = reply.results[2].tokens
-    assert b"".join(cut.pieces) == text.encode()[3:]
-    assert list(cut.byte_ends) == [1, 2, 3, 4]
-    assert list(cut.char_starts) == sorted(cut.char_starts)
 
 
 @pytest.mark.parametrize(
@@ -144,25 +113,6 @@ async def test_selection(served: Served, selection: pb.FeatureSelection, keep) -
     z = expected_rows(served, "wide", text_ids(served, TEXTS[3]))
     found = dense(reply.results[0].dictionaries[0].features, served.dictionaries["wide"])
     np.testing.assert_allclose(found, z * keep(z), atol=1e-5)
-
-
-async def test_truncation_drops_the_end_and_counts_it(served: Served) -> None:
-    limit = served.runtime.limits.max_tokens_per_input
-    text = "ab" * limit
-    reply = await served.features.ExtractFeatures(
-        pb.ExtractFeaturesRequest(
-            inputs=[common_pb2.TextInput(text=text)],
-            dictionaries=["mid"],
-            include_tokens=True,
-            overflow=common_pb2.OVERFLOW_TRUNCATE,
-        )
-    )
-    result = reply.results[0]
-    assert (result.n_tokens, result.truncated_tokens) == (limit, limit)
-    assert b"".join(result.tokens.pieces) == text[:limit].encode()
-    assert len(result.tokens.byte_ends) == limit
-    found = dense(result.dictionaries[0].features, served.dictionaries["mid"])
-    np.testing.assert_allclose(found, expected_rows(served, "mid", text_ids(served, text)[:limit]), atol=1e-5)
 
 
 async def test_64_concurrent_requests_of_mixed_length(served: Served) -> None:
@@ -208,6 +158,18 @@ async def test_stream_answers_in_order_and_ends_with_the_first_error(served: Ser
     assert seen == [f"s-{i}" for i in range(5)]
     assert await call.code() == grpc.StatusCode.NOT_FOUND
     assert ("request-id", "s-5") in tuple(await call.trailing_metadata())
+
+
+async def test_stream_waits_where_a_call_is_refused() -> None:
+    def extract(i: int) -> pb.ExtractFeaturesStreamRequest:
+        text = common_pb2.TextInput(text="some text")
+        return pb.ExtractFeaturesStreamRequest(
+            request=pb.ExtractFeaturesRequest(request_id=f"s-{i}", inputs=[text], dictionaries=["mid"])
+        )
+
+    async for served in serve(tight_settings()):
+        replies = [reply async for reply in served.features.ExtractFeaturesStream(map(extract, range(40)))]
+        assert [reply.response.request_id for reply in replies] == [f"s-{i}" for i in range(40)]
 
 
 @pytest.mark.parametrize("name", ["mid", "early"])
@@ -267,3 +229,49 @@ async def test_encode_reads_half_precision(served: Served, dtype: common_pb2.Dat
     reply = await served.features.EncodeActivations(pb.EncodeActivationsRequest(dictionary="early", activations=tensor))
     rounded = (x.half() if dtype == common_pb2.DATA_TYPE_FLOAT16 else x.bfloat16()).float()
     np.testing.assert_allclose(dense(reply.features, dictionary), dictionary.encode_dense(rounded), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "gated", "groupmax"])
+async def test_encode_and_decode_of_every_family(families: Served, name: str) -> None:
+    dictionary = families.dictionaries[name]
+    x = 3 * torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1)) + 1
+    encoded = await families.features.EncodeActivations(
+        pb.EncodeActivationsRequest(dictionary=name, activations=pack_tensor(x.numpy()))
+    )
+    features = dictionary.encode(x)
+    np.testing.assert_allclose(dense(encoded.features, dictionary), features.to_dense(), atol=1e-4)
+    decoded = await families.features.DecodeFeatures(
+        pb.DecodeFeaturesRequest(dictionary=name, features=encoded.features, input_statistics=encoded.input_statistics)
+    )
+    np.testing.assert_allclose(unpack_tensor(decoded.activations), dictionary.decode(features), atol=1e-3)
+
+
+async def test_a_skip_connection_is_decoded_where_the_input_is_at_hand_only(families: Served) -> None:
+    reply = await families.features.ExtractFeatures(
+        pb.ExtractFeaturesRequest(
+            inputs=[common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=[3, 1, 4, 1, 5]))],
+            dictionaries=["skip"],
+            include_reconstruction_error=True,
+        )
+    )
+    dictionary = families.dictionaries["skip"]
+    x = families.backbone.activations(torch.tensor([[3, 1, 4, 1, 5]]), sites=[SITE])[SITE][0]
+    missed = (x - dictionary.decode(dictionary.encode(x))).square().sum(dim=1) / x.square().sum(dim=1)
+    np.testing.assert_allclose(reply.results[0].dictionaries[0].reconstruction_error, missed, rtol=1e-3)
+    rows = common_pb2.SparseRows(row_splits=[0, 1], indices=[1], values=[0.5])
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await families.features.DecodeFeatures(pb.DecodeFeaturesRequest(dictionary="skip", features=rows))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "has a skip connection" in (refused.value.details() or "")
+
+
+async def test_a_transcoder_has_features_but_no_reconstruction_error(families: Served) -> None:
+    request = pb.ExtractFeaturesRequest(
+        inputs=[common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=[3, 1, 4]))], dictionaries=["transcoder"]
+    )
+    assert len((await families.features.ExtractFeatures(request)).results) == 1
+    request.include_reconstruction_error = True
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await families.features.ExtractFeatures(request)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "has no reconstruction error" in (refused.value.details() or "")

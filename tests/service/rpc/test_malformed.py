@@ -1,4 +1,4 @@
-"""Issue §6.4: hundreds of malformed requests over all RPCs get documented codes, and the server is sound afterwards."""
+"""Hundreds of malformed requests over all RPCs get documented codes, and the server is sound afterwards."""
 
 import asyncio
 from collections import Counter
@@ -9,7 +9,7 @@ import torch
 
 from service.arrays import unpack_sparse_rows
 from service.pb.saeserve.v1 import catalog_service_pb2, common_pb2, feature_service_pb2, server_service_pb2
-from service.rpc.servicers import RPCS
+from service.rpc.register import RPCS
 from tests.service.conftest import Served
 from tests.service.rpc.malformed import Facts, malformed_requests, send
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_runtime.kernels.products import few_rows_linear
+from sae_runtime.kernels.products import linear
 from sae_runtime.model.attention import AttentionPlan
 from sae_runtime.model.families.gpt2.config import ACTIVATIONS, GPT2Settings
 from sae_runtime.model.families.gpt2.weights import GPT2Weights
@@ -87,5 +87,5 @@ class GPT2:
         """Logits [n, vocab] from the last block's output x [n, d_model]; float32, or float64 for float64 weights."""
         w, d = self._weights, (self.settings.n_embd,)
         x = F.layer_norm(x, d, w.ln_f_weight, w.ln_f_bias, self.settings.layer_norm_epsilon)
-        logits = few_rows_linear(x, w.lm_head).contiguous()
+        logits = linear(x, w.lm_head).contiguous()
         return logits if logits.dtype.itemsize == 8 else logits.float()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_runtime.kernels.products import Linear
+from sae_runtime.kernels.products import linear
 from sae_runtime.model.families.gpt2.config import ACTIVATIONS, GPT2Settings
 from sae_runtime.model.folders import read_safetensors
 
@@ -20,6 +20,22 @@ _MASKS = (".attn.bias", ".attn.masked_bias")
 
 _LAYER_NORMS = ("ln_1", "ln_2")
 _MATRICES = ("attn_c_attn", "attn_c_proj", "mlp_c_fc", "mlp_c_proj")
+
+
+class Linear(NamedTuple):
+    """A matrix and its bias."""
+
+    weight: Tensor  # [outputs, inputs]
+    bias: Tensor  # [outputs]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.weight.nbytes + self.bias.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, inputs] -> [n, outputs]; the result may lie in memory column by column."""
+        return linear(x, self.weight, self.bias)
 
 
 class BlockWeights(NamedTuple):
@@ -57,7 +73,9 @@ def assemble(state: Mapping[str, Tensor], n_layers: int, dtype: torch.dtype, dev
 
         # Matrices are [inputs, outputs] in Hugging Face's GPT-2 files (its `Conv1D`).
         ln_1, ln_2 = map(weight_and_bias, _LAYER_NORMS)
-        attn_c_attn, attn_c_proj, mlp_c_fc, mlp_c_proj = (Linear(*weight_and_bias(name)) for name in _MATRICES)
+        attn_c_attn, attn_c_proj, mlp_c_fc, mlp_c_proj = (
+            Linear(w.t().contiguous(), b) for w, b in map(weight_and_bias, _MATRICES)
+        )
         return BlockWeights(*ln_1, attn_c_attn, attn_c_proj, *ln_2, mlp_c_fc, mlp_c_proj)
 
     wte = take("transformer.wte.weight")

@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_said_before_or_instead_of_publishing(
     with pytest.raises(DictionaryFormatError, match="does not fit"):
         pull(OPENAI, tmp_path / "out", replace(settings, backbone=str(tiny_backbone_folder)))
     put_hub_repository(server, "some/saes", golden_files("sparsify_topk", "sae"))
-    with pytest.raises(ValueError, match="do not say which site it belongs to"):
+    with pytest.raises(ValueError, match="does not say which site it reads"):
         pull("some/saes/sae", tmp_path / "b", settings)
     with pytest.raises(ValueError, match="give the backbone that some/saes/sae belongs to"):
         pull("some/saes/sae", tmp_path / "c", replace(settings, backbone=None))

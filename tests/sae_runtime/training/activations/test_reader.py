@@ -14,7 +14,7 @@ from sae_runtime import Backbone
 from sae_runtime.model.sites import Site
 from sae_runtime.training.activations.reader import ThreadedReader
 from sae_runtime.training.activations.source import ActivationSource, open_activation_source
-from sae_runtime.training.activations.streams import RowLanes
+from sae_runtime.training.activations.streams import RowStreams
 from sae_runtime.training.config import TrainingConfig
 from tests.sae_runtime.training.activations.test_source import assert_same, batches, corpus, settings, through_file
 
@@ -108,13 +108,13 @@ def test_no_text_is_an_error_of_the_caller(sources: Any, tmp_path: Path) -> None
 class Gate:
     """A stand-in for the backbone's pass that lets the test decide when one is done."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, n_lanes: int, ahead: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n_streams: int, ahead: int) -> None:
         self.passes: list[list[list[int]]] = []
         self.fails = False
         self.begun, self.allowed = threading.Semaphore(0), threading.Semaphore(0)
         monkeypatch.setattr("sae_runtime.training.activations.reader.read_activations", self._read)
-        lanes = RowLanes(Counting(), n_lanes=n_lanes, mine=range(n_lanes), rows_per_pass=2, skip_first=False)
-        self.reader = ThreadedReader(None, SITES, lanes, skip_first=False, names=range(n_lanes), ahead=ahead)  # type: ignore[arg-type]
+        streams = RowStreams(Counting(), n_streams=n_streams, mine=range(n_streams), rows_per_pass=2, skip_first=False)
+        self.reader = ThreadedReader(None, SITES, streams, skip_first=False, names=range(n_streams), ahead=ahead)  # type: ignore[arg-type]
 
     def _read(self, _: Any, sites: list[Site], rows: list[list[int]], skip_first: bool) -> dict[Site, Tensor]:
         self.passes.append(rows)
@@ -126,25 +126,25 @@ class Gate:
 
 
 def test_it_reads_ahead_up_to_its_bound_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch, n_lanes=2, ahead=3)
+    gate = Gate(monkeypatch, n_streams=2, ahead=3)
     for _ in range(1000):
         gate.allowed.release()
     for expected in ([1, 3], [5, 7]):
         assert gate.reader.next_pass(0)[SITES[0]].flatten().tolist() == expected
-    with gate.reader._changed:  # until both lanes are full
+    with gate.reader._changed:  # until both streams are full
         assert gate.reader._changed.wait_for(lambda: all(len(r) == 3 for r in gate.reader._ready.values()), 30)
     assert len(gate.passes) == 2 + 2 * 3
     gate.reader.close()
     assert len(gate.passes) == 2 + 2 * 3
 
 
-def test_the_lane_that_is_waited_for_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = Gate(monkeypatch, n_lanes=3, ahead=2).reader  # its thread is not started
+def test_the_stream_that_is_waited_for_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Gate(monkeypatch, n_streams=3, ahead=2).reader  # its thread is not started
 
     def choice(ready: tuple[int, int, int], waiting: int | None) -> int | None:
-        for lane, n in enumerate(ready):
-            reader._ready[lane].clear()
-            reader._ready[lane].extend([([], {})] * n)
+        for stream, n in enumerate(ready):
+            reader._ready[stream].clear()
+            reader._ready[stream].extend([([], {})] * n)
         reader._waiting = waiting
         return reader._choose()
 
@@ -156,7 +156,7 @@ def test_the_lane_that_is_waited_for_comes_first(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_pass_that_failed_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch, n_lanes=1, ahead=2)
+    gate = Gate(monkeypatch, n_streams=1, ahead=2)
     gate.allowed.release(100)
     gate.fails = True
     for _ in range(2):
@@ -169,7 +169,7 @@ def test_a_pass_that_failed_comes_again(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_state_in_the_middle_of_a_pass_gives_that_pass_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch, n_lanes=1, ahead=2)
+    gate = Gate(monkeypatch, n_streams=1, ahead=2)
     gate.allowed.release()
     assert gate.reader.next_pass(0)[SITES[0]].flatten().tolist() == [1, 2]
     for _ in range(2):
@@ -185,7 +185,7 @@ def test_a_state_in_the_middle_of_a_pass_gives_that_pass_again(monkeypatch: pyte
 
 
 def test_an_interrupted_wait_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch, n_lanes=1, ahead=1)
+    gate = Gate(monkeypatch, n_streams=1, ahead=1)
     wait = gate.reader._changed.wait
 
     def interrupted(timeout: float | None = None) -> bool:

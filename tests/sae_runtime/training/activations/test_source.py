@@ -162,7 +162,7 @@ def test_latent_shards_share_the_reading_of_their_replica(settings: dict[str, An
         thread.join(60)
     for shard_rank in range(2):
         assert_same(results[shard_rank][0], expected)
-        assert results[shard_rank][1] == 4  # lanes of eight
+        assert results[shard_rank][1] == 4  # streams of eight
 
 
 @pytest.mark.parametrize("extra", [{}, {"rows": "documents", "prepend_end_of_text": True}])
@@ -195,7 +195,7 @@ def test_peek_takes_nothing(settings: dict[str, Any], tiny_backbone: Backbone) -
     assert source.peek(10**6)[SITES[0]].shape[0] <= config.buffer_tokens
 
 
-def test_text_shorter_than_a_lane_is_dealt_to_all(
+def test_text_shorter_than_a_stream_is_dealt_to_all(
     settings: dict[str, Any], tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     short = tmp_path / "short.txt"
@@ -208,16 +208,16 @@ def test_text_shorter_than_a_lane_is_dealt_to_all(
 
 def test_errors_say_what_does_not_fit(settings: dict[str, Any], tiny_backbone: Backbone, tmp_path: Path) -> None:
     config = TrainingConfig(**settings)
-    with pytest.raises(ValueError, match=r"8 data lanes cannot be shared equally by 3 workers"):
+    with pytest.raises(ValueError, match=r"8 data streams cannot be shared equally by 3 workers"):
         open_activation_source(config, tiny_backbone, SITES, Worker(0, 3))  # type: ignore[arg-type]
     source = open_activation_source(config, tiny_backbone, SITES)
-    with pytest.raises(ValueError, match="a batch of 60 tokens cannot be read equally from 8 data lanes"):
+    with pytest.raises(ValueError, match="a batch of 60 tokens cannot be read equally from 8 data streams"):
         source.next_batch(60)
     other = open_activation_source(TrainingConfig(**settings, data_lanes=4), tiny_backbone, SITES)
-    with pytest.raises(ValueError, match="is of 4 data lanes, this run has 8"):
+    with pytest.raises(ValueError, match="is of 4 data streams, this run has 8"):
         source.load_state_dict(other.state_dict())
     half = open_activation_source(config, tiny_backbone, SITES, Worker(1, 2))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="holds data lanes 4, 5, 6, 7; lane 0 is missing"):
+    with pytest.raises(ValueError, match="holds data streams 4, 5, 6, 7; stream 0 is missing"):
         source.load_state_dict(half.state_dict())
     with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
         open_activation_source(TrainingConfig(**{**settings, "data": [tmp_path / "missing.txt"]}), tiny_backbone, SITES)

@@ -11,13 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from sae_runtime.training.communicator import ProcessGroupCommunicator
 from sae_runtime.training.distributed.plan import (
+    Meeting,
     RunShape,
+    bytes_sent,
     exchanges,
     persistent_bytes,
     step_bytes,
 )
 from sae_runtime.training.distributed.sharded_topk_trainer import ShardedTopKTrainer
-from sae_runtime.training.distributed.traffic import CountingCommunicator, Meeting, bytes_sent
+from tests.sae_runtime.training.distributed.observed import CountingCommunicator, saturated_tokens
 from tests.sae_runtime.training.distributed.test_sharded_topk_trainer import settings
 from tests.sae_runtime.training.distributed.worker_processes import WorkerProcesses
 
@@ -64,8 +66,9 @@ def _payload(shape: RunShape) -> tuple[dict[Meeting, int], float]:
     communicator = CountingCommunicator(ProcessGroupCommunicator(shape.n_shards))
     trainer = trainer_of(shape, communicator)
     communicator.payload.clear()
-    trainer.step(rows_of(shape, communicator.data_rank))
-    return dict(communicator.payload), trainer.saturated_fraction
+    with saturated_tokens() as saturated:
+        trainer.step(rows_of(shape, communicator.data_rank))
+    return dict(communicator.payload), float(torch.cat(saturated).double().mean())
 
 
 SHAPE = RunShape(n_latents=256, d_in=D_IN, k=8, batch_tokens=BATCH, n_shards=2, data_parallel_size=2, compute_bytes=4)

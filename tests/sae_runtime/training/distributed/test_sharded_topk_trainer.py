@@ -14,6 +14,7 @@ from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.distributed import sharded_topk_trainer
 from sae_runtime.training.distributed.sharded_topk_trainer import ShardedTopKTrainer
 from sae_runtime.training.trainers.topk import TopKTrainer
+from tests.sae_runtime.training.distributed.observed import saturated_tokens
 from tests.sae_runtime.training.distributed.worker_processes import WorkerProcesses
 
 D_IN, N_LATENTS, BATCH, STEPS = 16, 128, 64, 30
@@ -80,15 +81,13 @@ def _train(config: TrainingConfig, n_shards: int, dense_ratio: int) -> dict[str,
     weaken(whole)
     with torch.no_grad():
         trainer.encoder.copy_(whole.chunk(n_shards)[c.shard_rank])
-    metrics, saturated = [], 0.0
-    for step in range(STEPS):
-        metrics.append(trainer.step(batch(step).chunk(c.data_parallel_size)[c.data_rank]))
-        saturated = max(saturated, trainer.saturated_fraction)
+    with saturated_tokens() as saturated:
+        metrics = [trainer.step(batch(step).chunk(c.data_parallel_size)[c.data_rank]) for step in range(STEPS)]
     return {
         "weights": trainer.weights(),
         "tokens_since_fired": trainer.tokens_since_fired,
         "metrics": metrics,
-        "saturated": saturated,
+        "saturated": float(torch.cat(saturated).double().mean()),
     }
 
 

@@ -1,0 +1,77 @@
+"""The model that a replica serves, as handlers ask it: which dictionaries and features there are, what they lack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from service.presets import Presets
+from service.rpc.errors import Violation, dictionary_not_found, failed_precondition, features_not_found, shown
+
+if TYPE_CHECKING:
+    from sae_runtime import Backbone, Dictionary
+    from sae_runtime.causal.report import FeatureId
+    from service.engine.engine import Engine
+    from service.rpc.limits import Limits
+    from service.rpc.text_inputs import TextInputReader
+
+LACKS_STATISTICS = "STATISTICS"
+"""Type of the PreconditionFailure violations of dictionaries without statistics."""
+IS_TRANSCODER = "TRANSCODER"
+"""Type of the PreconditionFailure violations of dictionaries that decode to another site than they read."""
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """The backbone and the dictionaries of its sites."""
+
+    backbone: Backbone
+    dictionaries: Mapping[str, Dictionary]
+    """By name, sorted. Every one has a site."""
+    presets: Presets = field(default_factory=Presets)
+    """Edits that requests can name."""
+
+    def require(self, names: Iterable[str]) -> None:
+        """RpcError NOT_FOUND unless there is a dictionary of every name; names all that are missing."""
+        unknown = list(dict.fromkeys(name for name in names if name not in self.dictionaries))
+        if unknown:
+            raise dictionary_not_found(unknown, list(self.dictionaries))
+
+    def require_features(self, features: Sequence[FeatureId]) -> None:
+        """RpcError NOT_FOUND for features that their dictionary, which is loaded, does not have."""
+        sized = [(name, feature, self.dictionaries[name].n_latents) for name, feature in features]
+        if unknown := [each for each in sized if each[1] >= each[2]]:
+            raise features_not_found(unknown)
+
+    def require_ablatable(self, names: Sequence[str], where: str) -> None:
+        """RpcError NOT_FOUND for dictionaries that are not loaded, FAILED_PRECONDITION at `where` for transcoders."""
+        self.require(names)
+        reason = "is a transcoder: it decodes to another site than it reads, so its features cannot be taken away"
+        transcoders = [name for name in names if self.dictionaries[name].transcoder]
+        if transcoders:
+            violations = [Violation(where, f"dictionary {shown(name)} {reason}") for name in transcoders]
+            raise failed_precondition(violations, IS_TRANSCODER)
+
+    def require_statistics(self, names: Iterable[str], what: str, where: str) -> None:
+        """RpcError FAILED_PRECONDITION at `where` for loaded dictionaries without the statistics `what` needs."""
+        found = (lacks_statistics(self.dictionaries[name], what, where) for name in dict.fromkeys(names))
+        if violations := [violation for violation in found if violation is not None]:
+            raise failed_precondition(violations, LACKS_STATISTICS)
+
+
+def lacks_statistics(dictionary: Dictionary, what: str, where: str) -> Violation | None:
+    """What a FAILED_PRECONDITION says of a dictionary without the statistics that `what` needs."""
+    if dictionary.statistics is not None:
+        return None
+    return Violation(where, f"{what} needs statistics, which dictionary {shown(dictionary.name)} lacks")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelRpc:
+    """What handlers of RPCs that run the model work with."""
+
+    engine: Engine
+    model: ServedModel
+    limits: Limits
+    reader: TextInputReader

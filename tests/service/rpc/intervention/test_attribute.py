@@ -1,0 +1,57 @@
+"""AttributeFeatures equals the library's attributions."""
+
+from __future__ import annotations
+
+import pytest
+
+from sae_runtime.causal.attribution import AttributionStudy, Target
+from service.pb.saeserve.v1 import causal_pb2 as pb
+from tests.service.conftest import Served
+from tests.service.engine.models import SlowGenerator
+from tests.service.rpc.intervention.texts import TEXTS, ids, inputs
+
+
+async def test_attributions_equal_the_librarys(served: Served) -> None:
+    row = ids(served, TEXTS[2])
+    names = ["early", "mid", "wide", "delta"]
+    request = pb.AttributeFeaturesRequest(
+        input=inputs(TEXTS[2])[0],
+        dictionaries=names,
+        target=pb.TokenChoice(text="r"),
+        foil=pb.TokenChoice(id=8),
+        position=20,
+        count=12,
+        include_tokens=True,
+    )
+    reply = await served.interventions.AttributeFeatures(request)
+    target = ids(served, "r")[0]
+    study = AttributionStudy(
+        served.backbone,
+        {name: served.dictionaries[name] for name in names},
+        row[:21],
+        Target(target, 8),
+        count=12,
+    )
+    expected = study.report(study.run(study.attributions))
+    assert (reply.target_id, reply.foil_id, reply.position, len(reply.tokens.ids)) == (target, 8, 20, 21)
+    assert reply.metric == pytest.approx(expected.metric, abs=1e-4)
+    assert reply.n_active == expected.n_active
+    assert dict(reply.totals) == pytest.approx(dict(expected.totals), abs=1e-4)
+    assert (reply.pearson, reply.spearman) == pytest.approx((expected.pearson, expected.spearman), abs=1e-3)
+    for own, theirs in zip(reply.attributions, expected.attributions, strict=True):
+        assert (own.feature.dictionary, own.feature.feature, own.position) == (
+            theirs.feature.dictionary,
+            theirs.feature.feature,
+            theirs.position,
+        )
+        assert own.attribution == pytest.approx(theirs.attribution, abs=1e-5)
+        assert own.effect == pytest.approx(theirs.effect, abs=1e-4)
+
+    request.ClearField("target")
+    request.ClearField("foil")
+    request.ClearField("position")
+    likeliest = await served.interventions.AttributeFeatures(request)
+    logits = SlowGenerator(served.backbone, served.dictionaries).next_logits(row, len(row), [])
+    assert likeliest.target_id == int(logits.argmax())
+    assert not likeliest.HasField("foil_id")
+    assert likeliest.metric == pytest.approx(float(logits.max()), abs=1e-4)

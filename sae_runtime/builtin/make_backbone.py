@@ -2,8 +2,8 @@
 
     python -m sae_runtime.builtin.make_backbone --corpus CORPUS_DIR --out sae_runtime/builtin/backbone
 
-The corpus directory holds .jsonl.xz files (see README.md beside this file). A run resumes from `<work>/checkpoint.pt` if
-that exists. The learning rate is constant after its warm-up, and falls to zero over the last `decay_fraction` of
+The corpus directory holds .jsonl.xz files (see README.md beside this file). A run resumes from `<work>/checkpoint.pt`
+if that exists. The learning rate is constant after its warm-up, and falls to zero over the last `decay_fraction` of
 `tokens`. A checkpoint from the constant phase can therefore be finished with any `--tokens`, and gives the same weights
 as a run with that budget from the start.
 """

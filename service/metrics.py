@@ -99,6 +99,9 @@ class Metrics:
         self.requests.labels(rpc, code).inc()
         self.request_seconds.labels(rpc).observe(seconds)
 
+    features = None
+    """EngineObserver: features are not counted."""
+
     def batch_done(self, kind: str, items: int, tokens: int, seconds: float) -> None:
         """EngineObserver: a batch ran."""
         self.batch_tokens.labels(kind).observe(tokens)

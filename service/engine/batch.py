@@ -21,6 +21,7 @@ from sae_runtime.causal.report import TextScore, TokenScores
 from sae_runtime.causal.score import RowScore, ScoredRow, score_rows
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import InputStatistics, SparseFeatures
+from sae_runtime.dictionary.readings import Places, Readings
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
@@ -99,17 +100,17 @@ Computations = tuple[Callable[[], Any], ...]
 """Steps of a measurement: to begin a study, or to run variants of one."""
 
 
-def run_batch(backbone: Backbone, kind: str, pieces: Sequence[Any]) -> list[Any]:
-    """A result for each of the pieces, which are of one kind.
+def run_batch(backbone: Backbone, kind: str, pieces: Sequence[Any], readings: Readings) -> list[Any]:
+    """A result for each of the pieces, which are of one kind. What is encoded on the way is in `readings`.
 
     Raises:
         NonFiniteActivations: some piece's activations cannot be encoded. Which one is not told.
     """
     match kind:
         case "extract":
-            return run_extract(backbone, pieces)
+            return run_extract(backbone, pieces, readings)
         case "encode":
-            return run_encode(pieces)
+            return run_encode(pieces, readings)
         case "decode":
             return [_decode(piece) for piece in pieces]
         case "score":
@@ -118,7 +119,9 @@ def run_batch(backbone: Backbone, kind: str, pieces: Sequence[Any]) -> list[Any]
             return run_computations(pieces)
 
 
-def run_extract(backbone: Backbone, parts: Sequence[Extraction]) -> list[list[list[DictionaryRows]]]:
+def run_extract(
+    backbone: Backbone, parts: Sequence[Extraction], readings: Readings
+) -> list[list[list[DictionaryRows]]]:
     """One forward pass over all rows, up to the last site; then each dictionary on the tokens that asked for it.
 
     Returns, for each part, one list a row, of one entry a dictionary.
@@ -141,7 +144,7 @@ def run_extract(backbone: Backbone, parts: Sequence[Extraction]) -> list[list[li
     for dictionary, site in site_of.items():
         asking = [i for i, part in enumerate(parts) if any(asked is dictionary for _, asked, _ in part.dictionaries)]
         outcome = _read_dictionary(
-            dictionary, activations[site], [parts[i] for i in asking], [spans[i] for i in asking]
+            dictionary, activations[site], readings, [parts[i] for i in asking], [spans[i] for i in asking]
         )
         for i, per_row in zip(asking, outcome, strict=True):
             found[i][dictionary] = per_row
@@ -157,6 +160,7 @@ def run_extract(backbone: Backbone, parts: Sequence[Extraction]) -> list[list[li
 def _read_dictionary(
     dictionary: Dictionary,
     x: Tensor,
+    readings: Readings,
     parts: Sequence[Extraction],
     spans: Sequence[Sequence[tuple[int, int]]],
 ) -> list[list[_RowFeatures]]:
@@ -177,16 +181,19 @@ def _read_dictionary(
             ranges.append(RowRange(stop - 1 if last else n, stop, part.selection, combine))
             errors.append((n, stop) if part.reconstruction_error else None)
             n = stop
+    tokens = _tokens(wanted)
+    features = _encode(dictionary, x, tokens, readings)
     if n < len(x):
-        x = x[_token_index(wanted).to(x.device)]
-    features = _encode(dictionary, x)
+        x = x[torch.from_numpy(tokens).to(x.device)]
     rows = zip(select(features, ranges), _reconstruction_errors(dictionary, x, features, errors), strict=True)
     return [list(islice(rows, len(part.rows))) for part in parts]
 
 
-def _encode(dictionary: Dictionary, x: Tensor) -> SparseFeatures:
+def _encode(dictionary: Dictionary, x: Tensor, tokens: Places, readings: Readings) -> SparseFeatures:
+    """The features of some tokens of x."""
+    readings.want(dictionary, tokens)
     try:
-        return dictionary.encode(x)
+        return readings.read(dictionary, x).rows(tokens)
     except ValueError as error:
         # Shapes were checked before the work was queued; what is left is values out of range.
         raise NonFiniteActivations(str(error)) from error
@@ -201,7 +208,7 @@ def _reconstruction_errors(
         return [None] * len(spans)
     n = sum(end - start for start, end in asked)
     if n < len(x):
-        index = _token_index(asked).to(x.device)
+        index = torch.from_numpy(_tokens(asked)).to(x.device)
         x, features = x[index], features[index]
     x = x.float()
     size = x.square().sum(dim=1)
@@ -219,15 +226,15 @@ def _reconstruction_errors(
     return found
 
 
-def _token_index(spans: Sequence[tuple[int, int]]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.arange(start, end) for start, end in spans]))
+def _tokens(spans: Sequence[tuple[int, int]]) -> Places:
+    return np.concatenate([np.arange(start, end) for start, end in spans])
 
 
-def run_encode(parts: Sequence[Encoding]) -> list[Encoded]:
+def run_encode(parts: Sequence[Encoding], readings: Readings) -> list[Encoded]:
     """Encodes the rows of all parts, which are of one dictionary, at once."""
     dictionary = parts[0].dictionary
     x = torch.from_numpy(np.concatenate([part.x for part in parts]))
-    features = _encode(dictionary, x.to(dictionary.device))
+    features = _encode(dictionary, x.to(dictionary.device), np.arange(len(x)), readings)
     ends = list(accumulate(len(part.x) for part in parts))
     spans = list(zip([0, *ends], ends, strict=False))
     rows = select(

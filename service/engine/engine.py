@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
+from sae_runtime.dictionary.readings import Readings
 from sae_runtime.edits import Edit
 from sae_runtime.model.backbone import Backbone
 from service.engine.admission import check_features, check_row_edits, check_rows
@@ -34,7 +36,7 @@ from service.engine.measure_work import (
     ScoreResult,
     ScoreWork,
 )
-from service.engine.observer import EngineObserver
+from service.engine.observer import EngineObserver, observe_readings
 from service.engine.scheduler import Piece, Scheduler, Turn, Work
 from service.engine.selection import join_arrays, join_rows
 from service.engine.sequence import GenerateRequest, Mailbox
@@ -64,6 +66,8 @@ class _AwaitedWork(Work):
 
     future: asyncio.Future[tuple[list[Any], WorkTiming]] = field(kw_only=True)
     arrival: float = field(kw_only=True)
+    number: int = field(kw_only=True)
+    """Tells the request from others, for whoever observes the engine."""
     results: list[Any] = field(default_factory=list, init=False)
     """One a piece, in order."""
     queue_s: float = field(default=0.0, init=False)
@@ -100,6 +104,8 @@ class Engine:
         self.dictionaries = dict(dictionaries)
         self.settings = settings
         self._observer = observer
+        self._observe = None if observer is None else observer.features
+        self._numbers = itertools.count()
         for dictionary in self.dictionaries.values():
             if dictionary.site is not None:
                 dictionary.site_in(backbone)
@@ -109,7 +115,9 @@ class Engine:
         if backbone.device.type != "cpu":
             settings = settings.model_copy(update={"split_batch_tokens": 0})
         self._scheduler: Scheduler[GenerateRequest] = Scheduler(settings)
-        self._running = RunningBatch(backbone, self.dictionaries, settings, self._max_sequence_tokens)
+        self._running = RunningBatch(
+            backbone, self.dictionaries, settings, self._max_sequence_tokens, observe=self._observe
+        )
         self._measurements = Measurements(backbone, self.dictionaries, settings, self._run, self.extract)
         self._works: set[_AwaitedWork] = set()
         self._generating: set[GenerateRequest] = set()
@@ -226,7 +234,7 @@ class Engine:
         self._check_accepting()
         self._check_generation(work)
         mailbox = Mailbox()
-        request = GenerateRequest(work, mailbox.deliver)
+        request = GenerateRequest(work, mailbox.deliver, next(self._numbers))
         free_slots = self.settings.max_concurrent_generations - self._running.n_active
         self._scheduler.put_generation(
             request, len(work.prompt), 0 if self._running.n_waiting else free_slots // work.n_sequences
@@ -296,7 +304,8 @@ class Engine:
         """
         self._check_accepting()
         assert self._loop is not None
-        work = _AwaitedWork(kind, content, sizes, future=self._loop.create_future(), arrival=time.monotonic())
+        future = self._loop.create_future()
+        work = _AwaitedWork(kind, content, sizes, future=future, arrival=time.monotonic(), number=next(self._numbers))
         self._scheduler.put(work, under_way=under_way)
         self._works.add(work)
         self._idle.clear()
@@ -383,7 +392,22 @@ class Engine:
     def _run_batch(self, pieces: list[Piece]) -> _BatchOutcome:
         begin = time.monotonic()
         kind = pieces[0].work.kind[0]
-        results = run_isolated(partial(run_batch, self.backbone, kind), [piece.content for piece in pieces])
+        results = run_isolated(partial(self._run_pieces, kind), pieces)
         seconds = time.monotonic() - begin
         self._scheduler.batch_finished(pieces, seconds)
         return _BatchOutcome(kind, pieces, results, begin, seconds)
+
+    def _run_pieces(self, kind: str, pieces: Sequence[Piece]) -> list[Any]:
+        """A result a piece. Errors as `run_batch`."""
+        readings = Readings()
+        results = run_batch(self.backbone, kind, [piece.content for piece in pieces], readings)
+        if self._observe is not None and readings.made:
+            lengths: list[int] = []
+            requests: list[int] = []
+            for piece in pieces:
+                assert isinstance(piece.work, _AwaitedWork)
+                sizes = piece.work.sizes[piece.rows]
+                lengths += sizes
+                requests += [piece.work.number] * len(sizes)
+            observe_readings(self._observe, kind, readings, requests, lengths)
+        return results

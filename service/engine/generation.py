@@ -15,6 +15,7 @@ from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.kv_cache import KVCache
 from service.engine.errors import NonFiniteActivations
 from service.engine.failures import raise_if_lost, release_tensors, run_isolated
+from service.engine.observer import FeatureObserver
 from service.engine.sequence import RESERVATION_STEP, Event, GeneratedSequence, GenerateRequest
 from service.engine.settings import EngineSettings
 from service.engine.step import Row, RowResult, StepRunner
@@ -53,11 +54,12 @@ class RunningBatch:
         settings: EngineSettings,
         max_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        observe: FeatureObserver | None = None,
     ) -> None:
         """`max_tokens`: prompt and new tokens of one sequence."""
         self._backbone = backbone
         self._dictionaries = dictionaries
-        self._runner = StepRunner(backbone, dictionaries)
+        self._runner = StepRunner(backbone, dictionaries, observe)
         self._clock = clock
         self._pace = PrefillPace(settings.prefill_chunk_tokens)
         self._max_tokens = max_tokens

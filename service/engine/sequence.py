@@ -23,8 +23,10 @@ Event = GeneratedTokens | GenerationEnd | Exception
 class GenerateRequest:
     """One Generate request. Only `cancelled` is written by the event loop."""
 
-    def __init__(self, work: GenerateWork, deliver: Callable[[Event], None]) -> None:
+    def __init__(self, work: GenerateWork, deliver: Callable[[Event], None], number: int = 0) -> None:
         self.work = work
+        self.number = number
+        """Tells it from other requests, for whoever observes the engine."""
         self.deliver = deliver
         """Takes the events of this request, on the event loop."""
         self.cancelled = False

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.readings import Places, Readings
 from sae_runtime.edits import BatchEdits, BatchRow, EditOutOfRange
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.kv_cache import KVCache
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
 from service.engine.errors import NonFiniteActivations
+from service.engine.observer import FeatureObserver, observe_readings
 from service.engine.sampling import SampledToken, sample
 from service.engine.selection import RowRange, select
 from service.engine.sequence import GeneratedSequence
@@ -50,12 +52,31 @@ class RowResult:
     """Of the row's tokens, where its request watches features."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """A dictionary whose features some of a step's requests watch."""
+
+    dictionary: Dictionary
+    site: Site
+    edited: bool
+    """Whether the step edits its site: features are those of the edited model."""
+    spans: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By row: first token to tell of and the row's end, as places in the packed batch."""
+
+    @property
+    def tokens(self) -> Places:
+        return np.concatenate([np.arange(start, end) for start, end in self.spans.values()])
+
+
 class StepRunner:
     """Runs the rows of a step together."""
 
-    def __init__(self, backbone: Backbone, dictionaries: Mapping[str, Dictionary]) -> None:
+    def __init__(
+        self, backbone: Backbone, dictionaries: Mapping[str, Dictionary], observe: FeatureObserver | None = None
+    ) -> None:
         self._backbone = backbone
         self._dictionaries = dictionaries
+        self._observe = observe
         self._edits = BatchEdits()
         """Of the step before, and kept while the same sequences decode with the same edits."""
 
@@ -76,18 +97,24 @@ class StepRunner:
         self._edits = edits = self._edits.for_step(
             [BatchRow(s.edits, s.past, row.n, s.tokens) for s, row in zip(sequences, rows, strict=True)]
         )
-        watched = self._watched_sites(sequences)
+        # A watched dictionary at a site that is not edited shares its reading with conditions on it.
+        watched, readings = self._watched(rows), Readings()
+        for dictionary in watched.values():
+            readings.want(dictionary.dictionary, dictionary.tokens, edited=dictionary.edited)
         result = self._backbone.forward(
             packed,
-            capture=set(watched.values()),
-            edit=_edit_function(edits) if edits else None,
+            capture={dictionary.site for dictionary in watched.values()},
+            edit=_edit_function(edits, readings) if edits else None,
             edit_sites=edits.sites,
             cache=cache,
             logits="last",
         )
         assert result.logits is not None
         sampled = self._sample(rows, result.logits)
-        features = self._features(rows, watched, result.activations) if watched else [None] * len(rows)
+        features = _features(rows, watched, readings, result.activations)
+        if self._observe is not None:
+            requests = [s.request.number for s in sequences]
+            observe_readings(self._observe, "generate", readings, requests, packed.lengths, packed.past)
         return list(map(RowResult, sampled, features))
 
     def _sample(self, rows: Sequence[Row], logits: Tensor) -> list[list[SampledToken]]:
@@ -102,64 +129,50 @@ class StepRunner:
         drawn = iter(sample(logits, [s.sampler for s in sequences], [s.request.work.top_logprobs for s in sequences]))
         return [[next(drawn) for _ in receivers] for receivers in sampling]
 
-    # Watched features
-
-    def _watched_sites(self, sequences: Sequence[GeneratedSequence]) -> dict[str, Site]:
-        """Site of every dictionary that some request watches."""
-        sites: dict[str, Site] = {}
-        for sequence in sequences:
-            watched = sequence.request.work.features
-            for name in watched.dictionaries if watched else ():
-                site = self._dictionaries[name].site
-                assert site is not None, "checked before the work was queued"
-                sites[name] = Site.parse(site)
-        return sites
-
-    def _features(
-        self, rows: Sequence[Row], watched: Mapping[str, Site], activations: Mapping[Site, Tensor]
-    ) -> list[TokenFeatures | None]:
-        spans = []  # of each row: first and last token to tell of, in the row; and the row's start in the batch
+    def _watched(self, rows: Sequence[Row]) -> dict[str, _Watched]:
+        """The dictionaries that the rows' requests watch on tokens of this step."""
+        watched: dict[str, _Watched] = {}
         start = 0
-        for row in rows:
-            spans.append((_first_told(row), row.n, start))
+        for i, row in enumerate(rows):
+            order, first = row.sequence.request.work.features, _first_told(row)
+            for name in order.dictionaries if order and first < row.n else ():
+                if name not in watched:
+                    dictionary = self._dictionaries[name]
+                    site = dictionary.require_site()
+                    watched[name] = _Watched(dictionary, site, site in self._edits.edited_sites)
+                watched[name].spans[i] = start + first, start + row.n
             start += row.n
-        found: list[dict[str, Csr]] = [{} for _ in rows]
-        for name, site in watched.items():
-            asking = [
-                i
-                for i, row in enumerate(rows)
-                if (own := row.sequence.request.work.features)
-                and name in own.dictionaries
-                and spans[i][0] < spans[i][1]
-            ]
-            if not asking:
-                continue
-            index = torch.cat([torch.arange(spans[i][2] + spans[i][0], spans[i][2] + spans[i][1]) for i in asking])
-            x = activations[site][index.to(activations[site].device)]
-            ranges, n = [], 0
-            for i in asking:
-                own = rows[i].sequence.request.work.features
-                assert own is not None
-                count = spans[i][1] - spans[i][0]
-                ranges.append(RowRange(n, n + count, Selection("top_k", k=own.top_k)))
-                n += count
-            try:
-                encoded = self._dictionaries[name].encode(x)
-            except ValueError as error:
-                raise NonFiniteActivations(f"the features of {name!r} cannot be read: {error}") from error
-            for i, csr in zip(asking, select(encoded, ranges), strict=True):
-                found[i][name] = csr
-        told: list[TokenFeatures | None] = []
-        for row, span, own_features in zip(rows, spans, found, strict=True):
-            if not own_features:
-                told.append(None)
-                continue
-            first, s = row.sequence.past + span[0], row.sequence
-            order = row.sequence.request.work.features
+        return watched
+
+
+def _features(
+    rows: Sequence[Row], watched: Mapping[str, _Watched], readings: Readings, activations: Mapping[Site, Tensor]
+) -> list[TokenFeatures | None]:
+    """What each row's request watches, on the row's tokens of this step."""
+    by_row: list[dict[str, Csr]] = [{} for _ in rows]
+    for name, dictionary in watched.items():
+        try:
+            reading = readings.read(dictionary.dictionary, activations[dictionary.site], edited=dictionary.edited)
+        except ValueError as error:
+            raise NonFiniteActivations(f"the features of {name!r} cannot be read: {error}") from error
+        ranges, n = [], 0
+        for i, (start, end) in dictionary.spans.items():
+            order = rows[i].sequence.request.work.features
             assert order is not None
-            by_name = {name: own_features[name] for name in order.dictionaries}
-            told.append(TokenFeatures(first, tuple(s.tokens[first : s.past + row.n]), by_name))
-        return told
+            ranges.append(RowRange(n, n + end - start, Selection("top_k", k=order.top_k)))
+            n += end - start
+        for i, csr in zip(dictionary.spans, select(reading.rows(dictionary.tokens), ranges), strict=True):
+            by_row[i][name] = csr
+    told: list[TokenFeatures | None] = []
+    for row, features in zip(rows, by_row, strict=True):
+        sequence, order = row.sequence, row.sequence.request.work.features
+        if not features or order is None:
+            told.append(None)
+            continue
+        first = sequence.past + _first_told(row)
+        tokens = tuple(sequence.tokens[first : sequence.past + row.n])
+        told.append(TokenFeatures(first, tokens, {name: features[name] for name in order.dictionaries}))
+    return told
 
 
 def _first_told(row: Row) -> int:
@@ -173,10 +186,10 @@ def _first_told(row: Row) -> int:
     return min(max(len(sequence.request.work.prompt) - sequence.past, 0), row.n)
 
 
-def _edit_function(edits: BatchEdits) -> Callable[[Site, Tensor], Tensor]:
+def _edit_function(edits: BatchEdits, readings: Readings) -> Callable[[Site, Tensor], Tensor]:
     def edit(site: Site, x: Tensor) -> Tensor:
         try:
-            return edits.apply(site, x)
+            return edits.apply(site, x, readings)
         except EditOutOfRange:
             raise
         except ValueError as error:

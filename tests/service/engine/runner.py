@@ -10,6 +10,7 @@ import torch
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.model.backbone import Backbone
 from service.engine.generation import RunningBatch, StepOutcome
+from service.engine.observer import FeatureObserver
 from service.engine.sequence import Event, GenerateRequest
 from service.engine.settings import EngineSettings
 from service.engine.work import GeneratedTokens, GenerateWork, GenerationEnd
@@ -24,11 +25,12 @@ class Runner:
         dictionaries: Mapping[str, Dictionary],
         *works: GenerateWork,
         clock: Callable[[], float] = lambda: 0.0,
+        observe: FeatureObserver | None = None,
         **settings: int,
     ) -> None:
         made = EngineSettings(**settings)
         longest = min(backbone.context_length, made.max_cache_tokens)
-        self.running = RunningBatch(backbone, dictionaries, made, longest, clock)
+        self.running = RunningBatch(backbone, dictionaries, made, longest, clock, observe)
         self.waiting: deque[GenerateRequest] = deque()
         self.requests: list[GenerateRequest] = []
         self.events: dict[GenerateRequest, list[Event]] = {}
@@ -37,7 +39,7 @@ class Runner:
 
     def join(self, work: GenerateWork) -> GenerateRequest:
         """Queues a request."""
-        request = GenerateRequest(work, lambda event: None)
+        request = GenerateRequest(work, lambda event: None, len(self.requests))
         self.requests.append(request)
         self.events[request] = []
         self.waiting.append(request)

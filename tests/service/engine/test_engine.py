@@ -49,6 +49,8 @@ GREEDY = SamplingOptions(temperature=0)
 class Log:
     """An observer that remembers."""
 
+    features = None
+
     def __init__(self) -> None:
         self.batches: list[tuple[str, int, int]] = []
         self.waits: list[str] = []

@@ -27,6 +27,8 @@ ROWS = tuple(random_rows(6, (5, 30), seed=0))
 class Log:
     """An observer that remembers its batches."""
 
+    features = None
+
     def __init__(self) -> None:
         self.batches: list[tuple[str, int, int]] = []
 

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 logger = logging.getLogger(__name__)
-
-GONE = {
-    "batch_lanes": "torch's own threads run a batch (torch_threads)",
-    "decode_threads": "torch_threads holds for generation as well",
-}
-"""Settings of earlier versions, and why they are gone."""
 
 
 class EngineSettings(BaseModel):
     """Settings of one replica's engine. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_gone(cls, values: Any) -> Any:
-        """A file of an earlier version still works: what is gone is left out, with a warning."""
-        if not isinstance(values, dict):
-            return values
-        for name in GONE.keys() & values.keys():
-            logger.warning("the setting engine.%s is gone and does nothing; remove it: %s", name, GONE[name])
-        return {name: value for name, value in values.items() if name not in GONE}
 
     max_batch_tokens: int = Field(
         2048,
@@ -92,3 +76,14 @@ class EngineSettings(BaseModel):
     torch_threads: int = Field(
         0, ge=0, description="CPU threads of the model thread's operations; 0 is torch's choice."
     )
+    batch_lanes: int = Field(0, ge=0, description="Does nothing any more: torch's own threads run a batch.")
+    decode_threads: int = Field(
+        0, ge=0, description="Does nothing any more: torch_threads holds for generation as well."
+    )
+
+    @model_validator(mode="after")
+    def _say_what_does_nothing(self) -> Self:
+        """Files, variables and flags of earlier versions still work."""
+        for name in sorted({"batch_lanes", "decode_threads"} & self.model_fields_set):
+            logger.warning("the setting engine.%s is gone: %s", name, type(self).model_fields[name].description)
+        return self

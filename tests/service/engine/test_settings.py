@@ -3,17 +3,25 @@ import logging
 import pytest
 from pydantic import ValidationError
 
-from service.engine.settings import GONE, EngineSettings
+from service.engine.settings import EngineSettings
+from service.settings import load_settings
 
 
-@pytest.mark.parametrize("name", GONE)
-def test_a_setting_that_is_gone_is_left_out_with_a_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("name", ["batch_lanes", "decode_threads"])
+def test_a_setting_of_an_earlier_version_works_and_says_that_it_is_gone(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
-        settings = EngineSettings.model_validate({name: 2, "torch_threads": 3})
-    assert settings == EngineSettings(torch_threads=3)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"the setting engine.{name} is gone and does nothing; remove it: {GONE[name]}"
-    ]
+        load_settings(flags={f"engine.{name}": "2"}, environment={})
+        load_settings(environment={f"SAESERVE_ENGINE__{name.upper()}": "2"})
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert all(message.startswith(f"the setting engine.{name} is gone: Does nothing") for message in messages)
+
+
+def test_the_defaults_warn_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    EngineSettings()
+    assert not caplog.records
 
 
 def test_other_unknown_settings_are_errors() -> None:

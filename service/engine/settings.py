@@ -78,7 +78,7 @@ class EngineSettings(BaseModel):
     )
     batch_lanes: int = Field(0, ge=0, description="Does nothing any more: torch's own threads run a batch.")
     decode_threads: int = Field(
-        0, ge=0, description="Does nothing any more: torch_threads holds for generation as well."
+        0, ge=0, description="Does nothing any more: torch_threads holds for all."
     )
 
     @model_validator(mode="after")

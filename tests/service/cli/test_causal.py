@@ -16,9 +16,9 @@ from sae_runtime.causal.texts_needed import texts_needed
 from service.client import AsyncClient, Client, NotFound, ablate_feature, set_feature
 from service.replica import ReplicaSettings, ServiceRuntime
 from service.rpc.register import add_to_grpc_server, build_handlers
+from tests.builders import small_backbone
 from tests.service.cli.conftest import Output
 from tests.service.conftest import LIMITS, served_dictionaries
-from tests.service.engine.models import small_backbone
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -1,4 +1,4 @@
-"""The same work without saeserve: Hugging Face's GPT-2 and two lines of PyTorch, as one would write it by hand."""
+"""Feature extraction without saeserve: Hugging Face's GPT-2 and two lines of PyTorch, as one would write it by hand."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from sae_runtime.dictionary.formats.published import read_manifest
 
 
 class BareExtractor:
-    """GPT-2 up to one block's output, then a TopK encoder: a padded batch in, the top k latents of every token out.
+    """GPT-2 up to one block's output, then a TopK encoder: from a padded batch to the top k latents of every token.
 
     Args:
         backbone: Hugging Face folder.

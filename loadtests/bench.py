@@ -5,17 +5,17 @@
 For the builtin model and for a random model of GPT-2 small's shape (32,768 latents, k 32, read at layer 8) it starts
 `saeserve serve` on free loopback ports and compares, in interleaved rounds over the same requests:
 
-    extract_vs_bare        tokens/s of ExtractFeatures at concurrency 16 over gRPC, against hand-written PyTorch on the
-                           same requests in padded batches of 16 (Hugging Face's GPT-2, F.linear, topk)
-    extract_vs_sequential  the same tokens/s, against a plain gRPC server that runs the same PyTorch code on one request
-                           at a time (sequential_server.py), under the same load of 16 callers
-    latency_over_forward_ms  median over requests of the latency of a lone caller who sends one after the other,
-                           less the time of the PyTorch code; some in every round
+    extract_vs_bare        tokens/s of ExtractFeatures at concurrency 16 over gRPC, divided by those of hand-written
+                           PyTorch on the same requests in padded batches of 16 (Hugging Face's GPT-2, F.linear, topk)
+    extract_vs_sequential  the same tokens/s, divided by those of a plain gRPC server that runs the same PyTorch code on
+                           one request at a time (sequential_server.py), under the same load of 16 callers
+    latency_over_forward_ms  median over requests of the latency of a single caller who sends one request after the
+                           other, minus the time of the PyTorch code for the same text
 
-Generation against Hugging Face's `generate` is measured as generation.py says.
+generation.py compares generation with Hugging Face's `generate`.
 
 The service tokenizes, selects, and answers in protobuf; the PyTorch code starts from token ids and ends with tensors.
-The client runs on the same cores as the service. Every figure is a median over rounds; the table shows their range.
+The client runs on the same cores as the service. Every figure is a median over rounds; the table also shows the range.
 """
 
 import argparse
@@ -61,7 +61,7 @@ LATENCY_BLOCK = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """One model to measure on, and how much work a round is."""
+    """One model to measure on, and the amount of work in a round."""
 
     name: str
     backbone: Path
@@ -72,7 +72,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number and the values it is the median of."""
+    """A median and the values that it is taken from."""
 
     value: float
     samples: list[float]
@@ -87,7 +87,7 @@ def running_service(shape: Shape, log: Path) -> Iterator[str]:
     """`saeserve serve` on free loopback ports; yields the gRPC address, then interrupts it and waits.
 
     Raises:
-        RuntimeError: the service did not become ready; holds the end of its output.
+        RuntimeError: the service did not become ready; the message has the end of its output.
     """
     grpc_port, http_port = free_ports(2)
     settings = {
@@ -117,7 +117,7 @@ def running_service(shape: Shape, log: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def sequential_server(shape: Shape) -> Iterator[str]:
-    """The usual server on a free loopback port; yields its address."""
+    """sequential_server.py on a free loopback port; yields its address."""
     (port,) = free_ports(1)
     command = [
         sys.executable,
@@ -139,7 +139,7 @@ def sequential_server(shape: Shape) -> Iterator[str]:
 
 
 def measure(shape: Shape, address: str, rounds: int) -> dict[str, Figure]:
-    """The figures of the module's docstring, by name without the shape's suffix; `address`: a service of the shape."""
+    """The figures of the module's docstring, by name without the shape's suffix, from a service of the shape."""
     manifest = read_manifest(shape.dictionary)
     bare = BareExtractor(shape.backbone, shape.dictionary)
     texts = [json.loads(line)["text"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
@@ -159,19 +159,19 @@ def measure(shape: Shape, address: str, rounds: int) -> dict[str, Figure]:
         speeds: dict[str, list[float]] = {"service": [], "bare": [], "sequential": []}
         latency_over_forward_ms: list[float] = []
         for i in range(rounds):
-            chosen = slice(i * shape.requests_per_round, (i + 1) * shape.requests_per_round)
-            own_rows, own_requests = rows[chosen], requests[chosen]
+            this_round = slice(i * shape.requests_per_round, (i + 1) * shape.requests_per_round)
+            round_rows, round_requests = rows[this_round], requests[this_round]
             arms: dict[str, Callable[[], object]] = {
-                "service": lambda r=own_requests: asyncio.run(closed_loop(address, r, CONCURRENCY)),
-                "bare": lambda r=own_rows: [
+                "service": lambda r=round_requests: asyncio.run(closed_loop(address, r, CONCURRENCY)),
+                "bare": lambda r=round_rows: [
                     bare.extract(r[j : j + CONCURRENCY]) for j in range(0, len(r), CONCURRENCY)
                 ],
-                "sequential": lambda r=own_requests: asyncio.run(closed_loop(sequential, r, CONCURRENCY)),
+                "sequential": lambda r=round_requests: asyncio.run(closed_loop(sequential, r, CONCURRENCY)),
             }
-            n_tokens = sum(map(len, own_rows))
+            n_tokens = sum(map(len, round_rows))
             for name in sorted(arms, key=lambda name: (list(arms).index(name) + i) % 3):  # no arm is always first
                 speeds[name].append(n_tokens / timed(arms[name]))
-            alone = slice(chosen.start, chosen.start + shape.latencies_per_round)
+            alone = slice(this_round.start, this_round.start + shape.latencies_per_round)
             latency_over_forward_ms += measure_latency(bare, address, requests[alone], rows[alone])
 
     def ratio(over: str) -> Figure:
@@ -193,9 +193,9 @@ def measure_latency(
     requests: Sequence[pb.ExtractFeaturesRequest],
     rows: Sequence[Sequence[int]],
 ) -> list[float]:
-    """For each request, the latency of a lone caller without pauses less the forward pass of the same text, in ms.
+    """For each request, the latency of a single caller without pauses, minus the forward pass of the same text, in ms.
 
-    In blocks, so that both meet the same machine and idle threads of one do not spin while the other runs.
+    Both run in blocks, so that they meet the same conditions, and idle threads of one do not spin while the other runs.
     """
     over_ms: list[float] = []
     with grpc.insecure_channel(address) as channel:
@@ -227,7 +227,7 @@ def token_rows(address: str, texts: Sequence[str], dictionary: str) -> list[list
 def check_same_features(
     bare: BareExtractor, address: str, requests: Sequence[pb.ExtractFeaturesRequest], rows: Sequence[Sequence[int]]
 ) -> None:
-    """Both arms must do the same work: the same activations come out (AssertionError otherwise)."""
+    """AssertionError unless both arms give the same activations, that is, do the same work."""
     replies = asyncio.run(closed_loop(address, requests, len(requests))).replies
     served = [value for reply in replies for value in reply.results[0].dictionaries[0].features.values]
     values, _ = bare.extract(rows)

@@ -2,16 +2,16 @@
 
     python -m loadtests.generation --out build/generation.json        (also part of loadtests.bench)
 
-Greedy decoding in float32; every stream has two edits on every token, of its own features: one that fires often on its
-prompt is taken away, another one is added to. Tokens are those that were sampled; prompts are run in every arm.
+Greedy decoding in float32. Every stream has two edits on every token: the feature that fires most often on its prompt
+is ablated, and a random feature is added to. Speeds count sampled tokens; every arm also runs the prompts.
 
-    generate_16_vs_hf_sequential  tokens/s of 16 concurrent edited streams over gRPC, against Hugging Face's `generate`
-                                  with a forward hook that does the same edits, one request at a time (hooked.py)
-    generate_1_vs_hf              tokens/s of one edited stream over gRPC, against `generate` without hooks or edits
-    edit_cost                     time of 16 edited streams over gRPC over that of the same without edits, less 1
-    generate_*_tokens_per_s       what they are made of
-    mixed_*                       16 edited streams and extraction of 4 callers at once: what each keeps of the speed
-                                  that it has alone
+    generate_16_vs_hf_sequential  tokens/s of 16 concurrent edited streams over gRPC, divided by those of Hugging Face's
+                                  `generate` with a forward hook for the same edits, one request at a time (hooked.py)
+    generate_1_vs_hf              tokens/s of one edited stream over gRPC, divided by `generate`'s without hook or edits
+    edit_cost                     time of 16 edited streams over gRPC divided by that without edits, minus 1
+    generate_*_tokens_per_s       the speeds in the ratios
+    mixed_*                       16 edited streams and extraction by 4 callers at once: the share that each keeps of
+                                  its speed alone
 
 Before measuring, both arms must give the same tokens.
 """
@@ -51,11 +51,11 @@ PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 
 
 class Repeats(NamedTuple):
-    """How often a round runs what."""
+    """Number of repetitions in a round."""
 
     pairs: int
-    """Of two arms, one right after the other, whose small difference is told: neighbours on the machine move each by
-    more, and the median of many pairs by less."""
+    """Pairs of two arms, one right after the other. Other load on the machine moves an arm by more than the arms
+    differ, but moves the median of many pairs less."""
     sequential: int
     """Requests of Hugging Face's arm."""
 
@@ -69,14 +69,14 @@ class Request:
 
     def __init__(self, prompt: Sequence[int], dictionary: str, hooked: HookedGenerator, seed: int) -> None:
         z = hooked.latents(prompt)
-        often = int((z > 0).sum(0).argmax())
-        other = int(torch.randint(z.shape[1], (), generator=torch.Generator().manual_seed(seed)))
+        ablated = int((z > 0).sum(0).argmax())  # the feature that fires on the most tokens
+        added_to = int(torch.randint(z.shape[1], (), generator=torch.Generator().manual_seed(seed)))
         strength = 2 * float(z.max())
         self.prompt = tuple(prompt)
-        self.hook_edits = [HookEdit(often, 0.0, 0.0), HookEdit(other, 1.0, strength)]
+        self.hook_edits = [HookEdit(ablated, 0.0, 0.0), HookEdit(added_to, 1.0, strength)]
         self.messages = [
-            edits_pb2.Edit(dictionary=dictionary, feature=often, ablate=edits_pb2.ABLATION_ZERO),
-            edits_pb2.Edit(dictionary=dictionary, feature=other, add=edits_pb2.Amount(value=strength)),
+            edits_pb2.Edit(dictionary=dictionary, feature=ablated, ablate=edits_pb2.ABLATION_ZERO),
+            edits_pb2.Edit(dictionary=dictionary, feature=added_to, add=edits_pb2.Amount(value=strength)),
         ]
 
     def message(self, n: int, *, edited: bool = True) -> pb.GenerateRequest:
@@ -103,9 +103,9 @@ async def over_grpc(address: str, requests: Sequence[pb.GenerateRequest]) -> lis
 def measure_generation(
     address: str, backbone_folder: Path, dictionary_folder: Path, rounds: int, repeats: Repeats
 ) -> dict[str, list[float]]:
-    """Values of each figure, of every round or every pair of arms, by name without the shape's suffix.
+    """The values of each figure, by name without the shape's suffix: one for every round or pair of arms.
 
-    `address` is a service of these folders.
+    `address` is that of a service of these folders.
     """
     hooked = HookedGenerator(backbone_folder, dictionary_folder)
     backbone, dictionary = Backbone.load(backbone_folder), read_manifest(dictionary_folder).name
@@ -128,8 +128,8 @@ def measure_generation(
         "hf_sequential": (repeats.sequential, lambda: sequentially(edits=True, count=repeats.sequential)),
         "hf_plain": (1, lambda: sequentially(edits=False, count=1)),
     }
-    arms["16_edited"][1]()  # the others are warm: the check has run them
-    seconds: dict[str, list[float]] = {name: [] for name in arms}  # a token
+    arms["16_edited"][1]()  # a warm-up; the check has warmed up the other arms
+    seconds: dict[str, list[float]] = {name: [] for name in arms}  # per token
     turns = [*(("16_edited", "16_plain"), ("1_edited", "hf_plain")) * repeats.pairs, ("hf_sequential",)]
     for i in range(rounds):
         for j, turn in enumerate(turns[i % len(turns) :] + turns[: i % len(turns)]):  # no arm is always first
@@ -139,9 +139,10 @@ def measure_generation(
     def ratios(numerator: str, denominator: str) -> list[float]:
         return [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]
 
-    beside = [statistics.mean(seconds["16_edited"][i * repeats.pairs : (i + 1) * repeats.pairs]) for i in range(rounds)]
+    by_round = [seconds["16_edited"][i * repeats.pairs : (i + 1) * repeats.pairs] for i in range(rounds)]
+    edited_means = list(map(statistics.mean, by_round))
     figures = {
-        "generate_16_vs_hf_sequential": [a / b for a, b in zip(seconds["hf_sequential"], beside, strict=True)],
+        "generate_16_vs_hf_sequential": [a / b for a, b in zip(seconds["hf_sequential"], edited_means, strict=True)],
         "generate_1_vs_hf": ratios("hf_plain", "1_edited"),
         "edit_cost": [ratio - 1 for ratio in ratios("16_edited", "16_plain")],
     }
@@ -154,7 +155,7 @@ def measure_generation(
 def mixed_load(
     address: str, streams: Sequence[pb.GenerateRequest], rows: Sequence[Sequence[int]], dictionary: str
 ) -> dict[str, list[float]]:
-    """Both kinds of work at once: speed of each over its speed alone, and extraction replies while streams ran."""
+    """Generation and extraction at once: the share that each keeps of its speed alone."""
     extractions = [
         feature_pb.ExtractFeaturesRequest(
             inputs=[common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=row))], dictionaries=[dictionary]
@@ -171,7 +172,7 @@ def mixed_load(
         return n
 
     async def run(*, generate: bool, extract_s: float) -> tuple[float, float]:
-        """Seconds of the streams, and extraction replies a second while they ran (or for `extract_s`)."""
+        """Seconds that the streams took, and extraction replies a second while they ran, or for `extract_s` without."""
         async with grpc.aio.insecure_channel(address) as channel:
             stop = asyncio.Event()
             extraction = FeatureServiceStub(channel)
@@ -199,7 +200,7 @@ def mixed_load(
 
 
 def check_same_tokens(hooked: HookedGenerator, address: str, requests: Sequence[Request]) -> None:
-    """Both arms must do the same work: AssertionError unless they sample the same tokens."""
+    """AssertionError unless both arms sample the same tokens, that is, do the same work."""
     served = asyncio.run(over_grpc(address, [request.message(CHECKED_TOKENS) for request in requests]))
     for request, tokens in zip(requests, served, strict=True):
         expected = hooked.generate(request.prompt, CHECKED_TOKENS, request.hook_edits)
@@ -207,7 +208,7 @@ def check_same_tokens(hooked: HookedGenerator, address: str, requests: Sequence[
 
 
 def main() -> None:
-    # Here, because the benchmark of everything imports this module.
+    # Imported here, because loadtests.bench imports this module.
     from loadtests.bench import BUILTIN, Shape, running_service
     from loadtests.shapes import write_gpt2_shape
 

@@ -60,13 +60,13 @@ class HookedGenerator:
     @torch.inference_mode()
     def latents(self, prompt: Sequence[int]) -> Tensor:
         """All latents of every token of a prompt, [T, n_latents], unedited."""
-        found: list[Tensor] = []
-        handle = self.block.register_forward_hook(lambda m, i, out: found.append(_hidden(out)))
+        outputs: list[Tensor] = []
+        handle = self.block.register_forward_hook(lambda m, i, out: outputs.append(_hidden(out)))
         try:
             self.model(torch.tensor([list(prompt)]))
         finally:
             handle.remove()
-        z, _ = self._encode(found[0][0])
+        z, _ = self._encode(outputs[0][0])
         return z
 
     def _encode(self, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A closed-loop gRPC load: callers that each send their next request when the last is answered. Timing of arms."""
+"""A closed-loop gRPC load: every caller sends its next request when the last is answered. Also times arms."""
 
 import asyncio
 import time
@@ -11,21 +11,21 @@ from service.pb.saeserve.v1 import feature_service_pb2 as pb
 from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceStub
 
 SETTLE_S = 0.1
-"""Pause between two arms, in which idle worker threads of the first stop spinning."""
+"""Pause between two arms, so that idle worker threads of the first stop spinning."""
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What a run of requests took."""
+    """Times and replies of a run of requests."""
 
     seconds: float
     """From the first request's start to the last reply's end."""
     latencies_s: list[float] = field(repr=False)
     """One a request, in the order of the requests."""
     replies: list[pb.ExtractFeaturesResponse] = field(repr=False)
-    """In the order of the requests. Not shown: asyncio.run formats its task's result when it puts SIGINT's handler
-    back, which took longer than the requests did."""
+    """In the order of the requests. repr leaves them out: asyncio.run formats its task's result when it restores
+    SIGINT's handler, and with the replies that took longer than the requests."""
 
 
 async def closed_loop(address: str, requests: Sequence[pb.ExtractFeaturesRequest], concurrency: int) -> LoadResult:
@@ -56,7 +56,7 @@ async def closed_loop(address: str, requests: Sequence[pb.ExtractFeaturesRequest
 
 
 def timed(work: Callable[[], object], settle_s: float = SETTLE_S) -> float:
-    """Seconds that `work` takes, after letting the machine settle."""
+    """Seconds that `work` takes, after a pause of `settle_s`."""
     time.sleep(settle_s)
     started = time.perf_counter()
     work()

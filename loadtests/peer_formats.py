@@ -1,20 +1,20 @@
 """Round trips through other projects' own code: `python -m loadtests.peer_formats --peers PYTHON [--openai CHECKOUT]`.
 
-PYTHON is the interpreter of an environment with the peers in it, for example
+PYTHON is the interpreter of an environment in which the peers are installed, for example
 
     python -m venv build/peers
     build/peers/bin/python -m pip install torch==2.13.0 sae-lens dictionary-learning eai-sparsify
 
-(their torchvision may not fit a CPU build of torch and can be uninstalled). Two directions, on dictionaries of random
-weights, 64 wide, 512 latents, 256 rows of input:
+(torchvision, which comes with them, may not fit a CPU build of torch and can be uninstalled). Dictionaries have random
+weights, 64 wide, 512 latents, and are tested on 256 rows of input, in two directions:
 
-* ours to theirs: every family that a format can say, with every normalisation and every arrangement of the two biases,
-  is exported and read by SAELens' loader, and by OpenAI's class where a checkout of its repository is given;
+* ours to theirs: every family that a format can express, with every normalisation and every arrangement of the two
+  biases, is exported and read by SAELens' loader, and by OpenAI's class if a checkout of its repository is given;
 * theirs to ours: every class of SAELens, sparsify and dictionary_learning writes a dictionary, and `load_dictionary`
   reads it.
 
-Latents and reconstructions of both sides are compared; the figure is the largest difference over the largest value.
-Exit status 1 if one exceeds 1e-5.
+Latents and reconstructions of both sides are compared. The figure is the largest difference divided by the largest
+value. The exit status is 1 if a figure exceeds 1e-5.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def compare(folder: Path, peers: Path, openai: Path | None) -> tuple[list[tuple[
             path = folder / target.replace(": ", "-").replace(" ", "-")
             try:
                 save(dictionary, path)
-            except ValueError:  # what the format cannot say
+            except ValueError:  # the format cannot express it
                 continue
             exported[target] = (dictionary, path.with_suffix(".out"))
             jobs.append({"format": format_name, "path": str(path), "out": str(path.with_suffix(".out"))})
@@ -86,7 +86,7 @@ def compare(folder: Path, peers: Path, openai: Path | None) -> tuple[list[tuple[
     (folder / "written").mkdir()
     driver = Path(__file__).with_name("peer_loaders.py")
     command = [peers, driver, folder, *([openai] if openai else [])]
-    subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
+    subprocess.run([str(argument) for argument in command], check=True, stdout=sys.stderr)
     rows = [(name, *_differences(ours, x, load_file(out))) for name, (ours, out) in exported.items()]
     for path in sorted((folder / "written").iterdir()):
         expected = load_file(path / "expected.safetensors")
@@ -119,11 +119,11 @@ def _dictionaries() -> Iterator[tuple[str, Dictionary]]:
         "latent_bias": 0.3 * normal(N_LATENTS),
         "site": "1.resid_post_mlp",
     }
-    bias, other = normal(WIDTH), normal(WIDTH)
+    bias, second_bias = normal(WIDTH), normal(WIDTH)
     biases: dict[str, dict[str, Any]] = {
         "one-bias": {"pre_bias": bias},
         "not-subtracted": {"pre_bias": torch.zeros(WIDTH), "output_bias": bias},
-        "two-biases": {"pre_bias": bias, "output_bias": other},
+        "two-biases": {"pre_bias": bias, "output_bias": second_bias},
     }
     normalizations: tuple[Normalization, ...] = ("none", "layer_norm", "constant_norm")
     for family, normalization, arrangement in product(families, normalizations, biases):
@@ -133,9 +133,9 @@ def _dictionaries() -> Iterator[tuple[str, Dictionary]]:
 
 def _differences(dictionary: Dictionary, x: Tensor, expected: dict[str, Tensor]) -> tuple[float, float]:
     features = dictionary.encode(x)
-    found = {"acts": features.to_dense(), "recon": dictionary.decode(features)}
+    actual = {"acts": features.to_dense(), "recon": dictionary.decode(features)}
     acts, recon = (
-        float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in ("acts", "recon")
+        float((actual[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in ("acts", "recon")
     )
     return acts, recon
 

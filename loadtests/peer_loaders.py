@@ -2,10 +2,10 @@
 
     python peer_loaders.py FOLDER [OPENAI_CHECKOUT]
 
-FOLDER/jobs.json lists what to read: {"format", "path", "out"}. Each is loaded with its project's loader, applied to the
-tensor x of FOLDER/x.safetensors, and its latents and reconstructions are written to `out` (acts, recon). Then every
-project writes dictionaries of random weights of its own classes into FOLDER/written/<format>-<family>, with latents
-and reconstructions in expected.safetensors. This file imports nothing of the project that it checks.
+FOLDER/jobs.json lists the dictionaries to read: {"format", "path", "out"}. The loader of its project loads each of
+them, it is applied to the tensor x of FOLDER/x.safetensors, and latents and reconstructions are written to `out` (acts,
+recon). Then the classes of every project write dictionaries of random weights into FOLDER/written/<format>-<family>,
+with latents and reconstructions in expected.safetensors. This file does not import the project that it checks.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _read_saelens(path: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _openai_class(checkout: Path) -> Any:
-    """`Autoencoder` of OpenAI's repository, which is not on a package index; only its model.py is needed."""
+    """`Autoencoder` from model.py in a checkout of OpenAI's repository, which is not on a package index."""
     spec = importlib.util.spec_from_file_location("openai_model", checkout / "sparse_autoencoder" / "model.py")
     assert spec is not None
     assert spec.loader is not None
@@ -75,7 +75,7 @@ def _read_openai(autoencoder: Any, path: str, x: Tensor) -> tuple[Tensor, Tensor
 
 
 def _randomise(module: torch.nn.Module, seed: int) -> None:
-    """Every parameter random: weights of the size of unit rows, biases around 0, thresholds above it."""
+    """Makes every parameter random: weights with rows of about unit norm, biases around 0, thresholds around 0.5."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
@@ -92,14 +92,14 @@ def _saelens(folder: Path, x: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
     )
 
     d_in, n_latents = x.shape[1], 8 * x.shape[1]
-    own: dict[str, dict[str, Any]] = {
+    families: dict[str, dict[str, Any]] = {
         "standard": {},
         "topk": {"k": 16},
         "topk-rescaled": {"k": 16, "rescale_acts_by_decoder_norm": True},
         "jumprelu": {},
         "gated": {},
     }
-    for seed, (family, options) in enumerate(own.items()):
+    for seed, (family, options) in enumerate(families.items()):
         for normalize in ("none", "layer_norm", "constant_norm_rescale"):
             for subtract in (True, False):
                 config = {

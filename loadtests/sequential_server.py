@@ -1,9 +1,9 @@
-"""The usual server: one request at a time, hand-written PyTorch, on plain gRPC.
+"""A plain gRPC server that runs hand-written PyTorch on one request at a time.
 
     python -m loadtests.sequential_server BACKBONE DICTIONARY PORT
 
-It answers FeatureService.ExtractFeatures for one text and one TopK dictionary, and does nothing else: no batching, no
-selection, no limits. It is what the benchmark compares the service with. Listens on 127.0.0.1.
+It answers FeatureService.ExtractFeatures for one text and one TopK dictionary, without batching, selection or limits.
+The benchmark compares the service with it. It listens on 127.0.0.1.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from service.pb.saeserve.v1.feature_service_pb2_grpc import FeatureServiceServic
 
 
 class SequentialServer(FeatureServiceServicer):
-    """One thread answers one request after the other."""
+    """Answers one request after the other, in one thread."""
 
     def __init__(self, extractor: BareExtractor, tokenizer: Tokenizer, dictionary: str) -> None:
         self.extractor, self.tokenizer, self.dictionary = extractor, tokenizer, dictionary

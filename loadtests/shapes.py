@@ -1,6 +1,6 @@
 """Backbone and dictionary of GPT-2 small's shape with random weights, for measurements.
 
-Speed does not depend on what the weights are, as long as their scale is that of real ones.
+Speed does not depend on the values of the weights, as long as they are of a realistic scale.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ K = 32
 def write_gpt2_shape(folder: Path, tokenizer: Path, seed: int = 0) -> tuple[Path, Path]:
     """Writes a Hugging Face folder and a published dictionary (site 8.resid_post_mlp) under `folder`.
 
-    The tokenizer is copied from `tokenizer`, a Hugging Face folder whose vocabulary is not larger than GPT-2's.
+    `tokenizer` is a Hugging Face folder to copy the tokenizer from; its vocabulary may not be larger than GPT-2's.
 
     Returns:
         The backbone's and the dictionary's folders.

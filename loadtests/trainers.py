@@ -1,7 +1,7 @@
 """Speed and memory of training steps on given batches: `python -m loadtests.trainers --help`.
 
-Activations are made: sums of 64 of 4,096 fixed random directions. They serve for speed only; what a trained dictionary
-is worth must be measured on real ones.
+Activations are synthetic: sums of 64 of 4,096 fixed random directions. They are good for measuring speed only; the
+quality of a trained dictionary must be measured on real activations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sae_runtime.training.config import FAMILIES, TrainingConfig
 from sae_runtime.training.trainers import new_trainer
 
 
-def made_activations(n_tokens: int, d_in: int, seed: int) -> Tensor:
+def synthetic_activations(n_tokens: int, d_in: int, seed: int) -> Tensor:
     """[n_tokens, d_in] float32."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(4096, d_in, generator=generator) / d_in**0.5
@@ -32,14 +32,14 @@ def made_activations(n_tokens: int, d_in: int, seed: int) -> Tensor:
 
 
 def measure(config: TrainingConfig, d_in: int, *, steps: int, warm_up: int, dead_fraction: float) -> dict[str, float]:
-    """Median tokens/s over steps after some that do not count, and the peak memory of the process in GiB.
+    """Median tokens/s over `steps` steps, after `warm_up` uncounted ones, and the peak memory of the process in GiB.
 
-    `dead_fraction` of the latents are made to count as dead, and stay so.
+    A random `dead_fraction` of the latents counts as dead throughout.
     """
     batch = config.batch_tokens
-    trainer = new_trainer(config, d_in, made_activations(min(8192, 4 * batch), d_in, 0))
+    trainer = new_trainer(config, d_in, synthetic_activations(min(8192, 4 * batch), d_in, 0))
     dead = torch.rand(trainer.n_latents, generator=torch.Generator().manual_seed(0)) < dead_fraction
-    batches = [made_activations(batch, d_in, seed) for seed in range(1, 5)]
+    batches = [synthetic_activations(batch, d_in, seed) for seed in range(1, 5)]
     seconds = []
     for step in range(warm_up + steps):
         trainer.tokens_since_fired[dead] = config.dead_after_tokens
@@ -59,7 +59,7 @@ def measure(config: TrainingConfig, d_in: int, *, steps: int, warm_up: int, dead
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures training steps on made activations; prints JSON.")
+    parser = argparse.ArgumentParser(description="Measures training steps on synthetic activations; prints JSON.")
     parser.add_argument("--family", choices=FAMILIES, default="topk")
     parser.add_argument("--d-in", type=int, default=768)
     parser.add_argument("--n-latents", type=int, default=32_768)
@@ -78,7 +78,7 @@ def main() -> None:
     dead_fraction = arguments.pop("dead_fraction")
     config = TrainingConfig(
         site="0.resid_pre",
-        data=(Path("made"),),
+        data=(Path("unused"),),
         out=Path("none"),
         tokens=10**9,
         buffer_tokens=2 * arguments["batch_tokens"],

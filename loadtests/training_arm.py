@@ -1,8 +1,8 @@
 """One trainer on given activations: `python -m loadtests.training_arm SPEC` (JSON) prints speed, memory and quality.
 
-Run by `training_bench` in a process of its own, by this project's Python for saeserve and by the peers' for theirs; so
-only saeserve's arm imports anything of the project. Each trainer gets the same raw activations in the same order, and
-scales them by one number, as its project recommends.
+`training_bench` runs this file in a new process for every arm, with this project's Python for saeserve and with the
+peers' for the others, so only saeserve's arm imports the project. Every trainer gets the same raw activations in the
+same order, and scales them by one number, as its project recommends.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DEAD_BELOW = 1  # held-out tokens that a latent must fire on, to be alive
+DEAD_BELOW = 1  # a latent is dead if it fires on fewer held-out tokens
 
 
 class Arm(NamedTuple):
-    """A trainer, as the harness uses it."""
+    """A trainer, in the form that `run` uses."""
 
     step: Callable[[Tensor], object]
     """One optimiser step on raw activations [batch, d]."""
     finish: Callable[[], Callable[[Tensor], tuple[Tensor, Tensor]]]
-    """Gives what maps raw activations [n, d] to latents [n, n_latents] and reconstructions [n, d], as served."""
+    """Ends training and returns the served dictionary: from raw activations [n, d] to latents [n, n_latents] and
+    reconstructions [n, d]."""
 
 
 def saeserve(spec: dict[str, Any], sample: Tensor) -> Arm:
@@ -80,8 +81,8 @@ def dictionary_learning(spec: dict[str, Any], sample: Tensor) -> Arm:
         "jumprelu": trainers.JumpReluTrainer,
         "gated": trainers.GatedSAETrainer,
     }
-    chooses = spec["family"] in ("topk", "batch_topk", "matryoshka")
-    settings: dict[str, Any] = {"k": spec["k"]} if chooses else {}
+    takes_k = spec["family"] in ("topk", "batch_topk", "matryoshka")
+    settings: dict[str, Any] = {"k": spec["k"]} if takes_k else {}
     trainer = classes[spec["family"]](
         steps=spec["steps"],
         activation_dim=sample.shape[1],
@@ -123,16 +124,17 @@ def saelens(spec: dict[str, Any], sample: Tensor) -> Arm:
         "jumprelu": "JumpReLU",
         "gated": "Gated",
     }
-    name, own = names[spec["family"]], dict(spec["settings"])
-    training = {key: own.pop(key) for key in ("lr", "lr_warm_up_steps", "lr_decay_steps") if key in own}
-    chooses = spec["family"] in ("topk", "batch_topk", "matryoshka")
+    name, sae_settings = names[spec["family"]], dict(spec["settings"])
+    training_keys = [key for key in ("lr", "lr_warm_up_steps", "lr_decay_steps") if key in sae_settings]
+    training = {key: sae_settings.pop(key) for key in training_keys}
+    takes_k = spec["family"] in ("topk", "batch_topk", "matryoshka")
     torch.manual_seed(spec["seed"])
     config = getattr(sae_lens, f"{name}TrainingSAEConfig")(
         d_in=sample.shape[1],
         d_sae=spec["n_latents"],
         normalize_activations="none",  # done here, once: expected_average_only_in
-        **({"k": spec["k"]} if chooses else {}),
-        **own,
+        **({"k": spec["k"]} if takes_k else {}),
+        **sae_settings,
     )
     sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
     trainer: Any = SAETrainer(
@@ -156,7 +158,7 @@ def saelens(spec: dict[str, Any], sample: Tensor) -> Arm:
     def finish() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         import tempfile
 
-        with tempfile.TemporaryDirectory() as folder:  # the form that is served: batch top-k becomes a threshold
+        with tempfile.TemporaryDirectory() as folder:  # saving for inference turns batch top-k into a threshold
             sae.save_inference_model(folder)
             served = SAE.load_from_disk(folder)
 
@@ -174,16 +176,16 @@ ARMS = {"saeserve": saeserve, "saelens": saelens, "dictionary_learning": diction
 
 
 def run(spec: dict[str, Any]) -> dict[str, float]:
-    """Trains `steps` batches in order; figures of the training and, with held_out, of what would be served."""
+    """Trains on `steps` batches in order; figures of training and, with held_out, of the served dictionary."""
     activations = np.load(spec["activations"], mmap_mode="r")  # float32 [tokens, d]
 
     def rows(start: int, stop: int) -> Tensor:
         return torch.from_numpy(np.array(activations[start:stop]))
 
     sample = rows(0, 32_768)
-    torch.nn.functional.linear(sample[:256], sample[:256])  # the matrix library is no trainer's memory
+    torch.nn.functional.linear(sample[:256], sample[:256])  # so that no trainer's memory includes the matrix library
     before = status_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     with contextlib.redirect_stdout(sys.stderr):
         arm = ARMS[spec["project"]](spec, sample)
         autocast = spec["dtype"] == "bfloat16" and spec["project"] == "dictionary_learning"
@@ -205,11 +207,11 @@ def run(spec: dict[str, Any]) -> dict[str, float]:
 
 
 def quality(served: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> dict[str, float]:
-    """NMSE (over predicting the mean), L0 and dead fraction on raw activations [n, d]."""
+    """NMSE (relative to predicting the mean), L0 and dead fraction on raw activations [n, d]."""
     error, active, fired = 0.0, 0, torch.zeros(())
-    for part in x.split(2048):
-        latents, reconstruction = served(part)
-        error += float((part - reconstruction).double().square().sum())
+    for rows in x.split(2048):
+        latents, reconstruction = served(rows)
+        error += float((rows - reconstruction).double().square().sum())
         active += int((latents > 0).sum())
         fired = fired + (latents > 0).sum(0)
     spread = float((x - x.mean(0)).double().square().sum())

@@ -3,16 +3,16 @@
     python -m loadtests.training_bench --out build/bench-training.json [--only speed|quality] [--families topk ...]
 
 Peers are SAELens and dictionary_learning, installed from the package registry into build/peers, which nothing else
-uses. Every arm is a process of its own (training_arm.py), on the same activations.
+uses. Every arm runs in its own process (training_arm.py), on the same activations.
 
-speed    TopK at d 768, n 32,768, k 32, in turn, round by round. tokens/s are of the median step; memory is the peak
-         resident set less that before the trainer existed. In float32 (the peers' default) and in bfloat16 autocast,
-         each against the better peer in the same precision.
-quality  every family on activations of the builtin model (resid-mid's site), equal tokens: NMSE, L0 and dead fraction
-         on held-out activations, of the form that is served. Each arm tries its own default learning rate and higher
-         ones and keeps the best; ours the best of those with no more dead latents than any of the peers' at that L0.
-         All but TopK are brought to the same L0 as served: the knob (k, or a peer's penalty) is moved by secants, and
-         the NMSE is read off between the two nearest runs.
+speed    TopK at d 768, n 32,768, k 32. Arms take turns in every round. tokens/s are those of the median step. Memory is
+         the peak resident set minus that before the trainer existed. Runs are in float32 (the peers' default) and in
+         bfloat16 autocast; each is compared with the better peer in the same precision.
+quality  every family on the same number of activations of the builtin model (resid-mid's site): NMSE, L0 and dead
+         fraction of the served dictionary on held-out activations. Each arm tries the default learning rate of its
+         project and higher ones, and keeps the best run; ours keeps the best of the runs with no more dead latents than
+         any peer's run at that L0. For all families but TopK the L0 as served is made equal: the knob (k, or a peer's
+         penalty) is moved by secants, and the NMSE is interpolated between the two nearest runs.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ FAMILIES = (*CHOOSING, "relu", "relu_decoder_norm", "jumprelu", "gated")
 SPEED = {"d": 768, "n_latents": 32_768, "k": 32, "batch": 2048, "steps": 7, "warm_up": 2}
 RATE_FACTORS = (1.0, 1.75, 2.5)  # of the default learning rate, which every arm tries
 MORE_RATE_FACTORS = {"jumprelu": (10.0,)}  # thresholds move by the learning rate, and have few steps to do it in
-DEAD_AFTER_SHARE = 20  # a latent that did not fire for one part in so many of the run is dead, to every trainer
+DEAD_AFTER_SHARE = 20  # to every trainer, a latent is dead if it did not fire for 1/20 of the run
 L0_TOLERANCE = 0.1
 SEARCH_RUNS = 4
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the comparison of quality is."""
+    """Sizes of the comparison of quality."""
 
     n_latents: int
     k: int
@@ -65,7 +65,7 @@ class Sizes:
 
 
 def install_peers(folder: Path) -> Path:
-    """Python of an environment with the peers, made if it is not there yet."""
+    """The Python of an environment with the peers, which is made if it does not exist."""
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -74,13 +74,13 @@ def install_peers(folder: Path) -> Path:
         torch_version = torch.__version__.partition("+")[0]
         install = [python, "-m", "pip", "install", "--quiet", f"torch=={torch_version}", *PEER_PACKAGES]
         subprocess.run(install, check=True)
-        # The torchvision that comes along may not fit a CPU build of torch, and then nothing can be imported.
+        # If the torchvision that is installed with them does not fit a CPU build of torch, importing them fails.
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
     return python
 
 
 def run_arm(spec: dict[str, Any], peers: Path) -> dict[str, float]:
-    """Figures of one arm. RuntimeError with the end of its output if it fails."""
+    """Figures of one arm; if it fails, RuntimeError with the end of its output."""
     python = sys.executable if spec["project"] == "saeserve" else str(peers)
     command = [python, "-m", "loadtests.training_arm", json.dumps(spec)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -94,7 +94,7 @@ def run_arm(spec: dict[str, Any], peers: Path) -> dict[str, float]:
 
 
 def write_speed_activations(path: Path, tokens: int, d: int) -> None:
-    """Sparse sums of random directions with noise, float32 [tokens, d]: what a dictionary is for."""
+    """Writes float32 [tokens, d]: sparse sums of random directions with noise, as dictionaries assume."""
     generator = np.random.default_rng(0)
     directions = generator.normal(size=(4 * d, d)).astype(np.float32) / math.sqrt(d)
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(tokens, d))
@@ -107,7 +107,7 @@ def write_speed_activations(path: Path, tokens: int, d: int) -> None:
 
 
 def measure_speed(peers: Path, folder: Path, rounds: int) -> dict[str, float]:
-    """tokens/s and peak memory of every arm, and the ratios to the better peer."""
+    """tokens/s and peak memory of every arm, and ratios to the better peer."""
     activations = folder / "speed.npy"
     write_speed_activations(activations, SPEED["batch"] * (SPEED["steps"] + 1) + 32_768, SPEED["d"])
     arms = [(project, dtype) for dtype in ("float32", "bfloat16") for project in ("saeserve", *PEERS)]
@@ -117,7 +117,7 @@ def measure_speed(peers: Path, folder: Path, rounds: int) -> dict[str, float]:
         for project, dtype in arms:
             sizes = {name: SPEED[name] for name in ("n_latents", "k", "batch", "steps", "warm_up")}
             spec = {"project": project, "family": "topk", "activations": str(activations), "dtype": dtype, **sizes}
-            # Its default is longer than the run, which it refuses.
+            # dictionary_learning refuses its default warm-up, which is longer than the run.
             settings = {"warmup_steps": 1} if project == "dictionary_learning" else {}
             figures = run_arm(
                 spec | {"seed": 0, "settings": settings, "held_out": 0, "dead_after_tokens": 10**7}, peers
@@ -144,7 +144,7 @@ def measure_speed(peers: Path, folder: Path, rounds: int) -> dict[str, float]:
 
 
 def write_builtin_activations(path: Path, data: Sequence[Path], tokens: int, held_out: int) -> None:
-    """Shuffled activations of the builtin model at resid-mid's site; the last ones are of held-out text."""
+    """Writes shuffled activations of the builtin model at resid-mid's site; the last ones are of held-out text."""
     manifest = load_dictionary("resid-mid").manifest
     assert manifest is not None
     site = Site.parse(manifest.site)
@@ -162,17 +162,17 @@ def write_builtin_activations(path: Path, data: Sequence[Path], tokens: int, hel
     source.close()
     done = tokens
     for row in held_out_rows(config, backbone, held_out):
-        found = backbone.forward(PackedTokens.from_rows([row]), capture=[site]).activations[site].detach().numpy()
-        found = found[: tokens + held_out - done]
-        rows[done : done + len(found)] = found
-        done += len(found)
+        activations = backbone.forward(PackedTokens.from_rows([row]), capture=[site]).activations[site]
+        activations = activations[: tokens + held_out - done]
+        rows[done : done + len(activations)] = activations.detach().numpy()
+        done += len(activations)
     if done < tokens + held_out:
-        raise ValueError(f"the text holds {done - tokens} held-out tokens, {held_out} are needed")
+        raise ValueError(f"the text has {done - tokens} held-out tokens, but {held_out} are needed")
     rows.flush()
 
 
 def settings_of(project: str, family: str, sizes: Sizes, rate_factor: float) -> tuple[dict[str, Any], float]:
-    """An arm's settings for a run of this length, and the knob that its penalty starts with (0: none)."""
+    """An arm's settings for a run of this length, and the first value of its knob (0: it has none)."""
     rise, n = sizes.steps // 20, sizes.n_latents
     k = 0.0 if family == "topk" else float(sizes.k)
     if project == "saeserve":
@@ -207,12 +207,12 @@ def settings_of(project: str, family: str, sizes: Sizes, rate_factor: float) -> 
 
 
 def turns_k(project: str, family: str) -> bool:
-    """Whether an arm's sparsity is set by k, rather than by a penalty."""
+    """Whether k sets an arm's sparsity, rather than a penalty."""
     return project == "saeserve" or family in CHOOSING
 
 
 def with_knob(project: str, family: str, settings: dict[str, Any], knob: float) -> dict[str, Any]:
-    """The settings with the penalty turned, where that is the knob."""
+    """The settings with the penalty set to `knob`, if the penalty is the knob."""
     if turns_k(project, family):
         return settings
     if project == "saelens":
@@ -241,8 +241,8 @@ def outcomes_of(project: str, family: str, sizes: Sizes, activations: Path, peer
         }
         runs = []
         for _ in range(SEARCH_RUNS if knob else 1):
-            own = {"k": max(1, round(knob))} if knob and turns_k(project, family) else {}
-            figures = run_arm(spec | own | {"settings": with_knob(project, family, settings, knob)}, peers)
+            k = {"k": max(1, round(knob))} if knob and turns_k(project, family) else {}
+            figures = run_arm(spec | k | {"settings": with_knob(project, family, settings, knob)}, peers)
             runs.append((knob, figures))
             print(f"  {project} {family} x{rate_factor:g} knob {knob:.4g}: {_shown(figures)}", flush=True)
             if abs(figures["l0"] / sizes.k - 1) <= L0_TOLERANCE / 4 or not knob:
@@ -253,26 +253,32 @@ def outcomes_of(project: str, family: str, sizes: Sizes, activations: Path, peer
 
 
 def best(outcomes: Sequence[dict[str, float]], most_dead: float = 1.0) -> dict[str, float]:
-    """The least NMSE at the right L0, of those with at most so large a dead fraction if there are any."""
-    return min(
-        outcomes, key=lambda found: (not found["l0_met"], found["dead_fraction"] > most_dead + 1e-9, found["nmse"])
-    )
+    """The outcome with the least NMSE, preferring those at the target L0, and then those with few dead latents."""
+
+    def rank(outcome: dict[str, float]) -> tuple[bool, bool, float]:
+        return not outcome["l0_met"], outcome["dead_fraction"] > most_dead + 1e-9, outcome["nmse"]
+
+    return min(outcomes, key=rank)
 
 
 def next_knob(runs: Sequence[tuple[float, dict[str, float]]], target: float, *, falls: bool) -> float:
-    """Where L0 should be the target: on the line through the last two runs in logarithms, at most 10-fold away."""
+    """The knob at which L0 should be the target: a secant step in logarithms, by a factor of at most 10.
+
+    `falls`: L0 falls as the knob rises. The slope d log L0 / d log knob is that of the last two runs, or 1 or -1 if
+    there is one run, or if they have nearly the same L0 or the wrong sign.
+    """
     (knob, last), slope = runs[-1], -1.0 if falls else 1.0
     if len(runs) > 1:
-        other, before = runs[-2]
-        change = math.log(knob / other)
-        found = math.log(max(last["l0"], 0.1) / max(before["l0"], 0.1)) / change if change else 0.0
-        slope = found if found * slope > 0.2 else slope
+        previous_knob, previous = runs[-2]
+        change = math.log(knob / previous_knob)
+        secant = math.log(max(last["l0"], 0.1) / max(previous["l0"], 0.1)) / change if change else 0.0
+        slope = secant if secant * slope > 0.2 else slope
     step = math.log(target / max(last["l0"], 0.1)) / slope
     return knob * math.exp(max(-math.log(10), min(math.log(10), step)))
 
 
 def at_l0(runs: Sequence[dict[str, float]], target: float) -> dict[str, float]:
-    """Figures at the target L0: between the nearest runs on both sides, or the nearest run."""
+    """Figures at the target L0: interpolated between the nearest runs on both sides, or those of the nearest run."""
     below = [run for run in runs if 0 < run["l0"] <= target]
     above = [run for run in runs if run["l0"] > target]
     nearest = min(runs, key=lambda run: abs(math.log(max(run["l0"], 0.1) / target)))
@@ -290,28 +296,29 @@ def measure_quality(
 ) -> dict[str, float]:
     """NMSE, L0 and dead fraction by family and project.
 
-    `train_nmse_vs_best_peer.<family>` is below 1 where our NMSE is below both peers', and
-    `train_dead_above_least_peer.<family>` is our dead fraction less the least of all their runs'.
+    `train_nmse_vs_best_peer.<family>` is below 1 if our NMSE is below both peers'.
+    `train_dead_above_least_peer.<family>` is our dead fraction minus the least of all the peers' runs.
     """
     activations = folder / "quality.npy"
     write_builtin_activations(activations, data, sizes.batch * sizes.steps, sizes.held_out)
     numbers: dict[str, float] = {}
     for family in families:
-        equal: list[dict[str, float]] = []  # all that the peers have at the right L0
+        peers_at_l0: list[dict[str, float]] = []  # the peers' outcomes at the target L0
         for project in (*PEERS, "saeserve"):
             if project == "saelens" and family == "relu_decoder_norm":
                 continue
             outcomes = outcomes_of(project, family, sizes, activations, peers)
-            least_dead = min((peer["dead_fraction"] for peer in equal), default=1.0)
-            found = best(outcomes, least_dead if project == "saeserve" else 1.0)
-            print(f"{family} {project}: {_shown(found)}", flush=True)
-            for name, value in found.items():
+            least_dead = min((peer["dead_fraction"] for peer in peers_at_l0), default=1.0)
+            figures = best(outcomes, least_dead if project == "saeserve" else 1.0)
+            print(f"{family} {project}: {_shown(figures)}", flush=True)
+            for name, value in figures.items():
                 numbers[f"quality_{name}.{family}.{project}"] = value
             if project != "saeserve":
-                equal += [outcome for outcome in outcomes if outcome["l0_met"]]
-            elif equal:
-                numbers[f"train_nmse_vs_best_peer.{family}"] = found["nmse"] / min(peer["nmse"] for peer in equal)
-                numbers[f"train_dead_above_least_peer.{family}"] = found["dead_fraction"] - least_dead
+                peers_at_l0 += [outcome for outcome in outcomes if outcome["l0_met"]]
+            elif peers_at_l0:
+                least_nmse = min(peer["nmse"] for peer in peers_at_l0)
+                numbers[f"train_nmse_vs_best_peer.{family}"] = figures["nmse"] / least_nmse
+                numbers[f"train_dead_above_least_peer.{family}"] = figures["dead_fraction"] - least_dead
     return numbers
 
 
@@ -335,7 +342,7 @@ def main() -> None:
     peers = install_peers(arguments.peers)
     numbers: dict[str, float] = {}
     if arguments.out.exists() and (arguments.only or arguments.families != list(FAMILIES)):
-        numbers = json.loads(arguments.out.read_text())  # a part is measured anew
+        numbers = json.loads(arguments.out.read_text())  # figures that are not measured now are kept
     builtin = Path(__file__).resolve().parent.parent / "sae_runtime" / "builtin" / "data" / "heldout.jsonl.xz"
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.only != "quality":

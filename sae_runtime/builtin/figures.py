@@ -3,7 +3,8 @@
     python -m sae_runtime.builtin.figures            # tables
     python -m sae_runtime.builtin.figures --json
 
-Held-out documents are in no training file: whole books, whole chapters in every language, and so on (data/README.md).
+Held-out documents are in no training file. They are whole books, whole chapters in every language, and so on
+(data/README.md).
 """
 
 import argparse
@@ -31,7 +32,7 @@ def backbone_figures() -> dict[str, float]:
 
 
 def dictionary_figures(name: str) -> dict[str, float]:
-    """Held-out figures of one builtin dictionary , on the rows that its manifest's are of."""
+    """Held-out figures of one builtin dictionary, on the same rows as those in its manifest."""
     dictionary = load_dictionary(name)
     assert dictionary.manifest is not None
     settings = dictionary.manifest.provenance.config | {

@@ -2,10 +2,10 @@
 
     python -m sae_runtime.builtin.make_backbone --corpus CORPUS_DIR --out sae_runtime/builtin/backbone
 
-The corpus directory holds .jsonl.xz files (see README.md beside this file). The run is resumable: it continues from
-`<work>/checkpoint.pt` when that exists. The learning rate is constant after its warm-up and falls to zero over the last
-`decay_fraction` of `tokens` (warm-up, stable, decay), so a stable-phase checkpoint can be finished with any `--tokens`
-and gives the same weights as a run that had that budget from the start.
+The corpus directory holds .jsonl.xz files (see README.md beside this file). A run resumes from `<work>/checkpoint.pt`
+if that exists. The learning rate is constant after its warm-up, and falls to zero over the last `decay_fraction` of
+`tokens`. A checkpoint from the constant phase can therefore be finished with any `--tokens`, and gives the same weights
+as a run with that budget from the start.
 """
 
 import argparse
@@ -29,10 +29,10 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class BackboneRecipe:
-    """Everything that decides the builtin backbone's weights."""
+    """All settings that determine the builtin backbone's weights."""
 
     files: tuple[str, ...] = ("books-00", "books-01", "books-02", "code", "maths", "parallel", "wiki")
-    """Corpus files read, without `.jsonl.xz`; all documents of all of them are shuffled together."""
+    """Corpus files to train on, without `.jsonl.xz`; the documents of all of them are shuffled together."""
     tokenizer_files: tuple[str, ...] = ("books-00", "code", "maths", "parallel", "wiki")
     """Corpus files that the tokenizer is fitted on."""
     vocab_size: int = 8192
@@ -53,7 +53,7 @@ class BackboneRecipe:
 
 
 def fit_tokenizer(recipe: BackboneRecipe, corpus: Path, work: Path) -> Tokenizer:
-    """Byte-level BPE as GPT-2's, without a prefix space; fitted once, then read from `work`."""
+    """A byte-level BPE like GPT-2's, without a prefix space; fitted once, then read from `work`."""
     path = work / "tokenizer.json"
     if not path.exists():
         tokenizer = Tokenizer(models.BPE())
@@ -86,7 +86,7 @@ def tokenize_corpus(recipe: BackboneRecipe, tokenizer: Tokenizer, corpus: Path, 
         )
         n_rows = len(ids) // recipe.n_positions
         rows = ids[: n_rows * recipe.n_positions].reshape(n_rows, recipe.n_positions)
-        # Rows are shuffled again, so that pieces of one book are neighbours only inside a row.
+        # Rows are shuffled again, so that neighbouring rows are not from the same book.
         np.save(path, rows[np.random.default_rng(recipe.seed + 1).permutation(n_rows)])
     rows_on_disk: np.ndarray = np.load(path, mmap_mode="r")
     return rows_on_disk
@@ -111,15 +111,15 @@ def build_model(recipe: BackboneRecipe) -> GPT2LMHeadModel:
 
 
 def build_optimizers(model: GPT2LMHeadModel, recipe: BackboneRecipe) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices (more is learnt from each token), AdamW for embeddings, biases and gains."""
+    """Muon for the blocks' matrices (it learns more from a token), AdamW for embeddings, biases and gains."""
     matrices = [p for p in model.transformer.h.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    matrix_ids = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in matrix_ids]
     return [
         torch.optim.Muon(
             matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
         ),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
 
@@ -142,7 +142,7 @@ def train(recipe: BackboneRecipe, corpus: Path, work: Path, checkpoint_every_s: 
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    print(f"{len(rows) * recipe.n_positions / 1e6:.1f}M tokens at hand, {n_steps} steps, from step {step}", flush=True)
+    print(f"{len(rows) * recipe.n_positions / 1e6:.1f}M tokens, {n_steps} steps, from step {step}", flush=True)
 
     saved_at, window_start, window_step = time.monotonic(), time.monotonic(), step
     while step < n_steps:

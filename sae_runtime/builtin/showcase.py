@@ -4,8 +4,8 @@
     python -m sae_runtime.builtin.showcase resid-late --find 40   # features worth a look
 
 `--find` ranks features that fire on 0.02 % to 2 % of tokens by how alike their strongest contexts are: the share of
-them that come from one kind of text times the share that peak on the same token (case and spaces aside), a plain count
-that favours features of one word or one kind of text, not a measure of quality.
+contexts from the commonest kind of text, times the share that peak on the commonest token (ignoring case and spaces).
+This favours features of one word or one kind of text. It is not a measure of quality.
 """
 
 import argparse
@@ -25,7 +25,7 @@ RATES = (2e-4, 2e-2)
 
 
 def alike(contexts: Sequence[FeatureContext]) -> float:
-    """Share of contexts of the commonest kind times share with the commonest peak token, 0..1."""
+    """Share of contexts of the commonest kind of text, times the share with the commonest peak token; 0 to 1."""
     if len(contexts) < N_CONTEXTS:
         return 0.0
     kinds = Counter(context.kind for context in contexts)
@@ -34,14 +34,14 @@ def alike(contexts: Sequence[FeatureContext]) -> float:
 
 
 def worth_a_look(dictionary: Dictionary, contexts: Sequence[Sequence[FeatureContext]], n: int) -> list[int]:
-    """The n features whose contexts are most alike, each peak token and kind at most twice."""
+    """The n features whose contexts are most alike; a pair of peak token and kind of text comes at most twice."""
     assert dictionary.statistics is not None
     rates = dictionary.statistics.firing_rate.tolist()
     ranked = sorted(
         (f for f in range(dictionary.n_latents) if RATES[0] <= rates[f] <= RATES[1]), key=lambda f: -alike(contexts[f])
     )
     seen: Counter[tuple[str, str]] = Counter()
-    chosen = []
+    features = []
     for feature in ranked:
         if not contexts[feature]:
             continue
@@ -49,12 +49,12 @@ def worth_a_look(dictionary: Dictionary, contexts: Sequence[Sequence[FeatureCont
         key = (strongest.tokens[strongest.peak].strip().lower(), strongest.kind)
         seen[key] += 1
         if seen[key] <= 2:
-            chosen.append(feature)
-    return chosen[:n]
+            features.append(feature)
+    return features[:n]
 
 
 def shaded(context: FeatureContext) -> Text:
-    """One line: value, kind, and the tokens, brighter where the feature is active; the peak stands in brackets."""
+    """One line: value, kind of text, and tokens, brighter where the feature is active, with the peak in brackets."""
     line = Text(f"{context.value:6.2f}  {context.kind:<9} ")
     for i, (token, activation) in enumerate(zip(context.tokens, context.activations, strict=True)):
         shown = token.replace("\n", "⏎")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """Per-row shift and scale that the encoder took out of its input; the decoder puts them back as mean + std * y.
+    """Mean and scale that the encoder took out of each input row; the decoder restores them as mean + std * y.
 
-    They travel with the features, never on the dictionary, so that concurrent calls cannot mix them.
+    They travel with the features and are never stored on the dictionary, so concurrent calls cannot mix them up.
     """
 
     mean: Tensor  # float32 (float64 for a float64 dictionary) [n, 1]; 0 with constant_norm
@@ -26,11 +26,11 @@ class InputStatistics:
 class SparseFeatures:
     """The active latents of n rows, padded to the same length.
 
-    Rows are sorted by value, descending; equal values by latent index, ascending. Only active latents are listed:
-    positive ones, or for a TopK dictionary without ReLU the k chosen ones of either sign.
+    Each row is sorted by value, descending; equal values by latent, ascending. Only active latents are listed: those
+    with a positive value, or, for a TopK dictionary without ReLU, the k largest of either sign.
     """
 
-    indices: Tensor  # int64 [n, k], latent indices, -1 where a row has fewer than k active latents
+    indices: Tensor  # int64 [n, k], latents, -1 where a row has fewer than k active ones
     values: Tensor  # [n, k] in the dictionary's dtype, 0 at the padding
     n_latents: int
     input_statistics: InputStatistics | None = None  # None where the dictionary does not normalise its input
@@ -50,18 +50,19 @@ class SparseFeatures:
         # The padding adds its zero to latent 0, which changes nothing.
         return dense.scatter_add_(1, self.indices.clamp_min(0), self.values)
 
-    def select(self, features: Tensor) -> Tensor:
-        """Values of the given latents, [n, m] for `features` int64 [m]; 0 where a latent is not active."""
-        unique, column = torch.unique(features, return_inverse=True)
+    def select(self, latents: Tensor) -> Tensor:
+        """Values of the given latents, [n, m] for `latents` int64 [m]; 0 where a latent is not active."""
+        unique, column = torch.unique(latents, return_inverse=True)
         return self.select_ascending(unique)[:, column]
 
-    def select_ascending(self, features: Tensor) -> Tensor:
-        """`select` for latents that are in ascending order without repeats."""
-        chosen = self.values.new_zeros(len(self), features.numel())
-        if features.numel() == 0:
-            return chosen
-        position = torch.searchsorted(features, self.indices).clamp_max_(features.numel() - 1)  # [n, k]
-        return chosen.scatter_add_(1, position, self.values * (features[position] == self.indices))
+    def select_ascending(self, latents: Tensor) -> Tensor:
+        """`select` for latents in ascending order without repeats."""
+        selected = self.values.new_zeros(len(self), latents.numel())
+        if latents.numel() == 0:
+            return selected
+        # Every listed latent is added to the column where it would stand; its value counts only if it stands there.
+        column = torch.searchsorted(latents, self.indices).clamp_max_(latents.numel() - 1)  # [n, k]
+        return selected.scatter_add_(1, column, self.values * (latents[column] == self.indices))
 
     def to_csr(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.float32]]:
         """Compressed rows on the host: row_splits uint32 [n + 1], indices uint32 [nnz], values float32 [nnz]."""
@@ -73,7 +74,7 @@ class SparseFeatures:
         return row_splits, indices[listed].astype(np.uint32), values[listed]
 
     def __getitem__(self, rows: slice | Tensor) -> SparseFeatures:
-        """The given rows (a slice, or an index or boolean tensor), with all that decoding them needs."""
+        """The given rows (a slice, or an index or boolean tensor), with everything that decoding them needs."""
         statistics = self.input_statistics
         if statistics is not None:
             statistics = InputStatistics(statistics.mean[rows], statistics.std[rows])
@@ -87,6 +88,6 @@ class SparseFeatures:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether all of x (any shape, floating) is finite; quicker than looking at each number."""
-    # A sum with an infinity or NaN in it is one; a sum of finite numbers may overflow.
+    """Whether all of x (any shape, floating) is finite; quicker than testing each number."""
+    # A sum over an infinity or NaN is not finite. A sum of finite numbers may overflow, so then each number is tested.
     return math.isfinite(float(x.sum())) or bool(x.isfinite().all())

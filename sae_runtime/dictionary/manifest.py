@@ -1,4 +1,4 @@
-"""The manifest of a published dictionary (`dictionary.json`): what it is, where it came from, how good it is."""
+"""The manifest of a published dictionary (`dictionary.json`): its properties, origin and quality."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BackboneReference:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Enough to tell how the dictionary was made and to make it again."""
+    """How the dictionary was made, in enough detail to make it again."""
 
     code_version: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # the training job's settings
@@ -37,12 +37,12 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of `dictionary.json`. Unknown keys and newer schema versions are errors, never ignored."""
+    """Contents of `dictionary.json`. Unknown keys and newer schema versions are errors."""
 
     name: str
     backbone: BackboneReference
     site: str  # for example "8.resid_post_mlp"
-    architecture: Activation  # the inference form; the training family stands in provenance.config
+    architecture: Activation  # at inference; the training family is in provenance.config
     d_in: int
     n_latents: int
     k: int | None  # latents kept per token, of "topk" and "groupmax"; else None
@@ -62,7 +62,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parse and validate; DictionaryFormatError says which key is wrong and what was expected."""
+        """Parses and validates; DictionaryFormatError says which key is wrong and what was expected."""
         try:
             raw = json.loads(text)
         except ValueError as error:
@@ -77,9 +77,9 @@ class Manifest:
                 f"manifest: schema_version is {version}, this saeserve reads up to {SCHEMA_VERSION}; upgrade it"
             )
         values = _parse(cls, raw, "manifest")
-        for key, part in (("backbone", BackboneReference), ("provenance", Provenance)):
+        for key, record in (("backbone", BackboneReference), ("provenance", Provenance)):
             if key in values:
-                values[key] = part(**_parse(part, values[key], f"manifest.{key}"))
+                values[key] = record(**_parse(record, values[key], f"manifest.{key}"))
         for key, kind, meaning in (("evaluation", float, "numbers"), ("files", str, "strings")):
             if not all(_fits(value, kind) for value in values.get(key, {}).values()):
                 raise DictionaryFormatError(
@@ -95,14 +95,14 @@ class Manifest:
                 raise DictionaryFormatError(f"manifest.{name} is {getattr(self, name)}, expected a positive integer")
         competing = self.architecture in COMPETING
         if competing and (self.k is None or not 1 <= self.k <= self.n_latents):
-            wanted = f"1 to n_latents = {self.n_latents} for {self.architecture}"
-            raise DictionaryFormatError(f"manifest.k is {self.k}, expected {wanted}")
+            expected = f"1 to n_latents = {self.n_latents} for {self.architecture}"
+            raise DictionaryFormatError(f"manifest.k is {self.k}, expected {expected}")
         if not competing and self.k is not None:
             raise DictionaryFormatError(f"manifest.k is {self.k}, expected null for {self.architecture}")
 
 
 def _parse(cls: type, raw: object, where: str) -> dict[str, Any]:
-    """Check keys and value types of one JSON object against a dataclass."""
+    """Checks keys and value types of one JSON object against a dataclass."""
     if not isinstance(raw, Mapping):
         raise DictionaryFormatError(f"{where}: found {raw!r}, expected a JSON object")
     known = {f.name: f for f in fields(cls)}
@@ -122,7 +122,7 @@ def _parse(cls: type, raw: object, where: str) -> dict[str, Any]:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a JSON value fits one of the few annotations used above."""
+    """Whether a JSON value fits an annotation; knows those of the dataclasses above."""
     options = get_args(hint)
     if getattr(hint, "__origin__", None) is Literal:
         return value in options

@@ -1,13 +1,13 @@
-"""What a dictionary does to each input row before it encodes, and undoes when it decodes.
+"""The normalisation of each input row before encoding, which decoding undoes.
 
     none           x' = x
     layer_norm     x' = (x - mean) / (std + eps)      std unbiased, eps = 1e-5 outside the root
     constant_norm  x' = x / rms                       rms = |x| / sqrt(d_in), so that |x'| = sqrt(d_in)
 
-layer_norm is that of OpenAI's sparse_autoencoder and of SAELens, constant_norm is SAELens' constant_norm_rescale. Both
-are undone by y = mean + std * y', with mean 0 and std = rms for constant_norm; the eps is not put back, as in those
-projects. A row without spread (layer_norm) or without length (constant_norm, where SAELens divides by zero) becomes
-zero and decodes to its mean.
+layer_norm is that of OpenAI's sparse_autoencoder and of SAELens. constant_norm is SAELens' constant_norm_rescale. Both
+are undone by y = mean + std * y', where constant_norm has mean 0 and std = rms. As in those projects, the eps is not
+put back. A row with std 0 (layer_norm) or rms 0 (constant_norm, where SAELens divides by zero) becomes zero and decodes
+to its mean.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ LAYER_NORM_EPS = 1e-5
 
 
 def normalize_rows(x: Tensor, normalization: Normalization) -> tuple[Tensor, InputStatistics | None]:
-    """Normalised rows of x [n, d_in], and what `restore_rows` needs; x itself and None for "none"."""
+    """Normalised rows of x [n, d_in], and the statistics for `restore_rows`; x itself and None for "none"."""
     if normalization == "none":
         return x, None
     if normalization == "layer_norm":
         mean = x.mean(dim=1, keepdim=True)
         x = x - mean
-        # x.std takes several times longer.
+        # The same as x.std, which takes several times longer.
         std = torch.linalg.vector_norm(x, dim=1, keepdim=True) / (x.shape[1] - 1) ** 0.5
         return x / (std + LAYER_NORM_EPS), InputStatistics(mean, std)
     rms = torch.linalg.vector_norm(x, dim=1, keepdim=True) / x.shape[1] ** 0.5
-    # A row whose squares underflow counts as zero too: its own scale would be lost on the way back.
+    # A row whose squares underflow has rms 0 and counts as zero too: its scale could not be restored.
     return torch.where(rms > 0, x / rms, 0), InputStatistics(torch.zeros_like(rms), rms)
 
 

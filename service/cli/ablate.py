@@ -1,27 +1,25 @@
-"""`saeserve ablate`: what taking features away, one at a time, does to the predictions on texts."""
+"""`saeserve ablate`: how predictions on texts change when features are taken away, one at a time."""
 
 from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
-from service.cli.argument_types import natural
-from service.cli.causal_options import (
-    add_output_arguments,
-    add_text_arguments,
-    draw_plot,
-    name_tokens,
-    read_texts,
-    token,
-)
-from service.cli.command_error import CommandError
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.feature_names import dictionary_of, feature_name
-from service.cli.json_output import print_json
-from service.cli.tables import Entries, data_table, interval, print_table
+from service.cli.measure_options import (
+    MEASURE_TIMEOUT_S,
+    add_logit_argument,
+    add_output_arguments,
+    draw_plot,
+    name_tokens,
+)
+from service.cli.parser import WRONG_USAGE, CommandError, natural
+from service.cli.text_arguments import add_text_arguments, read_texts
+from service.cli.view.output import open_console, print_json, print_sentence
+from service.cli.view.plots import draw_ablation
+from service.cli.view.tables import Entries, data_table, interval, print_table
 from service.client import AblationStudy, FeatureEffect
 
 DEFAULT_STRONGEST = 10
@@ -29,67 +27,59 @@ DEFAULT_STRONGEST = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
+    selection = parser.add_mutually_exclusive_group()
+    selection.add_argument(
         "--feature",
         action="append",
         type=feature_name,
         metavar="[NAME:]FEATURE",
         help="ablate this feature (can be repeated)",
     )
-    which.add_argument(
+    selection.add_argument(
         "--strongest",
         type=natural,
         default=DEFAULT_STRONGEST,
         metavar="N",
-        help="ablate the N features that write most on the texts",
+        help="ablate the N features that contribute most to the reconstruction of the texts",
     )
     parser.add_argument(
         "--dictionary",
         action="append",
         default=[],
         metavar="NAME",
-        help="dictionary of bare feature numbers, or of the strongest (can be repeated there) [all]",
+        help="the dictionary of --feature, or one to take the strongest features from (can be repeated) [all]",
     )
     parser.add_argument(
         "--ablation",
         action="append",
         choices=("zero", "mean"),
-        help="with what a feature is replaced (can be repeated) [zero]",
+        help="set features to zero or to their recorded mean (can be repeated) [zero]",
     )
-    parser.add_argument(
-        "--logit-token",
-        action="append",
-        default=[],
-        type=token,
-        metavar="TOKEN",
-        help="follow the logit of this token: its text, such as ' Paris', or #ID (can be repeated)",
-    )
+    add_logit_argument(parser)
     parser.add_argument(
         "--distance",
         type=natural,
         default=0,
         metavar="N",
-        help="also change the N tokens of each text on which a feature is strongest alone, and show how far it reaches",
+        help="also ablate a feature on single tokens, the N strongest of each text, and show the effect by distance",
     )
     parser.add_argument(
-        "--rank-by", choices=("kl", "loss", "accuracy", "logit"), default="kl", help="the figure that sorts features"
+        "--rank-by", choices=("kl", "loss", "accuracy", "logit"), default="kl", help="sort features by this effect"
     )
     add_output_arguments(parser)
     add_connection_arguments(parser)
-    parser.set_defaults(timeout=300.0)  # a study may run many variants
+    parser.set_defaults(timeout=MEASURE_TIMEOUT_S)
 
 
 def run(arguments: argparse.Namespace) -> int:
     texts = read_texts(arguments, "ablate")
     if arguments.feature and len(arguments.dictionary) > 1:
-        raise CommandError("--feature takes one --dictionary; write NAME:FEATURE for others", exit_code=2)
+        raise CommandError("--feature takes one --dictionary; write NAME:FEATURE for others", WRONG_USAGE)
     with connected(arguments) as client:
         features: list[tuple[str, int]] | int = arguments.strongest
         if arguments.feature:
             default = arguments.dictionary[0] if arguments.dictionary else None
-            loaded = lambda: client.server_info().dictionaries  # noqa: E731
-            features = [(dictionary_of(each, default, loaded), each.feature) for each in arguments.feature]
+            features = [(dictionary_of(name, default, client), name.feature) for name in arguments.feature]
         study = client.ablate_features(
             texts,
             features,
@@ -104,34 +94,28 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(study)
     else:
-        console = Console(highlight=False, markup=False)
-        console.print(
-            Text(
-                f"{study.n_texts} texts, {study.n_targets:,} predictions, loss {study.loss:.3f} nats, "
-                f"{study.accuracy:.1%} right without ablation\n",
-                style="dim",
-            )
+        console = open_console()
+        print_sentence(
+            console,
+            f"{study.n_texts} texts, {study.n_targets:,} predictions, loss {study.loss:.3f} nats, "
+            f"{study.accuracy:.1%} right without ablation\n",
+            style="dim",
         )
-        print_table(console, _table(study, names, several=len(arguments.ablation or []) > 1))
+        print_table(console, _table(study, names))
         if arguments.distance:
             console.print()
             print_table(console, _distance_table(study))
-    if arguments.plot:
-        from service.cli.causal_plots import draw_ablation
-
-        draw_plot(arguments.plot, lambda figure: draw_ablation(figure, study))
+    draw_plot(arguments.plot, lambda figure: draw_ablation(figure, study))
     return 0
 
 
-def _table(study: AblationStudy, names: list[str], several: bool) -> Table:
-    replaced = [Column("to")] if several else []
+def _table(study: AblationStudy, names: list[str]) -> Table:
+    """What ablating each feature does to all predictions; `names` are the tokens whose logits are shown."""
     figures = ("active on", "Δ loss", "95 %", "Δ right", "KL", "KL where active")
-    table = data_table("feature", *replaced, *figures, *(f"Δ logit {name}" for name in names))
+    table = data_table("feature", *_ablation_column(study), *figures, *(f"Δ logit {name}" for name in names))
     for effect in study.effects:
-        cells: list[str | Entries] = [_name(effect)]
-        if several:
-            cells.append(effect.ablation)
-        cells += [
+        cells: list[str | Entries] = [
+            *_effect_name(study, effect),
             f"{effect.active_tokens:,} in {effect.active_texts}",
             f"{effect.everywhere.delta_loss:+.4f}",
             interval(*effect.delta_loss_interval),
@@ -145,14 +129,23 @@ def _table(study: AblationStudy, names: list[str], several: bool) -> Table:
 
 
 def _distance_table(study: AblationStudy) -> Table:
-    buckets = sorted({(each.first, each.last) for effect in study.effects for each in effect.by_distance})
+    """KL by distance from a single ablated token, in the server's buckets of distances."""
+    buckets = sorted({(distance.first, distance.last) for effect in study.effects for distance in effect.by_distance})
     columns = (str(first) if first == last else f"{first}-{last}" for first, last in buckets)
-    table = data_table("feature", *columns, title="KL by distance from the changed token")
+    title = "KL by distance from the ablated token"
+    table = data_table("feature", *_ablation_column(study), *columns, title=title)
     for effect in study.effects:
-        found = {(each.first, each.last): each.figures.kl for each in effect.by_distance}
-        table.add_row(_name(effect), *(f"{found[bucket]:.4f}" if bucket in found else "" for bucket in buckets))
+        kl = {(distance.first, distance.last): distance.figures.kl for distance in effect.by_distance}
+        cells = (f"{kl[bucket]:.4f}" if bucket in kl else "" for bucket in buckets)
+        table.add_row(*_effect_name(study, effect), *cells)
     return table
 
 
-def _name(effect: FeatureEffect) -> str:
-    return f"{effect.feature[0]}:{effect.feature[1]}"
+def _ablation_column(study: AblationStudy) -> list[Column]:
+    """What features were set to, in studies that did both."""
+    return [Column("set to")] if len({effect.ablation for effect in study.effects}) > 1 else []
+
+
+def _effect_name(study: AblationStudy, effect: FeatureEffect) -> list[str]:
+    name = f"{effect.feature[0]}:{effect.feature[1]}"
+    return [name, effect.ablation] if _ablation_column(study) else [name]

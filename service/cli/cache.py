@@ -1,4 +1,4 @@
-"""`saeserve cache`: shows what a cache of activations holds, or deletes it."""
+"""`saeserve cache`: lists or deletes cached activations."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import argparse
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from sae_runtime.training.activations.cache import CacheGroup, clear_cache, list_groups
-from service.cli.command_error import CommandError
-from service.cli.json_output import print_json
-from service.cli.tables import data_table, print_table
+from service.cli.parser import WRONG_USAGE, CommandError
+from service.cli.view.output import add_json_argument, open_console, print_json
+from service.cli.view.tables import data_table, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Lists or deletes the activations that `saeserve train --cache FOLDER` keeps. Trainings that are using them "
-        "compute them again."
+        "List or delete the activations that `saeserve train --cache FOLDER` keeps. A running training computes "
+        "deleted activations again."
     )
-    parser.add_argument("action", choices=["list", "clear"], help="what to do")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the cache")
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help="clear only these, as listed; all if none is given")
-    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument("action", choices=["list", "clear"], help="list the groups of activations, or delete them")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of the cache")
+    parser.add_argument(
+        "groups", nargs="*", metavar="GROUP", help="delete only these groups, named as in the list [all]"
+    )
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.action == "clear":
             groups = clear_cache(arguments.folder, arguments.groups or None)
         elif arguments.groups:
-            raise CommandError("GROUP belongs to `clear`", exit_code=2)
+            raise CommandError("GROUP belongs to `clear`", WRONG_USAGE)
         else:
             groups = list_groups(arguments.folder)
     except (OSError, ValueError) as error:
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([_facts(group) for group in groups])
         return 0
-    console = Console(highlight=False, markup=False)
+    console = open_console()
     total = sum(group.bytes for group in groups) / 1e9
     if arguments.action == "clear":
         console.print(f"Deleted {len(groups)} groups, {total:.3f} GB")
@@ -62,7 +63,7 @@ def _facts(group: CacheGroup) -> dict[str, object]:
 
 
 def _table(groups: list[CacheGroup]) -> Table:
-    table = data_table("group", Column("backbone"), "passes", "GB", Column("last used"))
+    table = data_table("group", Column("backbone"), "passes", "GB", Column("last used (UTC)"))
     for group in groups:
         used = datetime.fromtimestamp(group.used, UTC).strftime("%Y-%m-%d %H:%M")
         backbone = str(group.description.get("backbone", ""))

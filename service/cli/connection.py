@@ -1,4 +1,4 @@
-"""What the commands that call a server share: where it is, and what its errors look like at a terminal."""
+"""The server that a command calls: its address, and its errors as one line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.cli.argument_types import seconds
-from service.cli.command_error import CommandError
+from service.cli.parser import CommandError, seconds
 from service.client import Client, SaeserveError, Unavailable
 from service.client.channel import DEFAULT_ADDRESS
 
@@ -19,16 +18,16 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
         "--address",
         metavar="HOST:PORT",
         default=os.environ.get("SAESERVE_ADDRESS", DEFAULT_ADDRESS),
-        help="gRPC address of the server; the environment variable SAESERVE_ADDRESS sets the default",
+        help="gRPC address of the server; the environment variable SAESERVE_ADDRESS changes the default",
     )
     group.add_argument(
-        "--timeout", metavar="SECONDS", type=seconds, default=60.0, help="give up on a call after so many seconds"
+        "--timeout", metavar="SECONDS", type=seconds, default=60.0, help="give up on a call after this time"
     )
 
 
 @contextmanager
 def connected(arguments: argparse.Namespace) -> Iterator[Client]:
-    """A client; its errors become CommandErrors."""
+    """A client whose errors become CommandErrors."""
     address = arguments.address
     with Client(address, timeout_s=arguments.timeout, generate_timeout_s=arguments.timeout) as client:
         try:

@@ -1,47 +1,45 @@
-"""`saeserve dictionaries`: what is loaded, and one of them in full."""
+"""`saeserve dictionaries`: the dictionaries of a server, or one of them in full."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from service.cli.connection import add_connection_arguments, connected
-from service.cli.json_output import print_json
-from service.cli.tables import data_table, fact_table, print_table
+from service.cli.view.output import add_json_argument, open_console, print_json
+from service.cli.view.tables import data_table, fact_table, print_table
 from service.client import DictionaryDetails, DictionaryInfo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="show this dictionary with its origin and its figures")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show how this dictionary was made, and its figures")
+    add_json_argument(parser)
     add_connection_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     with connected(arguments) as client:
-        shown = client.get_dictionary(arguments.name) if arguments.name else client.list_dictionaries()
+        reply = client.get_dictionary(arguments.name) if arguments.name else client.list_dictionaries()
     if arguments.json:
-        print_json(shown)
-    elif isinstance(shown, DictionaryDetails):
-        print_table(Console(markup=False), _details(shown))
+        print_json(reply)
     else:
-        print_table(Console(markup=False), _list(shown))
+        table = _details(reply) if isinstance(reply, DictionaryDetails) else _list(reply)
+        print_table(open_console(), table)
     return 0
 
 
 def _list(dictionaries: tuple[DictionaryInfo, ...]) -> Table:
     table = data_table("dictionary", Column("site"), "latents", "width", Column("activation"), Column("statistics"))
-    for each in dictionaries:
+    for dictionary in dictionaries:
         table.add_row(
-            each.name,
-            each.site,
-            f"{each.n_latents:,}",
-            f"{each.d_in:,}",
-            _activation(each),
-            "yes" if each.has_statistics else "no",
+            dictionary.name,
+            dictionary.site,
+            f"{dictionary.n_latents:,}",
+            f"{dictionary.d_in:,}",
+            _activation(dictionary),
+            "yes" if dictionary.has_statistics else "no",
         )
     return table
 
@@ -63,7 +61,7 @@ def _details(details: DictionaryDetails) -> Table:
         "input": _INPUT.get(dictionary.normalization, dictionary.normalization),
         "statistics": "yes"
         if dictionary.has_statistics
-        else "no (no edits in multiples of the maximum, or to the mean)",
+        else "no (so no edits in multiples of the maximum, or to the mean)",
     }
     if dictionary.context_length:
         facts["context"] = f"{dictionary.context_length:,} tokens"

@@ -1,17 +1,16 @@
-"""Edits on the command line: --set 123=2 --scale resid-mid:7=0 --clamp 9=:3 ..., in the order they are given."""
+"""Edits on the command line, in their order: --set 123=2 --scale resid-mid:7=0 --clamp 9=:3 ..."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sae_runtime.edits.edit import POSITION_NAMES
-from service.cli.command_error import CommandError
 from service.cli.feature_names import FeatureName, dictionary_of, feature_name
-from service.client import AfterText, Edit, EditPreset, Reference
+from service.cli.parser import WRONG_USAGE, CommandError
+from service.client import AfterText, Client, Edit, Reference
 from service.client.edits import Operation, Positions, ReferenceTokens, Where
 from service.edits.conditions import format_condition, parse_condition
 from service.edits.files import EditFileError, read_edits, read_presets
@@ -19,7 +18,7 @@ from service.edits.files import EditFileError, read_edits, read_presets
 
 @dataclass(frozen=True)
 class EditOption:
-    """An edit whose dictionary, unit and positions are not known yet."""
+    """An edit before its dictionary, unit, positions and condition are known."""
 
     operation: Operation
     target: FeatureName
@@ -31,79 +30,83 @@ class EditOption:
 
 @dataclass(frozen=True)
 class EditSet:
-    """Edits of a file: they are complete as they are."""
+    """The edits of a file, which are complete."""
 
     edits: tuple[Edit, ...]
 
 
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "edits", "each can be repeated; FEATURE is a number, or NAME:NUMBER with the dictionary's name"
+        "edits",
+        "FEATURE is a number, or NAME:NUMBER with the dictionary's name; --set to --preset can be repeated",
     )
 
     def add(flag: str, metavar: str, parse: Callable[[str], EditOption | EditSet], text: str) -> None:
         group.add_argument(flag, dest="edits", action="append", default=[], type=parse, metavar=metavar, help=text)
 
-    add("--set", "FEATURE=VALUE", _with_value("set"), "make the activation VALUE")
+    add("--set", "FEATURE=VALUE", _with_value("set"), "set the activation to VALUE")
     add("--add", "FEATURE=VALUE", _with_value("add"), "add VALUE to the activation")
     add("--scale", "FEATURE=FACTOR", _with_value("scale"), "multiply the activation by FACTOR")
-    add("--clamp", "FEATURE=MIN:MAX", _clamp, "keep the activation between MIN and MAX; one of them can be left out")
-    add("--ablate", "FEATURE", _ablation("ablate_zero"), "make the activation 0")
-    add("--ablate-mean", "FEATURE", _ablation("ablate_mean"), "make the activation the feature's recorded mean")
-    add("--resample", "FEATURE=TEXT", _resample, "make the activation what it is on a reference text")
-    add("--replace", "NAME", _replacement, "put the dictionary's reconstruction in place of what it reads")
-    add("--edits", "FILE", _file, "edits of a YAML file; FILE:NAME takes the set of this name from a file of presets")
+    add("--clamp", "FEATURE=MIN:MAX", _clamp, "keep the activation between MIN and MAX; either can be left out")
+    add("--ablate", "FEATURE", _ablation("ablate_zero"), "set the activation to 0")
+    add("--ablate-mean", "FEATURE", _ablation("ablate_mean"), "set the activation to the feature's recorded mean")
+    add("--resample", "FEATURE=TEXT", _resample, "set the activation to its value on a reference text")
+    add("--replace", "NAME", _replacement, "replace what the dictionary reads by its reconstruction")
+    add("--edits", "FILE", _file, "take edits from a YAML file, or with FILE:NAME the preset NAME of a file")
     group.add_argument(
-        "--preset", dest="presets", action="append", default=[], metavar="NAME", help="a preset of the server"
+        "--preset", dest="presets", action="append", default=[], metavar="NAME", help="use a preset of the server"
     )
     group.add_argument(
         "--unit",
         choices=("raw", "max"),
         default="raw",
-        help="unit of VALUE, MIN and MAX: activation units, or multiples of the feature's recorded maximum",
+        help="unit of VALUE, MIN and MAX: the activation itself, or the feature's recorded maximum",
     )
     group.add_argument(
         "--reference-tokens",
         choices=("last", "aligned", "mean", "max"),
         default="last",
-        help="tokens of the text of --resample whose activation is taken",
+        help="which tokens of the reference text --resample reads",
     )
-    group.add_argument("--dictionary", metavar="NAME", help="dictionary of features that are bare numbers")
+    group.add_argument("--dictionary", metavar="NAME", help="the dictionary of features without a name")
     group.add_argument(
         "--positions",
         type=_positions,
         default="all",
         metavar="WHERE",
-        help="tokens on which the edits act: all, prompt, generated, last (of the prompt), positions such as 0,4,5, "
-        "or after:TEXT, those that follow the first occurrence of TEXT",
+        help="edit these tokens: all, prompt, generated, last (the prompt's last one), positions such as 0,4,5, or "
+        "after:TEXT, the tokens after the first occurrence of TEXT",
     )
     group.add_argument(
         "--where",
         type=_condition,
         metavar="CONDITION",
-        help="edit only tokens on which this holds, such as '12 > 0.5 and (7 <= 0 or resid-mid:9 > 1)'; "
-        "features are of the edit's dictionary unless they name theirs",
+        help="edit only tokens on which this holds, such as '12 > 0.5 and (7 <= 0 or resid-mid:9 > 1)'; features "
+        "without a name belong to the edit's dictionary",
     )
 
 
-def resolve_edits(arguments: argparse.Namespace, loaded: Callable[[], Iterable[str]]) -> list[Edit]:
-    """The edits in full, but for presets. `loaded` is asked for dictionaries if a bare number needs one.
+def resolve_edits(arguments: argparse.Namespace, client: Client) -> tuple[list[Edit], list[Edit]]:
+    """The command line's edits, and the edits of the presets that it names, which the server applies before them.
 
-    CommandError: it does, and several are loaded.
+    Asks the server only for what the command line leaves open.
+
+    Raises:
+        CommandError: a feature names no dictionary and the server has several, or a preset does not exist.
     """
     edits: list[Edit] = []
     for option in arguments.edits:
         if isinstance(option, EditSet):
             edits += option.edits
         else:
-            edits.append(_resolve(option, arguments, loaded))
-    return edits
+            edits.append(_resolve(option, arguments, client))
+    return edits, _preset_edits(arguments.presets, client) if arguments.presets else []
 
 
-def _resolve(option: EditOption, arguments: argparse.Namespace, loaded: Callable[[], Iterable[str]]) -> Edit:
+def _resolve(option: EditOption, arguments: argparse.Namespace, client: Client) -> Edit:
     tokens: ReferenceTokens = arguments.reference_tokens
     return Edit(
-        dictionary=dictionary_of(option.target, arguments.dictionary, loaded),
+        dictionary=dictionary_of(option.target, arguments.dictionary, client),
         feature=option.target.feature,
         operation=option.operation,
         value=option.value,
@@ -116,17 +119,16 @@ def _resolve(option: EditOption, arguments: argparse.Namespace, loaded: Callable
     )
 
 
-def preset_edits(names: Sequence[str], presets: Sequence[EditPreset]) -> list[Edit]:
-    """The edits of the server's presets of these names, to be shown; CommandError for a name that is not there."""
-    by_name = {preset.name: preset for preset in presets}
+def _preset_edits(names: Sequence[str], client: Client) -> list[Edit]:
+    presets = {preset.name: preset for preset in client.server_info().edit_presets}
     for name in names:
-        if name not in by_name:
-            raise CommandError(f"no preset {name!r}; the server has: {', '.join(by_name) or 'none'}", exit_code=2)
-    return [edit for name in names for edit in by_name[name].edits]
+        if name not in presets:
+            raise CommandError(f"no preset {name!r}; the server has: {', '.join(presets) or 'none'}", WRONG_USAGE)
+    return [edit for name in names for edit in presets[name].edits]
 
 
 def describe(edits: Sequence[Edit]) -> str:
-    """One line a person can read; where edits act is said once for all if it is the same."""
+    """The edits in one line. Where they act is said once if it is the same for all."""
     if not edits:
         return "no edits"
     places = [_describe_place(edit) for edit in edits]
@@ -136,18 +138,21 @@ def describe(edits: Sequence[Edit]) -> str:
 
 
 def _describe_place(edit: Edit) -> str:
-    text, positions = "", edit.positions
+    """Positions and condition, such as " on prompt tokens where 4 > 0.5"; empty for all tokens."""
+    place, positions = "", edit.positions
     if isinstance(positions, AfterText):
-        some = "" if positions.max_tokens is None else f"{positions.max_tokens} "
-        each = "each " if positions.occurrence == "each" else ""
-        text += f" on {some}tokens after {each}{positions.text!r}"
+        number = "" if positions.max_tokens is None else f"{positions.max_tokens} "
+        every = "each " if positions.occurrence == "each" else ""
+        place = f" on {number}tokens after {every}{positions.text!r}"
     elif positions == "last":
-        text += " on the prompt's last token"
+        place = " on the prompt's last token"
+    elif isinstance(positions, tuple):
+        place = f" on token{'s' if len(positions) > 1 else ''} {', '.join(map(str, positions))}"
     elif positions != "all":
-        text += f" on {positions if isinstance(positions, str) else ', '.join(map(str, positions))} tokens"
+        place = f" on {positions} tokens"
     if edit.condition is not None:
-        text += f" where {format_condition(edit.condition)}"
-    return text
+        place += f" where {format_condition(edit.condition)}"
+    return place
 
 
 def _describe(edit: Edit) -> str:
@@ -207,13 +212,14 @@ def _replacement(text: str) -> EditOption:
 
 
 def _file(text: str) -> EditSet:
-    """FILE or FILE:NAME; a file whose own name has a colon wins."""
+    """The type of FILE or FILE:NAME. A file whose name contains the colon takes precedence."""
     try:
         path, _, name = text.rpartition(":")
         if path and not Path(text).exists():
             presets = {preset.name: preset for preset in read_presets(Path(path))}
             if name not in presets:
-                raise argparse.ArgumentTypeError(f"{path} has no set {name!r}, but {', '.join(presets) or 'none'}")
+                names = ", ".join(presets) or "none"
+                raise argparse.ArgumentTypeError(f"{path} has no set {name!r}; its sets: {names}")
             return EditSet(presets[name].edits)
         return EditSet(read_edits(Path(text)))
     except EditFileError as error:
@@ -240,10 +246,10 @@ def _positions(text: str) -> Positions:
         ) from None
 
 
-def _split(text: str, separator: str, form: str) -> tuple[str, Any]:
-    left, found, right = text.partition(separator)
-    if not found:
+def _split(text: str, separator: str, form: str) -> tuple[str, str]:
+    if separator not in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+    left, _, right = text.partition(separator)
     return left, right
 
 

@@ -1,4 +1,4 @@
-"""`saeserve evaluate`: measures a dictionary on held-out text; every field of EvaluationSettings is a flag."""
+"""`saeserve evaluate`: measures a dictionary on held-out text; each field of EvaluationSettings is a flag."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sae_runtime.evaluation.report import EvaluationReport
 from sae_runtime.evaluation.settings import EvaluationSettings
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.settings import read_settings
-from service.cli.command_error import CommandError
-from service.cli.job_progress import ProgressDisplay
-from service.cli.json_output import print_json
+from service.cli.parser import WRONG_USAGE, CommandError
 from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
-from service.cli.tables import fact_table, print_table
+from service.cli.view.output import add_json_argument, open_console, print_json, print_sentence
+from service.cli.view.progress import ProgressDisplay
+from service.cli.view.tables import fact_table, print_table
 
 _SHOWN = (
     "nmse",
@@ -48,19 +48,19 @@ _SHOWN = (
     "ablation_latent_sparsity_mean",
     "geometry_nearest_cosine_mean",
 )
-"""What the terminal shows; the files hold everything."""
+"""The figures that the terminal shows; the files hold all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Measures a dictionary of any family on held-out text, and writes evaluation.json, explanations.json, CARD.md "
+        "Measure a dictionary of any family on held-out text, and write evaluation.json, explanations.json, CARD.md "
         "and plots. Settings come from a YAML file, flags of the same names, or both; flags win."
     )
     parser.add_argument(
         "dictionary", metavar="DICTIONARY", help="a folder or file of any supported format, or a builtin name"
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    add_json_argument(parser)
     add_setting_flags(parser, EvaluationSettings)
 
 
@@ -76,32 +76,31 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     out = settings.out or Path(f"{dictionary.name or Path(arguments.dictionary).stem}-evaluation")
     provenance = dictionary.manifest.provenance if dictionary.manifest else None
-    console = Console(stderr=True, highlight=False, markup=False)
     code = 0
     try:
         report.write(out, provenance)
     except MissingPlotLibrary as error:
-        console.print(f"saeserve: {error}", soft_wrap=True, markup=False)
-        code = 1  # what was asked for is not all there
+        print_sentence(open_console(stderr=True), f"saeserve: {error}")
+        code = 1  # the plots are missing
     except OSError as error:
         raise CommandError(f"cannot write the report: {error}") from error
     if arguments.json:
         print_json({"dictionary": arguments.dictionary, "path": str(out), "figures": report.figures})
     else:
-        _print_figures(Console(highlight=False, markup=False), report.figures, out)
+        _print_figures(open_console(), report.figures, out)
     return code
 
 
 def _measure(name: str, settings: EvaluationSettings) -> tuple[Dictionary, EvaluationReport]:
     dictionary = load_dictionary(name, device=settings.device)
     if complete_settings(settings, dictionary).site is None:
-        raise CommandError(f"{name} does not say where it is read; give --site", exit_code=2)
+        raise CommandError(f"{name} does not say which site it reads; give --site", WRONG_USAGE)
     manifest = dictionary.manifest
     backbone = Backbone.load(
         settings.backbone or (manifest.backbone.name if manifest else "builtin"), device=settings.device
     )
     check_backbone(dictionary, backbone)
-    with ProgressDisplay(Console(stderr=True, highlight=False)) as display:
+    with ProgressDisplay(open_console(stderr=True)) as display:
         return dictionary, evaluate(backbone, dictionary, settings, display.show)
 
 
@@ -110,7 +109,7 @@ def _print_figures(console: Console, figures: dict[str, Any], out: Path) -> None
     for name in _SHOWN:
         value = figures.get(name)
         if value is not None:
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            rows[name] = Text.assemble(f"{shown:>9}  ", (describe(name), "dim"))
+            figure = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            rows[name] = Text.assemble(f"{figure:>9}  ", (describe(name), "dim"))
     print_table(console, fact_table(rows))
-    console.print(f"Everything is in {out}; start with CARD.md", soft_wrap=True, markup=False)
+    console.print(f"Everything is in {out}; start with CARD.md", soft_wrap=True)

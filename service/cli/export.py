@@ -9,15 +9,15 @@ from sae_runtime.dictionary.formats import load_dictionary
 from sae_runtime.dictionary.formats.openai import save_openai
 from sae_runtime.dictionary.formats.saelens import save_saelens
 from sae_runtime.errors import UnknownDictionary
-from service.cli.command_error import CommandError
+from service.cli.parser import CommandError
 
 _WRITERS = {"openai": save_openai, "saelens": save_saelens}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Writes a dictionary in another project's format, float32: openai is one .pt file (topk with layer norm, or "
-        "relu), saelens a folder (every family but groupmax). What a format cannot say is an error."
+        "Write a dictionary in another project's format, in float32: openai is one .pt file (topk with layer norm, or "
+        "relu), saelens a folder (every family but groupmax). A dictionary that the format cannot express is an error."
     )
     parser.add_argument("dictionary", metavar="DICTIONARY", help="a folder or file of any format, or a builtin name")
     parser.add_argument("--format", choices=sorted(_WRITERS), required=True, help="the format to write")

@@ -1,12 +1,12 @@
-"""Features as people write them: `123`, or `resid-mid:123` where the dictionary is part of the name."""
+"""Features on the command line: `123`, or `resid-mid:123` with the dictionary's name."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from service.cli.command_error import CommandError
+from service.cli.parser import WRONG_USAGE, CommandError
+from service.client import Client
 
 
 @dataclass(frozen=True)
@@ -16,26 +16,33 @@ class FeatureName:
 
 
 def feature_name(text: str) -> FeatureName:
-    """Parses a command line's `[DICTIONARY:]FEATURE`."""
+    """The type of `[DICTIONARY:]FEATURE`."""
     dictionary, _, number = text.rpartition(":")
     if not (number.isascii() and number.isdigit() and int(number) < 2**32):
         raise argparse.ArgumentTypeError(f"{text!r} is not a feature, such as 123 or resid-mid:123")
     return FeatureName(dictionary or None, int(number))
 
 
-def dictionary_of(name: FeatureName, default: str | None, loaded: Callable[[], Iterable[str]]) -> str:
-    """The dictionary that a feature belongs to: its own, else `default`, else the only one that is loaded.
+def add_dictionaries_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dictionary", action="append", default=[], metavar="NAME", help="use this dictionary (can be repeated) [all]"
+    )
+
+
+def dictionary_of(name: FeatureName, default: str | None, client: Client) -> str:
+    """The dictionary that a feature names, or `default`, or the only one that the server has loaded.
 
     Raises:
-        CommandError: several are loaded, or none.
+        CommandError: the server has loaded several, or none.
     """
-    if name.dictionary or default:
-        return name.dictionary or default or ""
-    names = list(loaded())
-    if len(names) != 1:
+    dictionary = name.dictionary or default
+    if dictionary:
+        return dictionary
+    loaded = client.server_info().dictionaries
+    if len(loaded) != 1:
         raise CommandError(
-            f"feature {name.feature} of which dictionary? Loaded: {', '.join(names) or 'none'}. "
+            f"feature {name.feature} of which dictionary? Loaded: {', '.join(loaded) or 'none'}. "
             f"Give --dictionary, or write DICTIONARY:{name.feature}",
-            exit_code=2,
+            WRONG_USAGE,
         )
-    return names[0]
+    return loaded[0]

@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
-from service.cli.argument_types import natural
-from service.cli.command_error import CommandError
 from service.cli.connection import add_connection_arguments, connected
-from service.cli.feature_names import FeatureName, feature_name
-from service.cli.json_output import print_json
-from service.cli.token_view import show_aggregate, show_tokens
+from service.cli.feature_names import FeatureName, add_dictionaries_argument, feature_name
+from service.cli.parser import WRONG_USAGE, CommandError, natural
+from service.cli.text_arguments import add_text_arguments, read_texts
+from service.cli.view.output import add_json_argument, open_console, print_json
+from service.cli.view.tokens import show_aggregate, show_tokens
 from service.client import DictionaryFeatures, Extraction, InputFeatures, Limits, Tokens
 from service.client.options import ExtractOptions
 
@@ -24,16 +22,8 @@ DEFAULT_TOP_K = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", nargs="*", metavar="TEXT", help="texts to look at")
-    parser.add_argument(
-        "--file", action="append", default=[], metavar="FILE", help="look at the text of a file; - is standard input"
-    )
-    parser.add_argument(
-        "--lines", action="store_true", help="make each line of the files that has words a text of its own"
-    )
-    parser.add_argument(
-        "--dictionary", action="append", default=[], metavar="NAME", help="read this dictionary (can be repeated) [all]"
-    )
+    add_text_arguments(parser)
+    add_dictionaries_argument(parser)
     selection = parser.add_mutually_exclusive_group()
     selection.add_argument(
         "--top-k", type=natural, metavar="K", help=f"show the K strongest features of each token [{DEFAULT_TOP_K}]"
@@ -44,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=feature_name,
         metavar="[NAME:]FEATURE",
-        help="show this feature only (can be repeated)",
+        help="show only this feature (can be repeated)",
     )
     parser.add_argument(
         "--aggregate",
@@ -53,15 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to combine the tokens of a text",
     )
     parser.add_argument("--reconstruction-error", action="store_true", help="show each token's reconstruction error")
-    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long instead of failing")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json_argument(parser)
     add_connection_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    texts = [*arguments.text, *read_files(arguments.file, arguments.lines)]
-    if not texts:
-        raise CommandError('no text; try: saeserve features "The cat sat on the mat."', exit_code=2)
+    texts = read_texts(arguments, "features")
     dictionaries = _dictionaries(arguments.dictionary, arguments.feature or [])
     with connected(arguments) as client:
         batches = list(in_batches(texts, client.server_info().limits))
@@ -69,21 +56,22 @@ def run(arguments: argparse.Namespace) -> int:
             batches, dictionaries, timeout_s=arguments.timeout * len(batches), **_options(arguments)
         )
         if arguments.json:
-            print_json([_as_json(*each, arguments.aggregate) for each in _pairs(batches, replies)])
+            print_json([_as_json(text, reply, arguments.aggregate) for text, reply in _pairs(batches, replies)])
         else:
             _show(_pairs(batches, replies), len(texts), arguments.aggregate)
     return 0
 
 
 def in_batches(texts: Sequence[str], limits: Limits) -> Iterator[list[str]]:
-    """Texts in their order, as many in a call as the server's limits allow whatever their tokens are.
+    """Texts in their order, in calls that keep to the server's limits.
 
-    A text has no more tokens than bytes. One that is too long stands alone, for the server to say so.
+    A text's number of tokens is not known here, but it has no more tokens than bytes. A text that is too long is a
+    batch by itself, and the server says what is wrong with it.
     """
     batch: list[str] = []
     size = 0
     for text in texts:
-        # A limit of 0 is one that the server does not tell.
+        # A limit is 0 where the server does not state it.
         tokens = min(len(text.encode()), limits.max_tokens_per_input or sys.maxsize)
         too_many = len(batch) >= (limits.max_inputs or sys.maxsize)
         if batch and (too_many or size + tokens > (limits.max_tokens_per_request or sys.maxsize)):
@@ -95,26 +83,18 @@ def in_batches(texts: Sequence[str], limits: Limits) -> Iterator[list[str]]:
         yield batch
 
 
-def read_files(files: Sequence[str], lines: bool) -> Iterator[str]:
-    for file in files:
-        try:
-            text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CommandError(f"cannot read {file}: {error}") from error
-        if lines:
-            yield from (line for line in text.splitlines() if line.strip())
-        else:
-            yield text
-
-
 def _dictionaries(named: list[str], features: list[FeatureName]) -> list[str] | None:
-    """The dictionaries to read; None is all. Features are numbers of one dictionary."""
-    owners = sorted({feature.dictionary for feature in features if feature.dictionary})
-    if len({*owners, *(named if owners else [])}) > 1:
+    """The dictionaries to read, or None for all: those of --dictionary, or the one that --feature names.
+
+    Raises:
+        CommandError: --feature names a dictionary, and the command line names another as well.
+    """
+    of_features = sorted({feature.dictionary for feature in features if feature.dictionary})
+    if of_features and len({*of_features, *named}) > 1:
         raise CommandError(
-            f"--feature names {', '.join(owners)}; one call shows features of one dictionary by number", exit_code=2
+            f"--feature names {', '.join(of_features)}; one call shows single features of one dictionary", WRONG_USAGE
         )
-    return named or owners or None
+    return named or of_features or None
 
 
 def _options(arguments: argparse.Namespace) -> ExtractOptions:
@@ -138,16 +118,17 @@ def _pairs(batches: Iterable[list[str]], replies: Iterable[Extraction]) -> Itera
         yield from zip(batch, reply.inputs, strict=True)
 
 
-def _show(entries: Iterable[tuple[str, InputFeatures]], total: int, aggregation: str) -> None:
-    console = Console(highlight=False, markup=False)
-    for number, (_, entry) in enumerate(entries, 1):
+def _show(replies: Iterable[tuple[str, InputFeatures]], total: int, aggregation: str) -> None:
+    console = open_console()
+    for number, (_, entry) in enumerate(replies, 1):
         title = f"text {number} of {total}: " if total > 1 else ""
-        dropped = f", {entry.truncated_tokens:,} more cut off" if entry.truncated_tokens else ""
+        dropped = f" ({entry.truncated_tokens:,} more were cut off)" if entry.truncated_tokens else ""
         noun = "token" if entry.n_tokens == 1 else "tokens"
         for name, features in entry.dictionaries.items():
-            how = "" if aggregation == "none" else f", {aggregation} over tokens"
+            aggregated = "" if aggregation == "none" else f", {aggregation} over tokens"
             console.print(
-                Text.assemble(title, (name, "bold cyan"), f"  {entry.n_tokens:,} {noun}{dropped}{how}"), end="\n\n"
+                Text.assemble(title, (name, "bold cyan"), f"  {entry.n_tokens:,} {noun}{dropped}{aggregated}"),
+                end="\n\n",
             )
             if aggregation == "none":
                 show_tokens(console, entry, features)

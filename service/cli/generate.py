@@ -1,4 +1,4 @@
-"""`saeserve generate`: continues a prompt, with features edited."""
+"""`saeserve generate`: continues a prompt with features edited."""
 
 from __future__ import annotations
 
@@ -8,67 +8,70 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from service.cli.argument_types import natural, seed
-from service.cli.command_error import CommandError
 from service.cli.connection import add_connection_arguments, connected
-from service.cli.edit_options import add_edit_arguments, describe, preset_edits, resolve_edits
-from service.cli.generation_view import GenerationView
-from service.cli.json_output import print_json
+from service.cli.edit_options import add_edit_arguments, describe, resolve_edits
+from service.cli.parser import WRONG_USAGE, CommandError, natural, seed
+from service.cli.view.generation import GenerationView
+from service.cli.view.output import add_json_argument, print_json
 from service.client import Edit, GenerationResult
 from service.client.options import GenerateOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
     add_edit_arguments(parser)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
-        "--max-new-tokens", type=natural, metavar="N", help="most tokens to generate [the server's default]"
+        "--max-new-tokens", type=natural, metavar="N", help="generate at most N tokens [the server's default]"
     )
-    sampling.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token")
-    sampling.add_argument("--top-k", type=natural, metavar="K", help="choose among the K likeliest tokens [all]")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="sampling temperature; 0 takes the likeliest token"
+    )
+    sampling.add_argument("--top-k", type=natural, metavar="K", help="sample among the K likeliest tokens [all]")
     sampling.add_argument(
         "--top-p",
         type=float,
         metavar="P",
-        help="choose among the likeliest tokens that have this probability together [1]",
+        help="sample among the likeliest tokens that together have probability P [1]",
     )
     sampling.add_argument(
-        "--repetition-penalty", type=float, metavar="P", help="make tokens that occurred less likely: 1.2 is common [1]"
+        "--repetition-penalty",
+        type=float,
+        metavar="P",
+        help="make tokens less likely that occur already; 1.2 is usual [1]",
     )
-    sampling.add_argument("--seed", type=seed, metavar="N", help="seed of the random choices [drawn by the server]")
+    sampling.add_argument("--seed", type=seed, metavar="N", help="random seed [drawn by the server]")
     sampling.add_argument("--n", type=natural, metavar="N", help="generate N samples [1]")
     sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text (can be repeated)"
+        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text (can be repeated)"
     )
-    sampling.add_argument("--ignore-end-of-text", action="store_true", help="go on after an end-of-text token")
+    sampling.add_argument("--ignore-end-of-text", action="store_true", help="continue after an end-of-text token")
     parser.add_argument("--truncate", action="store_true", help="drop the start of a prompt that is too long")
-    parser.add_argument("--compare", action="store_true", help="run beside the same without the edits, from one seed")
-    shown = parser.add_argument_group("what to show of each token")
-    shown.add_argument("--top-logprobs", type=natural, metavar="K", help="the K likeliest tokens at its place")
-    shown.add_argument(
+    parser.add_argument("--compare", action="store_true", help="also generate without the edits, from the same seed")
+    details = parser.add_argument_group("token details")
+    details.add_argument(
+        "--top-logprobs", type=natural, metavar="K", help="show the K likeliest tokens at each position"
+    )
+    details.add_argument(
         "--show-features",
         action="append",
         metavar="NAME",
-        help="the features of this dictionary that fire on it (can be repeated)",
+        help="show the features of this dictionary that fire on each token (can be repeated)",
     )
-    shown.add_argument(
-        "--features-per-token", type=natural, metavar="K", help="how many of them [the server's default]"
+    details.add_argument(
+        "--features-per-token", type=natural, metavar="K", help="show K features of each token [the server's default]"
     )
-    shown.add_argument("--prompt-features", action="store_true", help="also those of the prompt's tokens")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    details.add_argument("--prompt-features", action="store_true", help="also show the features of the prompt")
+    add_json_argument(parser)
     add_connection_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    watches = arguments.show_features is not None
-    if not watches and (arguments.prompt_features or arguments.features_per_token is not None):
-        raise CommandError("--prompt-features and --features-per-token belong to --show-features NAME", exit_code=2)
+    if arguments.show_features is None and (arguments.prompt_features or arguments.features_per_token is not None):
+        raise CommandError("--prompt-features and --features-per-token belong to --show-features NAME", WRONG_USAGE)
     with connected(arguments) as client:
-        edits = resolve_edits(arguments, lambda: client.server_info().dictionaries)
-        shown = list(edits)
-        if arguments.presets:
-            shown = preset_edits(arguments.presets, client.server_info().edit_presets) + shown
+        edits, preset_edits = resolve_edits(arguments, client)
+        all_edits = preset_edits + edits
         options: GenerateOptions = {
             "max_new_tokens": arguments.max_new_tokens,
             "temperature": arguments.temperature,
@@ -90,10 +93,14 @@ def run(arguments: argparse.Namespace) -> int:
         started = time.perf_counter()
         with client.generate(arguments.prompt, edits, **options) as generation:
             if arguments.json:
-                _print_json(arguments, shown, generation.all_results())
+                _print_json(arguments, all_edits, generation.all_results())
                 return 0
-            several = arguments.compare or (arguments.n or 1) > 1
-            view = GenerationView(arguments.prompt, describe(shown) if shown else "", several=several)
+            view = GenerationView(
+                arguments.prompt,
+                describe(all_edits) if all_edits else "",
+                samples=arguments.n or 1,
+                compare=arguments.compare,
+            )
             for chunk in generation:
                 view.add(chunk)
             results = generation.all_results()
@@ -103,11 +110,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print_json(arguments: argparse.Namespace, edits: Sequence[Edit], results: Sequence[GenerationResult]) -> None:
     def described(result: GenerationResult) -> dict[str, Any]:
-        own = [] if result.unedited else [asdict(edit) for edit in edits]
-        return {"prompt": arguments.prompt, "edits": own, **asdict(result)}
+        applied = [] if result.unedited else [asdict(edit) for edit in edits]
+        return {"prompt": arguments.prompt, "edits": applied, **asdict(result)}
 
-    def of(unedited: bool) -> Any:
-        chosen = [described(result) for result in results if result.unedited == unedited]
-        return chosen if arguments.n is not None else chosen[0]
+    def samples(unedited: bool) -> Any:
+        """A list with --n, else the only sample."""
+        documents = [described(result) for result in results if result.unedited == unedited]
+        return documents if arguments.n is not None else documents[0]
 
-    print_json({"unedited": of(True), "edited": of(False)} if arguments.compare else of(False))
+    print_json({"unedited": samples(True), "edited": samples(False)} if arguments.compare else samples(False))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from rich.console import Console
-
 from service.cli.connection import add_connection_arguments, connected
-from service.cli.json_output import print_json
-from service.cli.tables import fact_table, print_table
+from service.cli.view.output import add_json_argument, open_console, print_json
+from service.cli.view.tables import fact_table, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json_argument(parser)
     add_connection_arguments(parser)
 
 
@@ -25,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     backbone = info.backbone
     versions = ", ".join(f"{name} {version}" for name, version in sorted(info.library_versions.items()))
-    about = {
+    facts = {
         "server": f"saeserve {info.version} at {arguments.address}, on {info.device}",
         "libraries": versions,
         "backbone": f"{backbone.name}: {backbone.n_layers} layers, width {backbone.d_model}, "
@@ -35,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         "dictionaries": ", ".join(info.dictionaries),
         "edit presets": ", ".join(preset.name for preset in info.edit_presets) or "none",
     }
-    console = Console(markup=False)
-    print_table(console, fact_table(about))
+    console = open_console()
+    print_table(console, fact_table(facts))
     limits = {
         name: f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}" for name, limit in asdict(info.limits).items()
     }

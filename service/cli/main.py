@@ -1,6 +1,6 @@
 """`saeserve`: finds the subcommand and runs it.
 
-A subcommand's module is imported only when it is called: `saeserve --help` needs neither torch nor Ray nor grpc.
+Imports only the module of the subcommand that runs: `saeserve --help` needs neither torch nor Ray nor grpc.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
 
-from service.cli.command_error import CommandError
-from service.cli.parser import CommandParser
+from service.cli.parser import CommandError, CommandParser
 
 COMMANDS = {
     "serve": "serve the model and its dictionaries on this machine",
     "features": "show which features fire on a text",
-    "generate": "continue a prompt, with features edited",
+    "generate": "continue a prompt with features edited",
     "score": "show the loss of texts, without and with edits",
-    "ablate": "measure what taking features away does to predictions",
+    "ablate": "measure how predictions change without a feature",
     "attribute": "find the features that drive a logit",
     "contrast": "find the features that tell two sets of texts apart",
     "dictionaries": "list the dictionaries of a server, or show one",
@@ -35,22 +34,22 @@ COMMANDS = {
     "publish": "turn a dictionary of any format into a published one",
     "export": "write a dictionary in another project's format",
 }
-"""By name, what it does. The module is service.cli.<name>."""
+"""What each command does. Its module is service.cli.<name>."""
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows defaults in brackets after the help."""
+    """Shows the default of an argument in brackets after its help."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
-        # argparse forgets the deeper indent of commands, and would break the line after the longest.
+        # argparse ignores the deeper indent of commands, and would break the line after the longest name.
         self._action_max_length = max(map(len, COMMANDS)) + 4
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False or action.default is argparse.SUPPRESS
-        if silent or not action.option_strings or not action.help or isinstance(action.default, list):
+        no_default = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        if no_default or not action.option_strings or not action.help or isinstance(action.default, list):
             return action.help
         return f"{action.help} [%(default)s]"
 
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser, command = _parser(name if name in COMMANDS else None)
         parsed = parser.parse_args(arguments)
         assert command is not None  # argparse has ended the program otherwise
-        # Text comes from anywhere; a terminal's encoding must not end the command.
+        # Texts can hold any character: one that the terminal's encoding lacks must not end the command.
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
@@ -77,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output (`| head`) has enough; Python must not complain while it exits.
+        # The reader of our output (`| head`) has closed the pipe: Python must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def _parser(name: str | None) -> tuple[argparse.ArgumentParser, ModuleType | None]:
-    """The parser of everything, with the arguments of one subcommand only, and that subcommand's module."""
+    """The parser of all subcommands, and the module of the subcommand `name`, whose arguments alone it has."""
     parser = CommandParser(
         prog="saeserve",
         description="Sparse autoencoders on a live language model: which features fire on a text, and what changes "
@@ -94,18 +93,17 @@ def _parser(name: str | None) -> tuple[argparse.ArgumentParser, ModuleType | Non
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     command = None
-    for each, summary in COMMANDS.items():
-        # Only the command that runs needs its arguments; the others only have to be listed.
-        subparser = subparsers.add_parser(each, help=summary, formatter_class=HelpFormatter, allow_abbrev=False)
-        if each == name:
-            command = importlib.import_module(f"service.cli.{each}")
+    for listed_name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(listed_name, help=summary, formatter_class=HelpFormatter, allow_abbrev=False)
+        if listed_name == name:
+            command = importlib.import_module(f"service.cli.{name}")
             subparser.description = f"{summary[0].upper()}{summary[1:]}."
             command.add_arguments(subparser)
     return parser, command
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when asked, which takes a moment."""
+    """Looks the version up only when asked, since that is slow."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"saeserve {metadata.version('saeserve')}")
@@ -113,7 +111,7 @@ class _Version(argparse.Action):
 
 
 def _with_dashes(argument: str) -> str:
-    """Settings have underscores in files; their flags can be written either way."""
+    """Turns the underscores of a flag into dashes: settings have underscores in files, and both are accepted here."""
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument.partition("=")

@@ -12,17 +12,17 @@ from sae_runtime.dictionary.formats.published import STORED_DTYPES
 from sae_runtime.dictionary.pull.download import DownloadSettings, PullError
 from sae_runtime.dictionary.pull.pull import Pulled, PullSettings, pull
 from sae_runtime.errors import DictionaryFormatError
-from service.cli.command_error import CommandError
-from service.cli.json_output import print_json
-from service.cli.tables import fact_table, print_table
+from service.cli.parser import CommandError
+from service.cli.view.output import add_json_argument, open_console, print_json
+from service.cli.view.tables import fact_table, print_table
 
 DEFAULTS = PullSettings(hub_base="")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Fetches a dictionary that others published, verifies it, converts it and puts it into a folder that can be "
-        "served. A call that was stopped goes on where it was when it is started again. No code of a file is run."
+        "Fetch a dictionary that others published, verify it, and convert it into a folder that can be served. The "
+        "same command resumes an interrupted download. No code from a file is run."
     )
     parser.add_argument(
         "name",
@@ -31,25 +31,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Hugging Face repository with SAELens, sparsify or dictionary_learning files: "
         "<owner>/<repository>[@<revision>][/<folder>]",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="folder to publish into; NAME with dashes if not given"
-    )
+    parser.add_argument("--out", type=Path, metavar="PATH", help="folder to write [NAME with dashes]")
     parser.add_argument(
         "--backbone",
-        metavar="TEXT",
-        help="model that the dictionary belongs to: builtin, a folder or a hub name; GPT-2 small for OpenAI's",
+        metavar="MODEL",
+        help="model that the dictionary reads: builtin, a folder or a hub name; needed for the hub [GPT-2 small for "
+        "OpenAI's]",
     )
-    parser.add_argument("--site", metavar="TEXT", help="site that it reads, if its files do not say")
-    parser.add_argument(
-        "--as", dest="published", metavar="TEXT", help="its name when published; the folder's if not given"
-    )
+    parser.add_argument("--site", metavar="SITE", help="site that it reads, if its files do not say")
+    parser.add_argument("--as", dest="published", metavar="NAME", help="name to serve it under [the folder's name]")
     parser.add_argument("--dtype", choices=[*STORED_DTYPES], default=DEFAULTS.dtype, help="type of the stored weights")
-    parser.add_argument("--openai-base", metavar="URL", default=DEFAULTS.openai_base, help="where OpenAI's files are")
-    parser.add_argument("--hub-base", metavar="URL", help="address of the Hugging Face hub; HF_ENDPOINT if not given")
+    parser.add_argument("--openai-base", metavar="URL", default=DEFAULTS.openai_base, help="address of OpenAI's files")
+    parser.add_argument("--hub-base", metavar="URL", help="address of the Hugging Face hub [HF_ENDPOINT]")
     parser.add_argument(
-        "--timeout", type=float, metavar="S", default=DEFAULTS.download.timeout_s, help="patience with a silent server"
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        default=DEFAULTS.download.timeout_s,
+        help="give up on a silent server after this time",
     )
-    parser.add_argument("--json", action="store_true", help="print what was fetched as JSON")
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         **({} if arguments.hub_base is None else {"hub_base": arguments.hub_base}),
     )
     try:
-        with _Bars(Console(stderr=True, highlight=False)) as bars:
+        with _Bars(open_console(stderr=True)) as bars:
             pulled = pull(arguments.name, out, settings, bars.show)
     except (OSError, ValueError, PullError, DictionaryFormatError) as error:
         raise CommandError(str(error)) from error
@@ -81,7 +82,7 @@ def _print(pulled: Pulled, *, as_json: bool) -> None:
         ]
         print_json({"path": str(pulled.path), "name": manifest.name, "license": pulled.license, "files": files})
         return
-    console = Console(highlight=False, markup=False)
+    console = open_console()
     console.print(f"Published {manifest.name} in {pulled.path}", soft_wrap=True)
     rows = {
         "site": manifest.site,
@@ -97,7 +98,7 @@ def _print(pulled: Pulled, *, as_json: bool) -> None:
 
 
 class _Bars:
-    """A bar for each file; nothing on something that is no terminal."""
+    """A progress bar for each file, on a terminal only."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(

@@ -1,42 +1,29 @@
-"""`saeserve score`: log-probabilities of texts, without and with edits."""
+"""`saeserve score`: the loss of texts, without and with edits."""
 
 from __future__ import annotations
 
 import argparse
 
 import numpy as np
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from service.cli.causal_options import (
-    add_output_arguments,
-    add_text_arguments,
-    draw_plot,
-    name_tokens,
-    read_texts,
-    token,
-)
 from service.cli.connection import add_connection_arguments, connected
-from service.cli.edit_options import add_edit_arguments, describe, preset_edits, resolve_edits
-from service.cli.json_output import print_json
-from service.cli.tables import data_table, print_table, token_column
-from service.cli.token_view import visible
+from service.cli.edit_options import add_edit_arguments, describe, resolve_edits
+from service.cli.measure_options import add_logit_argument, add_output_arguments, draw_plot, name_tokens
+from service.cli.text_arguments import add_text_arguments, read_texts
+from service.cli.view.output import open_console, print_json, print_sentence
+from service.cli.view.plots import draw_scores
+from service.cli.view.tables import data_table, print_table, token_column
+from service.cli.view.tokens import visible
 from service.client import InputScore, Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     add_edit_arguments(parser)
-    parser.add_argument(
-        "--logit-token",
-        action="append",
-        default=[],
-        type=token,
-        metavar="TOKEN",
-        help="follow the logit of this token: its text, such as ' Paris', or #ID (can be repeated)",
-    )
-    parser.add_argument("--summary", action="store_true", help="show one line a text, not its tokens")
+    add_logit_argument(parser)
+    parser.add_argument("--summary", action="store_true", help="show one line per text instead of its tokens")
     add_output_arguments(parser)
     add_connection_arguments(parser)
 
@@ -44,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     texts = read_texts(arguments, "score")
     with connected(arguments) as client:
-        edits = resolve_edits(arguments, lambda: client.server_info().dictionaries)
-        shown = list(edits)
-        if arguments.presets:
-            shown = preset_edits(arguments.presets, client.server_info().edit_presets) + shown
+        edits, preset_edits = resolve_edits(arguments, client)
         scores = client.score(
             texts,
             edits,
@@ -60,26 +44,24 @@ def run(arguments: argparse.Namespace) -> int:
     tokens = scores[0].tokens
     pieces = [] if tokens is None else [visible(piece) for piece in tokens.pieces]
     if arguments.json:
-        print_json({"edits": shown, "scores": scores})
+        print_json({"edits": preset_edits + edits, "scores": scores})
     else:
-        console = Console(highlight=False, markup=False)
-        console.print(Text(describe(shown), style="bold cyan"))
+        console = open_console()
+        print_sentence(console, describe(preset_edits + edits), style="bold cyan")
         if len(scores) > 1 or arguments.summary:
             print_table(console, _summary(texts, scores))
         if not arguments.summary:
-            for number, each in enumerate(scores.inputs, 1):
+            for number, score in enumerate(scores.inputs, 1):
                 if len(scores) > 1:
                     console.print(f"\ntext {number} of {len(scores)}")
-                print_table(console, _token_table(each, names))
-        console.print(_totals(scores))
-    if arguments.plot:
-        from service.cli.causal_plots import draw_scores
-
-        draw_plot(arguments.plot, lambda figure: draw_scores(figure, scores, pieces))
+                print_table(console, _token_table(score, names))
+        print_sentence(console, _totals(scores), style="dim")
+    draw_plot(arguments.plot, lambda figure: draw_scores(figure, scores, pieces))
     return 0
 
 
 def _token_table(score: InputScore, names: list[str]) -> Table:
+    """A row per token: how well it was predicted, and the logits of the tokens `names` at that prediction."""
     edited = score.edited
     number = Column("#", justify="right", style="dim")
     changes = () if edited is None else ("edited", "Δ loss", "KL")
@@ -111,29 +93,33 @@ def _token_table(score: InputScore, names: list[str]) -> Table:
 
 
 def _summary(texts: list[str], scores: Scores) -> Table:
-    table = data_table(Column("text", max_width=40), "tokens", "loss", "edited", "Δ loss", "mean KL", "right", "edited")
-    for text, each in zip(texts, scores.inputs, strict=True):
-        cells: list[str | Text] = [" ".join(text.split()), str(each.n_tokens), f"{each.unedited.mean_loss:.3f}"]
-        if each.edited is not None and each.kl is not None:
-            change = each.edited.mean_loss - each.unedited.mean_loss
-            cells += [f"{each.edited.mean_loss:.3f}", _signed(change), f"{each.kl.mean():.4f}"]
-            cells += [f"{each.unedited.accuracy:.1%}", f"{each.edited.accuracy:.1%}"]
+    """A row per text."""
+    edited = scores[0].edited is not None
+    figures = ("loss", "edited", "Δ loss", "mean KL", "right", "edited") if edited else ("loss", "right")
+    table = data_table(Column("text", no_wrap=True, max_width=40), "tokens", *figures)
+    for text, score in zip(texts, scores.inputs, strict=True):
+        loss, accuracy = score.unedited.mean_loss, score.unedited.accuracy
+        cells: list[str | Text] = [" ".join(text.split()), str(score.n_tokens), f"{loss:.3f}"]
+        if score.edited is not None and score.kl is not None:
+            change = score.edited.mean_loss - loss
+            cells += [f"{score.edited.mean_loss:.3f}", _signed(change), f"{score.kl.mean():.4f}"]
+            cells += [f"{accuracy:.1%}", f"{score.edited.accuracy:.1%}"]
         else:
-            cells += ["", "", "", f"{each.unedited.accuracy:.1%}", ""]
+            cells.append(f"{accuracy:.1%}")
         table.add_row(*cells)
     return table
 
 
-def _totals(scores: Scores) -> Text:
-    before = np.concatenate([each.unedited.loss for each in scores.inputs])
+def _totals(scores: Scores) -> str:
+    before = np.concatenate([score.unedited.loss for score in scores.inputs])
     line = f"{len(before):,} predictions, mean loss {before.mean():.4f} nats"
-    edited = [each.edited.loss for each in scores.inputs if each.edited is not None]
-    kl = [each.kl for each in scores.inputs if each.kl is not None]
+    edited = [score.edited.loss for score in scores.inputs if score.edited is not None]
+    kl = [score.kl for score in scores.inputs if score.kl is not None]
     if edited:
         after = np.concatenate(edited)
         line += f", edited {after.mean():.4f} ({after.mean() - before.mean():+.4f})"
         line += f", mean KL {np.concatenate(kl).mean():.4f}"
-    return Text(line, style="dim")
+    return line
 
 
 def _signed(change: float) -> Text:

@@ -21,13 +21,12 @@ _WATCH_S = 5.0
 
 
 class _Stop(BaseException):
-    """Somebody asked the service to stop. Not an Exception: nothing on the way may swallow it."""
+    """A signal asked the service to stop. A BaseException, so that no handler on its way swallows it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `saeserve serve`: one for each setting, and two of its own."""
     parser.description = (
-        "Serves a backbone and its dictionaries on this machine until Ctrl-C. Every setting can also be given in a "
+        "Serve a backbone and its dictionaries on this machine until Ctrl-C. Every setting can also be given in a "
         "YAML file or in the environment (grpc_port: SAESERVE_GRPC_PORT, engine.max_batch_tokens: "
         "SAESERVE_ENGINE__MAX_BATCH_TOKENS); flags win over the environment, the environment over the file."
     )
@@ -39,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serves until stopped.
 
-    Returns the exit code: 0 after Ctrl-C or SIGTERM, 1 if the service could not start or has died.
+    Returns:
+        The exit code: 0 after Ctrl-C or SIGTERM, 1 if the service could not start or has died.
     """
     verbose: bool = arguments.verbose
     with settings_errors():
@@ -55,12 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
             print(_ready_line(settings, device), flush=True)
             _watch()
         return 0
-    except (_Stop, KeyboardInterrupt, SystemExit):  # Ray turns what a signal handler raises into the others
+    except (_Stop, KeyboardInterrupt, SystemExit):  # Ray turns _Stop into one of the others
         return 0
     except StartError as error:
         print(f"saeserve: {error}", file=sys.stderr)
         return 1
-    except Exception as error:  # Ray's, of many kinds, with the traces of several processes
+    except Exception as error:  # from Ray: many kinds, with the tracebacks of several processes
         if verbose:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -69,10 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _start(settings: ServeSettings) -> str:
-    """Deploys the application and waits until calls are answered. Gives what it computes on.
+    """Deploys the application and waits until it answers calls. Returns the device of a replica.
 
     Raises:
-        StartError: a replica failed, there is no such device, or it took too long.
+        StartError: a replica failed, there are too few GPUs, or the start took too long.
     """
     import ray
     from ray import serve
@@ -80,14 +80,14 @@ def _start(settings: ServeSettings) -> str:
 
     from service.app import SERVICER_FUNCTIONS, build_app
 
-    there: float = ray.cluster_resources().get("GPU", 0.0)
-    settings = settings.share_gpus(there)
+    gpus: float = ray.cluster_resources().get("GPU", 0.0)
+    settings = settings.share_gpus(gpus)
     assert settings.gpus_per_replica is not None
-    wanted = settings.replicas * settings.gpus_per_replica
-    if wanted > there:
+    needed_gpus = settings.replicas * settings.gpus_per_replica
+    if needed_gpus > gpus:
         raise StartError(
-            f"replicas ({settings.replicas}) x gpus_per_replica ({settings.gpus_per_replica:g}) needs {wanted:g} GPUs; "
-            f"this machine has {there:g}"
+            f"replicas ({settings.replicas}) x gpus_per_replica ({settings.gpus_per_replica:g}) needs {needed_gpus:g} "
+            f"GPUs; this machine has {gpus:g}"
         )
     deadline = time.monotonic() + settings.start_timeout_s
     serve.start(
@@ -102,6 +102,11 @@ def _start(settings: ServeSettings) -> str:
 
 
 def _await_running(deadline: float) -> None:
+    """Waits until Ray Serve runs the application.
+
+    Raises:
+        StartError: a replica failed, or the deadline has passed.
+    """
     from ray import serve
 
     while True:
@@ -116,20 +121,28 @@ def _await_running(deadline: float) -> None:
             if failure is not None:
                 raise StartError(failure)
         if time.monotonic() > deadline:
-            raise StartError("the replicas did not start in time (see start_timeout_s, or --verbose for their logs)")
+            raise StartError(
+                "the replicas did not start in time; raise --start-timeout-s, or see their logs with --verbose"
+            )
         time.sleep(_POLL_S)
 
 
 def _start_failure(message: str) -> str | None:
-    """Our own message inside the traces that Ray reports, if it is there."""
+    """Our own message inside the traceback that Ray reports, if there is one."""
     from service.app import START_FAILURE
 
-    _, found, rest = message.partition(START_FAILURE)
-    return rest.partition("\n")[0].strip() if found else None
+    if START_FAILURE not in message:
+        return None
+    _, _, failure = message.partition(START_FAILURE)
+    return failure.partition("\n")[0].strip()
 
 
 def _await_serving(settings: ServeSettings, deadline: float) -> str:
-    """Asks the health service through the port that clients use. Gives the device that a replica computes on."""
+    """Waits until the health service answers on the clients' port. Returns the device of a replica.
+
+    Raises:
+        StartError: the deadline has passed.
+    """
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -153,10 +166,10 @@ def _await_serving(settings: ServeSettings, deadline: float) -> str:
 
 
 def _watch() -> None:
-    """Waits for a signal; returns only with an exception.
+    """Waits until a signal raises an exception.
 
     Raises:
-        StartError: Ray is gone.
+        StartError: Ray has stopped.
     """
     from ray import serve
 
@@ -181,13 +194,13 @@ def _ready_line(settings: ServeSettings, device: str) -> str:
 
 
 def _address(settings: ServeSettings, port: int) -> str:
-    """Where this machine reaches a port."""
+    """The address at which this machine reaches a port."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
     return f"{host}:{port}"
 
 
 def _stop_on_signals() -> None:
-    """The first SIGINT or SIGTERM raises _Stop in the main thread; later ones change nothing."""
+    """Makes the first SIGINT or SIGTERM raise _Stop in the main thread. Later ones are ignored."""
 
     def stop(signum: int, frame: Any) -> None:
         for name in (signal.SIGINT, signal.SIGTERM):
@@ -200,7 +213,7 @@ def _stop_on_signals() -> None:
 
 @contextlib.contextmanager
 def _progress(message: str, *, quiet: bool) -> Iterator[None]:
-    """A spinner on a terminal that is gone afterwards; nothing elsewhere."""
+    """Shows a spinner while the block runs, on a terminal only."""
     if quiet or not sys.stderr.isatty():
         yield
         return

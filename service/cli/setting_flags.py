@@ -1,4 +1,4 @@
-"""Flags for every field of a settings object, and the values that a command line gave."""
+"""A flag for every field of a settings object, and the values of these flags."""
 
 from __future__ import annotations
 
@@ -13,36 +13,35 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sae_runtime.settings import SettingsError, alternatives, flag_of, from_text, setting_fields
-from service.cli.command_error import CommandError
-from service.cli.parser import WRONG_USAGE, YesOrNo
+from service.cli.parser import WRONG_USAGE, CommandError, YesOrNo
 
 
 def add_setting_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
     """One flag for each field, named and described as the field: --engine.max-batch-tokens for a nested one."""
     group = parser.add_argument_group("settings")
     for name, info in setting_fields(model):
-        # SUPPRESS: what is not given must not hide the file's value.
+        # SUPPRESS: a flag that is not given must not hide the file's value.
         group.add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS, help=_help(info), **_form(info))
 
 
 def given_settings(arguments: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]:
-    """The settings that stood on the command line, as text, by dotted name."""
-    given = vars(arguments)
-    return {name: _value(info, given[name]) for name, info in setting_fields(model) if name in given}
+    """The settings that the command line gives, as text, by dotted name."""
+    values = vars(arguments)
+    return {name: _value(info, values[name]) for name, info in setting_fields(model) if name in values}
 
 
 @contextlib.contextmanager
 def settings_errors() -> Iterator[None]:
-    """Makes wrong settings wrong usage of the command."""
+    """Turns a SettingsError into wrong usage of the command."""
     try:
         yield
     except SettingsError as error:
         raise CommandError(str(error), exit_code=WRONG_USAGE) from error
 
 
-def _value(info: FieldInfo, given: Any) -> Any:
+def _value(info: FieldInfo, value: Any) -> Any:
     # A list that can also be a word is written with commas, as in the environment.
-    return ",".join(given) if isinstance(given, list) and _words(alternatives(info)) else from_text(info, given)
+    return ",".join(value) if isinstance(value, list) and _words(alternatives(info)) else from_text(info, value)
 
 
 def _help(info: FieldInfo) -> str:
@@ -50,11 +49,13 @@ def _help(info: FieldInfo) -> str:
     default = info.get_default(call_default_factory=True)
     if info.is_required() or default is None or default == ():
         return text
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
     return f"{text} [{'empty' if default == '' else default}]"
 
 
 def _form(info: FieldInfo) -> dict[str, Any]:
-    """How argparse reads a field. Values stay text: the settings object converts and checks them, as for a file."""
+    """The arguments of add_argument. Values stay text: the settings object converts and checks them, as for a file."""
     kinds = [kind for kind in alternatives(info) if kind is not type(None)]
     if kinds == [bool]:
         return {"action": YesOrNo}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
 from rich.table import Column
 
 from sae_runtime.errors import DictionaryFormatError
@@ -12,19 +11,19 @@ from sae_runtime.progress import ProgressCallback
 from sae_runtime.training.config import TrainingConfig
 from sae_runtime.training.sweep import PLOT, REPORT, SweepResult, run_sweep
 from service.cli import train
-from service.cli.command_error import CommandError
-from service.cli.job_progress import ProgressDisplay
-from service.cli.json_output import print_json
-from service.cli.tables import data_table, print_table
+from service.cli.parser import CommandError
+from service.cli.view.output import open_console, print_json, print_sentence
+from service.cli.view.progress import ProgressDisplay
+from service.cli.view.tables import data_table, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_arguments(parser)
     parser.description = (
-        "Trains one dictionary for every pair of --grid-n-latents and --grid-k, measures each on held-out text, and "
-        "fits L(n, k) = exp(alpha + beta_k log k + beta_n log n + gamma log k log n) + exp(zeta + eta log k) (Gao et "
-        "al. 2024) with confidence intervals. Everything else is as in `saeserve train`; out is the folder of the "
-        "sweep. A sweep that was stopped goes on when it is started again."
+        "Train a dictionary for every pair of --grid-n-latents and --grid-k, measure each on held-out text, and fit "
+        "L(n, k) = exp(alpha + beta_k log k + beta_n log n + gamma log k log n) + exp(zeta + eta log k) (Gao et al. "
+        "2024) with confidence intervals. All else is as in `saeserve train`; --out is the folder of the sweep. The "
+        "same command resumes an interrupted sweep."
     )
     grid = parser.add_argument_group("grid")
     grid.add_argument("--grid-n-latents", type=_numbers, required=True, metavar="N,N,…", help="numbers of latents")
@@ -33,17 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _numbers(text: str) -> list[int]:
     try:
-        values = [int(part) for part in text.split(",")]
+        values = [int(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1024,2048") from None
     if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} holds a number below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} contains a number below 1")
     return values
 
 
 def run(arguments: argparse.Namespace) -> int:
     base = train.read_config(arguments)
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = open_console(stderr=True)
 
     def begin(index: int, total: int, config: TrainingConfig) -> ProgressCallback:
         console.print(f"run {index + 1} of {total}: n_latents {config.n_latents}, k {config.k}")
@@ -52,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         result = run_sweep(base, arguments.grid_n_latents, arguments.grid_k, begin=begin)
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on with the run it was in.")
+        print_sentence(console, "Stopped. The same command resumes the run that was interrupted.")
         raise
     except (OSError, ValueError, FloatingPointError, ModuleNotFoundError, DictionaryFormatError) as error:
         raise CommandError(str(error)) from error
@@ -66,14 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(result: SweepResult, base: TrainingConfig) -> None:
-    console = Console(highlight=False, markup=False)
+    console = open_console()
     table = data_table(Column("latents", justify="right"), "k", "NMSE", "fitted", title="held-out NMSE")
     for point in result.points:
         fitted = "" if result.fit is None else f"{result.fit.loss(point.n_latents, point.k):.4f}"
         table.add_row(f"{point.n_latents:,}", str(point.k), f"{point.loss:.4f}", fitted)
     print_table(console, table)
     if result.fit is None:
-        console.print(f"No fit: {result.reason}")
+        print_sentence(console, f"No fit: {result.reason}")
     else:
         law = data_table("parameter", "value", "95 % interval", title="L(n, k)")
         for name, value in result.fit.parameters.items():

@@ -1,4 +1,4 @@
-"""`saeserve tokenize`: text to a folder of token files that training reads; every field of TokenizeConfig is a flag."""
+"""`saeserve tokenize`: turns text into a folder of token files for training; each field of TokenizeConfig is a flag."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from sae_runtime.data.token_folder.manifest import TokenManifest
 from sae_runtime.data.token_folder.reader import TokenFolder
 from sae_runtime.data.token_folder.tokenize import TokenizeConfig, TokenizeProgress, tokenize
 from sae_runtime.settings import read_settings
-from service.cli.command_error import CommandError
-from service.cli.json_output import print_json
+from service.cli.parser import CommandError
 from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
-from service.cli.tables import fact_table, print_table
+from service.cli.view.output import add_json_argument, open_console, print_json
+from service.cli.view.tables import fact_table, print_table
 
 _LOG_INTERVAL_S = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Tokenizes text once, into a folder that `saeserve train --data FOLDER` maps into memory. A call that was "
-        "stopped goes on after its last finished file when it is started again."
+        "Tokenize text once, into a folder that `saeserve train --data FOLDER` maps into memory. The same command "
+        "resumes an interrupted run after its last finished file."
     )
     parser.add_argument("source", nargs="*", metavar="SOURCE", help="the same as --sources")
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="YAML file of settings; flags win over it")
-    parser.add_argument("--restart", action="store_true", help="throw an unfinished folder away and begin anew")
+    parser.add_argument("--restart", action="store_true", help="delete an unfinished folder and start again")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="only verify the checksums of a finished folder")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_json_argument(parser)
     add_setting_flags(parser, TokenizeConfig)
 
 
@@ -44,10 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             config = read_config(arguments)
             path = config.out
-            with _Display(Console(stderr=True, highlight=False)) as display:
+            with _Display(open_console(stderr=True)) as display:
                 manifest = tokenize(config, display.show, restart=arguments.restart)
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on after the last finished file.", file=sys.stderr)
+        print("Stopped. The same command resumes after the last finished file.", file=sys.stderr)
         raise
     except (OSError, ValueError, ImportError) as error:
         raise CommandError(str(error)) from error
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"path": str(path), **figures})
         return 0
-    console = Console(highlight=False, markup=False)
+    console = open_console()
     console.print(f"{'Verified' if arguments.check else 'Wrote'} {path}", soft_wrap=True)
     rows = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in figures.items()}
     print_table(console, fact_table(rows))
@@ -68,7 +68,7 @@ def read_config(arguments: argparse.Namespace) -> TokenizeConfig:
     """Settings of the file and the flags.
 
     Raises:
-        CommandError: a setting is unknown, missing or wrong; tells of all of them.
+        CommandError: settings are unknown, missing or wrong; names all of them.
     """
     flags = given_settings(arguments, TokenizeConfig)
     if arguments.source:
@@ -90,7 +90,7 @@ def _figures(manifest: TokenManifest) -> dict[str, str | int]:
 
 
 class _Display:
-    """A progress bar; on something that is no terminal, a line now and then."""
+    """A progress bar on a terminal, a line every 10 seconds elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

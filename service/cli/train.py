@@ -1,4 +1,4 @@
-"""`saeserve train`: trains and publishes a dictionary; every field of TrainingConfig is a flag."""
+"""`saeserve train`: trains and publishes a dictionary; each field of TrainingConfig is a flag."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import signal
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from sae_runtime.dictionary.manifest import Manifest
@@ -16,30 +15,32 @@ from sae_runtime.training.config import TrainingConfig, preset_names
 from sae_runtime.training.distributed.sharded_checkpoint import workers_folder
 from sae_runtime.training.run import run_training
 from sae_runtime.training.stop_signals import TrainingStopped
-from service.cli.command_error import CommandError
-from service.cli.job_progress import ProgressDisplay
-from service.cli.json_output import print_json
+from service.cli.parser import CommandError
 from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
-from service.cli.tables import fact_table, print_table
 from service.cli.train_workers import add_worker_flags, train_on_workers
+from service.cli.view.output import add_json_argument, open_console, print_json, print_sentence
+from service.cli.view.progress import ProgressDisplay
+from service.cli.view.tables import fact_table, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Trains dictionaries on the activations of a backbone, measures them on held-out text and publishes them. "
+        "Train dictionaries on the activations of a backbone, measure them on held-out text and publish them. "
         "Settings come from a preset, a YAML file and flags of the same names; flags win over the file, and the file "
-        "over the preset. A run that was stopped goes on from its checkpoint when it is started again."
+        "over the preset. The same command resumes an interrupted run from its checkpoint."
     )
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="YAML file of settings")
-    parser.add_argument("--preset", choices=preset_names(), help="settings to begin with; the file may name one, too")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument(
+        "--preset", choices=preset_names(), help="settings to start from; the file can name a preset, too"
+    )
+    add_json_argument(parser)
     add_worker_flags(parser)
     add_setting_flags(parser, TrainingConfig)
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = read_config(arguments)
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = open_console(stderr=True)
     try:
         with ProgressDisplay(console) as display:
             if arguments.workers is None:
@@ -49,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt as stopped:
         checkpoint = config.checkpoint_path if arguments.workers is None else workers_folder(config)
         if checkpoint.exists():
-            console.print(f"Stopped. The checkpoint is {checkpoint}; the same command goes on from it.")
+            print_sentence(console, f"Stopped. The checkpoint is {checkpoint}; the same command resumes from it.")
         if isinstance(stopped, TrainingStopped) and stopped.signal_number == signal.SIGTERM:
-            return 128 + signal.SIGTERM  # what a shell reports of a program that SIGTERM ended
+            return 128 + signal.SIGTERM  # as shells report a program that SIGTERM ended
         raise
     except (OSError, ValueError, FloatingPointError, ModuleNotFoundError, DictionaryFormatError) as error:
         raise CommandError(str(error)) from error
@@ -69,11 +70,11 @@ def read_config(arguments: argparse.Namespace) -> TrainingConfig:
     """Settings of the preset, the file and the flags.
 
     Raises:
-        CommandError: a setting is unknown, missing or wrong; one line for each.
+        CommandError: settings are unknown, missing or wrong; one line for each.
     """
     with settings_errors():
-        given = given_settings(arguments, TrainingConfig)
-        return TrainingConfig.from_yaml(arguments.config, preset=arguments.preset, **given)
+        flags = given_settings(arguments, TrainingConfig)
+        return TrainingConfig.from_yaml(arguments.config, preset=arguments.preset, **flags)
 
 
 def _summary(path: Path, manifest: Manifest) -> dict[str, object]:
@@ -81,11 +82,11 @@ def _summary(path: Path, manifest: Manifest) -> dict[str, object]:
 
 
 def _print_result(path: Path, manifest: Manifest) -> None:
-    console = Console(highlight=False, markup=False)
+    console = open_console()
     console.print(f"Published {manifest.name} in {path}", soft_wrap=True)
     rows: dict[str, str | Text] = {}
     for name, value in manifest.evaluation.items():
-        shown = f"{value:,.0f}" if name == "n_tokens" else f"{value:.4f}"
-        rows[name] = Text.assemble(f"{shown:>9}  ", (describe(name), "dim"))
+        figure = f"{value:,.0f}" if name == "n_tokens" else f"{value:.4f}"
+        rows[name] = Text.assemble(f"{figure:>9}  ", (describe(name), "dim"))
     print_table(console, fact_table(rows))
     console.print(f"Serve it: saeserve serve --dictionaries {path}", soft_wrap=True)

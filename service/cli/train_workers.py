@@ -1,4 +1,4 @@
-"""The flags of `saeserve train` that spread a run over workers, and the run itself."""
+"""`saeserve train` on several workers: its flags, and the run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from sae_runtime.dictionary.formats.published import read_manifest
 from sae_runtime.dictionary.manifest import Manifest
 from sae_runtime.progress import ProgressCallback
 from sae_runtime.training.config import TrainingConfig
-from service.cli.argument_types import natural
-from service.cli.command_error import CommandError
+from service.cli.parser import CommandError, natural
 from service.local_ray import StartError
 from service.training.ray_session import Distribution, TrainingFailed
 
@@ -22,28 +21,27 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=natural,
         metavar="N",
-        help="train with this many processes on Ray Train, each with a GPU of its own if device is cuda; they give the "
-        "weights of one process but for rounding, and a lost one is replaced (one process without Ray if not given)",
+        help="train with N processes on Ray Train, each with its own GPU if device is cuda; the weights equal those of "
+        "one process up to rounding, and lost workers are replaced [one process, without Ray]",
     )
     group.add_argument(
         "--latent-shards",
         type=natural,
         default=defaults.latent_shards,
         metavar="S",
-        help="split the latents of a topk dictionary into this many parts; workers / latent-shards replicas share each "
-        "batch",
+        help="split the latents of a topk dictionary into S shards; workers / latent-shards replicas share each batch",
     )
     group.add_argument(
         "--max-restarts",
         type=natural,
         default=defaults.max_restarts,
         metavar="N",
-        help="how often lost workers are replaced, from the last checkpoint on, before the run fails",
+        help="replace lost workers, from the last checkpoint, at most N times before the run fails",
     )
     group.add_argument(
         "--ray-address",
         metavar="ADDRESS",
-        help="running Ray cluster to train on, which sees the same files; a Ray instance of the run's own if not given",
+        help="train on this running Ray cluster, which must see the same files [a Ray instance for this run]",
     )
     group.add_argument("--ray-log", action="store_true", help="show what Ray and the workers print")
 
@@ -51,7 +49,7 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
 def train_on_workers(
     config: TrainingConfig, arguments: argparse.Namespace, show: ProgressCallback
 ) -> list[tuple[Path, Manifest]]:
-    """Trains with the workers that the flags ask for; the published folders and their manifests.
+    """Trains with the workers that the flags ask for. Returns the published folders and their manifests.
 
     Raises:
         CommandError: the run failed, or cannot be started.

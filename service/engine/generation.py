@@ -230,13 +230,13 @@ class RunningBatch:
         if not sampling:  # in the midst of its prompt
             return [(request, event) for event in sequence.pop_features()]
         events: list[tuple[GenerateRequest, Event]] = []
-        for own, sampled in zip(sampling, result.sampled, strict=True):
+        for receiver, sampled in zip(sampling, result.sampled, strict=True):
             is_end = sampled.id == self._end_of_text
-            is_full = len(own.tokens) + 1 >= self._max_tokens
-            for event in own.append(sampled, self._piece(sampled.id), is_end=is_end, is_full=is_full):
+            is_full = len(receiver.tokens) + 1 >= self._max_tokens
+            for event in receiver.append(sampled, self._piece(sampled.id), is_end=is_end, is_full=is_full):
                 events.append((request, event))
                 if isinstance(event, GenerationEnd):
-                    self._leave([own])
+                    self._leave([receiver])
         return events
 
     def _piece(self, token: int) -> bytes:

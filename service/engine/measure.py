@@ -134,14 +134,15 @@ class Measurements:
         edits = work.edits or ((),) * len(work.rows)
         if len(edits) != len(work.rows):
             raise ValueError(f"there are edits of {len(edits)} rows, expected {len(work.rows)}")
-        for row, own in zip(work.rows, edits, strict=True):
-            check_row_edits(own, self.dictionaries, len(row), self.backbone)
-        named = {edit.dictionary for own in edits for edit in own}
-        named |= {term.dictionary for own in edits for edit in own for term in terms(edit.condition) if term.dictionary}
+        for row, row_edits in zip(work.rows, edits, strict=True):
+            check_row_edits(row_edits, self.dictionaries, len(row), self.backbone)
+        all_edits = list(chain.from_iterable(edits))
+        named = {edit.dictionary for edit in all_edits}
+        named |= {term.dictionary for edit in all_edits for term in terms(edit.condition) if term.dictionary}
         dictionaries = {name: self.dictionaries[name] for name in named}
         rows = [
-            ScoredRow(row, own, work.logit_tokens, work.max_relative_change)
-            for row, own in zip(work.rows, edits, strict=True)
+            ScoredRow(row, row_edits, work.logit_tokens, work.max_relative_change)
+            for row, row_edits in zip(work.rows, edits, strict=True)
         ]
         sizes = [len(row.tokens) * (2 if row.edits else 1) for row in rows]  # an edited row runs twice
         results, timing = await self.run(("score", None), Scoring(rows, dictionaries), sizes, under_way=under_way)
@@ -183,9 +184,9 @@ class Measurements:
             (study,) = await self._compute("ablate", [(_size(rows), partial(begin, rows))], timer)
             batches = in_batches(study.variants, self._budget)
             n_variants += len(study.variants)
-            found = await self._compute("ablate", [_variants(study, batch) for batch in batches], timer)
-            effects: list[VariantEffect] = [effect for batch in found for effect in batch]
-            results.append(StudyResult.of(study, effects))
+            computed: list[list[VariantEffect]]
+            computed = await self._compute("ablate", [_variants(study, batch) for batch in batches], timer)
+            results.append(StudyResult.of(study, list(chain.from_iterable(computed))))
         report = await asyncio.to_thread(
             summarize,
             features,
@@ -204,8 +205,8 @@ class Measurements:
             (_size(rows), partial(total_activation, self.backbone, dictionaries, rows))
             for rows in split_rows(work.rows, self._budget)
         ]
-        found: list[dict[str, torch.Tensor]] = await self._compute("ablate", pieces, timer)
-        totals = {name: torch.stack([piece[name] for piece in found]).sum(0) for name in dictionaries}
+        activations: list[dict[str, torch.Tensor]] = await self._compute("ablate", pieces, timer)
+        totals = {name: torch.stack([piece[name] for piece in activations]).sum(0) for name in dictionaries}
         return strongest_features(totals, work.strongest)
 
     # Attribution
@@ -229,8 +230,8 @@ class Measurements:
         step = max(1, self._budget // study.length)
         pairs = study.attributions
         pieces = [pairs[start : start + step] for start in range(0, len(pairs), step)]
-        found = await self._compute("attribute", [_ablations(study, piece) for piece in pieces], timer)
-        report = study.report([each for piece in found for each in piece])
+        attributions = await self._compute("attribute", [_ablations(study, piece) for piece in pieces], timer)
+        report = study.report(list(chain.from_iterable(attributions)))
         return AttributeResult(report, target, timer.timing)
 
     # Contrast
@@ -273,22 +274,22 @@ class Measurements:
     ) -> tuple[Edit, ...]:
         """Edits with the surest features that can be turned towards set a."""
         chosen: list[tuple[FeatureContrast, float]] = []
-        for each in features:
-            statistics = self._dictionary(each.feature.dictionary).statistics
-            maximum = 0.0 if statistics is None else float(statistics.max[each.feature.feature])
-            if each.auc != 0.5 and (each.auc < 0.5 or maximum > 0):
-                chosen.append((each, maximum))
+        for contrast in features:
+            statistics = self._dictionary(contrast.feature.dictionary).statistics
+            maximum = 0.0 if statistics is None else float(statistics.max[contrast.feature.feature])
+            if contrast.auc != 0.5 and (contrast.auc < 0.5 or maximum > 0):
+                chosen.append((contrast, maximum))
             if len(chosen) == work.suggest:
                 break
         edits = []
-        for each, maximum in chosen:
-            selection = Selection("features", features=(each.feature.feature,))
+        for contrast, maximum in chosen:
+            selection = Selection("features", features=(contrast.feature.feature,))
             peaks: list[float] = []
             for rows in split_rows(work.a, BATCHES_AT_ONCE * self._budget):
-                asked = ExtractWork(tuple(rows), (each.feature.dictionary,), selection, aggregation="max")
-                found = await self._extract(asked, timer)
-                peaks += [float(entry[0].features.values.max(initial=0.0)) for entry in found]
-            edits.append(suggest_edit(each, peaks, maximum))
+                asked = ExtractWork(tuple(rows), (contrast.feature.dictionary,), selection, aggregation="max")
+                extracted = await self._extract(asked, timer)
+                peaks += [float(entry[0].features.values.max(initial=0.0)) for entry in extracted]
+            edits.append(suggest_edit(contrast, peaks, maximum))
         return tuple(edits)
 
     async def _try(self, work: ContrastWork, edits: tuple[Edit, ...], timer: _Timer) -> SuggestionTrial:
@@ -316,9 +317,9 @@ class Measurements:
             chunk = pieces[at : at + BATCHES_AT_ONCE]
             sizes, runs = zip(*chunk, strict=True)
             # Of a kind of its own: it shares batches with nobody.
-            found, timing = await self.run((kind, object()), runs, sizes, under_way=timer.under_way)
+            computed, timing = await self.run((kind, object()), runs, sizes, under_way=timer.under_way)
             timer.add(timing)
-            results += chain.from_iterable(found)
+            results += chain.from_iterable(computed)
         return results
 
     async def _extract(self, work: ExtractWork, timer: _Timer) -> list[list[DictionaryRows]]:

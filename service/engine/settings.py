@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 logger = logging.getLogger(__name__)
 
 GONE = {
-    "batch_lanes": "torch's own threads (torch_threads) run a batch faster than shares of it on a thread each did",
+    "batch_lanes": "torch's own threads run a batch (torch_threads)",
     "decode_threads": "torch_threads holds for generation as well",
 }
 """Settings of earlier versions, and why they are gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 from torch import Tensor
@@ -119,14 +120,14 @@ class StepRunner:
     def _sample(self, rows: Sequence[Row], logits: Tensor) -> list[list[SampledToken]]:
         """Samples from the rows' logits [B, vocab]; one list a row."""
         sampling = [row.sampling for row in rows]
-        index = [i for i, own in enumerate(sampling) for _ in own]
+        index = [i for i, receivers in enumerate(sampling) for _ in receivers]
         if not index:
             return [[] for _ in rows]
         if index != list(range(len(rows))):
             logits = logits[index]
-        sequences = [sequence for own in sampling for sequence in own]
+        sequences = list(chain.from_iterable(sampling))
         drawn = iter(sample(logits, [s.sampler for s in sequences], [s.request.work.top_logprobs for s in sequences]))
-        return [[next(drawn) for _ in own] for own in sampling]
+        return [[next(drawn) for _ in receivers] for receivers in sampling]
 
     def _watched(self, rows: Sequence[Row]) -> dict[str, _Watched]:
         """The dictionaries that the rows' requests watch on tokens of this step."""

@@ -1,4 +1,4 @@
-"""Dictionary formats, one file each, and the loader that tells them apart."""
+"""Dictionary formats, one file per format, and the loader that recognises them."""
 
 from __future__ import annotations
 
@@ -39,12 +39,14 @@ def load_dictionary(
 ) -> Dictionary:
     """A dictionary from a folder or file of any supported format, or a builtin one ("builtin/NAME" or just NAME).
 
-    A file may be the weights or the configuration of a folder's format, or a .pt file of OpenAI or dictionary_learning.
-    Weights stored in any floating dtype are loaded as `dtype`. With a `backbone`, the dictionary must belong to it.
-    No code in a file is ever run.
+    A file may be the weights or the configuration in a folder of such a format, or a .pt file of OpenAI or
+    dictionary_learning. Weights in any floating dtype are loaded as `dtype`. With a `backbone`, the dictionary must
+    belong to it. Code in a file is never run.
 
-    UnknownDictionary: no builtin dictionary of that name. DictionaryFormatError: missing, unknown, truncated or
-    inconsistent files. FingerprintMismatch: made for another backbone or tokenizer.
+    Raises:
+        UnknownDictionary: no builtin dictionary has this name.
+        DictionaryFormatError: missing, unknown, truncated or inconsistent files.
+        FingerprintMismatch: the dictionary was made for another backbone or tokenizer.
     """
     dictionary = _read(_locate(path_or_name), dtype, device)
     if backbone is not None:
@@ -53,7 +55,12 @@ def load_dictionary(
 
 
 def check_backbone(dictionary: Dictionary, backbone: Backbone) -> None:
-    """FingerprintMismatch or DictionaryFormatError unless the dictionary fits this backbone; both are named."""
+    """Checks that a dictionary belongs to a backbone.
+
+    Raises:
+        FingerprintMismatch: the dictionary was made for another backbone or tokenizer; names both.
+        DictionaryFormatError: the backbone does not have the dictionary's site, or the site has another width.
+    """
     manifest = dictionary.manifest
     if manifest is not None:
         made_for = manifest.backbone
@@ -62,11 +69,11 @@ def check_backbone(dictionary: Dictionary, backbone: Backbone) -> None:
                 f"dictionary {dictionary.name!r} was made for backbone {made_for.name!r} with weights "
                 f"{made_for.fingerprint}, found backbone {backbone.name!r} with weights {backbone.fingerprint}"
             )
-        expected, found = made_for.tokenizer_fingerprint, backbone.tokenizer_fingerprint
-        if expected and found and expected != found:  # either may have come without a tokenizer
+        expected, actual = made_for.tokenizer_fingerprint, backbone.tokenizer_fingerprint
+        if expected and actual and expected != actual:  # either may have come without a tokenizer
             raise FingerprintMismatch(
                 f"dictionary {dictionary.name!r} was made for backbone {made_for.name!r} with tokenizer {expected}, "
-                f"found backbone {backbone.name!r} with tokenizer {found}"
+                f"found backbone {backbone.name!r} with tokenizer {actual}"
             )
     if dictionary.site is not None:
         try:
@@ -76,13 +83,13 @@ def check_backbone(dictionary: Dictionary, backbone: Backbone) -> None:
 
 
 def _read(path: Path, dtype: torch.dtype, device: str | torch.device) -> Dictionary:
-    """Find out the format, by the names in a folder and by the keys in a .pt file, and read it."""
+    """Recognises the format by the file names in a folder, or by the keys in a .pt file, and reads it."""
     if path.name in (MANIFEST_FILE, saelens.CONFIG_FILE, saelens.WEIGHTS_FILE, sparsify.WEIGHTS_FILE):
         path = path.parent
     if path.is_file():
         state = read_torch_file(path, "OpenAI's or dictionary_learning's state dict")
-        foreign = {"pre_bias", "latent_bias"}.isdisjoint(state)
-        if foreign and ("ae" in state or {"W_dec", "decoder.weight"} & set(state)):
+        not_openai = {"pre_bias", "latent_bias"}.isdisjoint(state)
+        if not_openai and ("ae" in state or {"W_dec", "decoder.weight"} & set(state)):
             return dictionary_learning.load_dictionary_learning(path, dtype=dtype, device=device, state=state)
         return openai.load_openai(path, dtype=dtype, device=device, state=state)
     if (path / MANIFEST_FILE).is_file():
@@ -93,8 +100,8 @@ def _read(path: Path, dtype: torch.dtype, device: str | torch.device) -> Diction
         return sparsify.load_sparsify(path, dtype=dtype, device=device)
     if (path / dictionary_learning.WEIGHTS_FILE).is_file():
         return dictionary_learning.load_dictionary_learning(path, dtype=dtype, device=device)
-    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    raise DictionaryFormatError(f"{path}: found {found}; expected {KNOWN_FORMATS}")
+    names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    raise DictionaryFormatError(f"{path}: found {names}; expected {KNOWN_FORMATS}")
 
 
 def _locate(path_or_name: str | os.PathLike[str]) -> Path:

@@ -9,11 +9,11 @@ ae.pt is a torch.saved state dict; config.json names its class under trainer.dic
     BatchTopKSAE, MatryoshkaBatchTopKSAE   relu(x - b_dec) above one threshold; one below 0 was never set: plain ReLU
     JumpReluAutoEncoder     JumpReLU of x, from which b_dec is not subtracted; reconstruction + b_dec
 
-An ae.pt of a run that was stopped holds {step, ae, optimizer, config, norm_factor}: `ae` is read, and where the run
-divided its activations by norm_factor the biases are multiplied by it, as the project does when a run ends.
+The ae.pt of a stopped run holds {step, ae, optimizer, config, norm_factor}. Then `ae` is read. If the run divided its
+activations by norm_factor, the biases are multiplied by it, as the project does when a run ends.
 
-The weights are read as written. The project's own loader divides the decoder columns of an AutoEncoder by their norms
-and multiplies encoder and biases by them, which changes latents by that factor and leaves reconstructions as they are.
+Weights are read as written. The project's own loader divides the decoder columns of an AutoEncoder by their norms and
+multiplies encoder and biases by them. That scales the latents by these norms and leaves reconstructions unchanged.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _KEYS: dict[str, dict[str, str]] = {
     "JumpReluAutoEncoder": {name: key for name, key in _FLAT_KEYS.items() if name != "pre_bias"}
     | {"output_bias": "b_dec", "threshold": "threshold"},
 }
-# Distinguishes the classes when there is no config.json; AutoEncoderTopK and BatchTopKSAE have the same keys.
+# Tells the class when there is no config.json, except AutoEncoderTopK from BatchTopKSAE, whose keys are the same.
 _CLASS_OF_KEYS = {
     frozenset(keys.values()): name for name, keys in _KEYS.items() if name not in ("AutoEncoderTopK", "BatchTopKSAE")
 } | {frozenset({*_FLAT_KEYS.values(), "k", "threshold", "group_sizes"}): "MatryoshkaBatchTopKSAE"}
@@ -76,15 +76,16 @@ def load_dictionary_learning(
     device: str | torch.device = "cpu",
     state: Mapping[str, Any] | None = None,
 ) -> Dictionary:
-    """A dictionary from a folder with ae.pt, or from such a file; `state` is its content where it was read before.
+    """A dictionary from a folder with ae.pt, or from that file. `state` is the file's content, if it was read before.
 
-    DictionaryFormatError says what is wrong; code pickled into the file is refused, not run.
+    Raises:
+        DictionaryFormatError: the files are wrong (says how), or hold pickled code, which is not run.
     """
     path = Path(path)
     file = path / WEIGHTS_FILE if path.is_dir() else path
     state = read_torch_file(file, EXPECTED) if state is None else state
     norm_factor = 1.0
-    if isinstance(state.get("ae"), Mapping):  # a backup in the middle of a run
+    if isinstance(state.get("ae"), Mapping):  # a backup that was saved during a run
         norm_factor = 1.0 if state.get("norm_factor") is None else _scalar(file, state, "norm_factor")
         if not 0 < norm_factor < math.inf:
             raise DictionaryFormatError(f"{file}: norm_factor is {norm_factor}, expected a positive number")
@@ -124,7 +125,8 @@ def _class(file: Path, state: Mapping[str, Any], trainer: Mapping[str, Any]) -> 
     if name is None:
         keys = ", ".join(map(str, state)) or "none"
         raise DictionaryFormatError(
-            f"{file}: no trainer.dict_class in {CONFIG_FILE}, and the keys {keys} leave it open; expected {EXPECTED}"
+            f"{file}: no trainer.dict_class in {CONFIG_FILE}, and the keys {keys} leave the class open; "
+            f"expected {EXPECTED}"
         )
     if not isinstance(name, str) or name not in _KEYS:
         raise DictionaryFormatError(f"{file}: dict_class is {name!r}, expected one of {', '.join(_KEYS)}")
@@ -138,13 +140,13 @@ def _tensors(
     flat = keys["encoder"] == "W_enc"  # [d, n] and [n, d]; the others are linear layers, [n, d] and [d, n]
     encoder = state.get(keys["encoder"])
     if not isinstance(encoder, Tensor) or encoder.ndim != 2:
-        found = f"shape {list(encoder.shape)}" if isinstance(encoder, Tensor) else f"keys {', '.join(map(str, state))}"
-        raise DictionaryFormatError(f"{file}: found {found}, expected {keys['encoder']} [n, d] or [d, n] of a {kind}")
+        actual = f"shape {list(encoder.shape)}" if isinstance(encoder, Tensor) else f"keys {', '.join(map(str, state))}"
+        raise DictionaryFormatError(f"{file}: found {actual}, expected {keys['encoder']} [n, d] or [d, n] of a {kind}")
     n_latents, d_in = reversed(encoder.shape) if flat else encoder.shape
-    across, down = ((d_in, n_latents), (n_latents, d_in))
+    d_by_n, n_by_d = (d_in, n_latents), (n_latents, d_in)
     shapes: dict[str, tuple[int, ...]] = {
-        keys["encoder"]: across if flat else down,
-        keys["decoder"]: down if flat else across,
+        keys["encoder"]: d_by_n if flat else n_by_d,
+        keys["decoder"]: n_by_d if flat else d_by_n,
     }
     for name, key in keys.items():
         if name not in ("encoder", "decoder"):
@@ -162,7 +164,7 @@ def _tensors(
 
 
 def _activation(file: Path, state: Mapping[str, Any], trainer: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Fields `activation` and `k` of the dictionary, and a threshold if all latents share one."""
+    """The dictionary's `activation` and `k`, and a threshold if all latents share one."""
     if kind == "AutoEncoderTopK":
         source = state if "k" in state else trainer  # files of older versions hold no k
         return {"activation": "topk", "k": int(_scalar(file, source, "k"))}
@@ -179,12 +181,12 @@ def _scalar(file: Path, state: Mapping[str, Any], key: str) -> float:
         return float(value.item())
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
-    found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    raise DictionaryFormatError(f"{file}: {key} is {found}, expected one number")
+    actual = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise DictionaryFormatError(f"{file}: {key} is {actual}, expected one number")
 
 
 def _site(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> str | None:
-    """Their names for places are free text; the one that their own examples use is known here."""
+    """The site, if its name is the one in the project's own examples; the project lets users write any text."""
     buffer = config.get("buffer")
     if isinstance(buffer, Mapping) and buffer.get("io", "out") != "out":
         return None

@@ -1,10 +1,10 @@
-"""Names that other projects give to places in a model, as sites, and back."""
+"""Converts other projects' names of places in a model to sites, and back."""
 
 from __future__ import annotations
 
 import re
 
-# TransformerLens' hook names (SAELens). Without folding or centring they hold what Hugging Face's modules hold.
+# TransformerLens' hook names (SAELens). Without folding or centring, their values are those of Hugging Face's modules.
 _TRANSFORMER_LENS = {
     "hook_resid_pre": "resid_pre",
     "hook_attn_out": "resid_delta_attn",
@@ -13,7 +13,7 @@ _TRANSFORMER_LENS = {
     "hook_mlp_out": "resid_delta_mlp",
     "hook_resid_post": "resid_post_mlp",
 }
-# Hugging Face's GPT-2 modules (sparsify): what comes out of them, and what goes in.
+# Outputs and inputs of Hugging Face's GPT-2 modules (sparsify).
 _MODULE_OUTPUT = {
     "": "resid_post_mlp",
     "attn": "resid_delta_attn",
@@ -43,7 +43,7 @@ def hook_of_site(site: str) -> str:
 
 
 def site_of_module(name: str, *, reads_input: bool = False) -> str | None:
-    """The site of what comes out of (or, with `reads_input`, goes into) a GPT-2 module such as "h.8.mlp"; else None."""
+    """The site of a GPT-2 module's output ("h.8.mlp"), or of its input with `reads_input`; None if it is no site."""
     match = re.fullmatch(r"(?:transformer\.)?h\.(\d+)(?:\.(.+))?", name)
     location = (_MODULE_INPUT if reads_input else _MODULE_OUTPUT).get(match[2] or "") if match else None
     return f"{int(match[1])}.{location}" if match and location else None

@@ -1,8 +1,8 @@
 """OpenAI's `sparse_autoencoder` files (github.com/openai/sparse_autoencoder, commit 4965b94).
 
-A `torch.save`d state dict: pre_bias [d], latent_bias [n], encoder.weight [n, d], decoder.weight [d, n] (of any memory
-layout), activation (a class name; any other than TopK and Identity means ReLU) and activation_state_dict (TopK: k,
-postact_fn). The input is layer-normalised exactly when the activation is TopK. Other keys are ignored.
+A state dict written by `torch.save`: pre_bias [d], latent_bias [n], encoder.weight [n, d], decoder.weight [d, n] (any
+memory layout), activation (a class name; any name but TopK and Identity means ReLU) and activation_state_dict (TopK: k,
+postact_fn). The input is layer-normalised if and only if the activation is TopK. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -42,19 +42,21 @@ def load_openai(
     site: str | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> Dictionary:
-    """A dictionary from OpenAI's .pt file. The file does not say its site: give it, or keep the published path.
+    """A dictionary from OpenAI's .pt file. The file does not name its site: give it, or keep the published path.
 
-    `state` is the file's content where it was read before.
-    DictionaryFormatError says what is wrong with the file; code pickled into it is refused, not run.
+    `state` is the file's content, if it was read before.
+
+    Raises:
+        DictionaryFormatError: the file is wrong (says how), or holds pickled code, which is not run.
     """
     path = Path(path)
     state = read_torch_file(path, EXPECTED) if state is None else state
     encoder = state.get("encoder.weight")
     if not isinstance(encoder, Tensor) or encoder.ndim != 2:
-        found = (
+        actual = (
             list(encoder.shape) if isinstance(encoder, Tensor) else f"the keys {', '.join(map(str, state)) or 'none'}"
         )
-        raise DictionaryFormatError(f"{path}: found {found}, expected encoder.weight [n_latents, d_in] of {EXPECTED}")
+        raise DictionaryFormatError(f"{path}: found {actual}, expected encoder.weight [n_latents, d_in] of {EXPECTED}")
     n_latents, d_in = encoder.shape
     expected = {
         "encoder.weight": (n_latents, d_in),
@@ -84,22 +86,25 @@ def load_openai(
 
 
 def save_openai(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
-    """Write a dictionary as OpenAI's .pt file, float32; atomic (a temporary file beside it, then renamed).
+    """Writes a dictionary as OpenAI's .pt file in float32. The file appears complete or not at all.
 
-    A bias that is added after decoding but is not the one subtracted before (OpenAI has one) is taken for both, and the
-    difference goes into latent_bias. ValueError for what the format cannot say: activations other than topk and relu,
-    topk without layer norm, relu with a normalisation, a skip connection, a transcoder.
+    The format has one bias for both ends. If the dictionary adds another bias after decoding than it subtracts before
+    encoding, the added one is stored, and latent_bias makes up for the difference.
+
+    Raises:
+        ValueError: the format cannot express the dictionary: an activation other than topk and relu, topk without layer
+            norm, relu with a normalisation, a skip connection, or a transcoder.
     """
-    unsaid = {
+    inexpressible = {
         f"the activation {dictionary.activation}": dictionary.activation not in ("topk", "relu"),
         f"{dictionary.activation} with normalization {dictionary.normalization}": dictionary.normalization
         != ("layer_norm" if dictionary.activation == "topk" else "none"),
         "a skip connection": dictionary.skip is not None,
         "a transcoder": dictionary.transcoder,
     }
-    if found := [name for name, present in unsaid.items() if present]:
+    if present := [name for name, is_present in inexpressible.items() if is_present]:
         possible = "it has topk with layer_norm and relu without normalisation"
-        raise ValueError(f"OpenAI's format cannot say {' and '.join(found)}; {possible}")
+        raise ValueError(f"OpenAI's format cannot express {' and '.join(present)}; {possible}")
     pre_bias, latent_bias = dictionary.pre_bias, dictionary.latent_bias
     if dictionary.output_bias is not None:
         pre_bias = dictionary.output_bias
@@ -120,7 +125,7 @@ def save_openai(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
         "activation": "TopK" if topk else "ReLU",
         "activation_state_dict": topk,
     }
-    # Their loader wants these two, known or not: then as in an autoencoder of theirs that was not trained.
+    # OpenAI's loader requires these two. If they are unknown, they are those of its untrained autoencoder.
     n_latents, statistics = dictionary.n_latents, dictionary.statistics
     state["latents_activation_frequency"] = (
         torch.ones(n_latents) if statistics is None else stored(statistics.firing_rate)
@@ -136,7 +141,7 @@ def _activation(
     name = state.get("activation", "ReLU")
     if name == "Identity":
         raise DictionaryFormatError(f"{path}: activation is Identity, whose latents are dense; expected TopK or ReLU")
-    if name != "TopK":  # their loader takes ReLU for every name it does not know
+    if name != "TopK":  # OpenAI's loader takes every name it does not know for ReLU
         return "relu", None, "relu"
     options = state.get("activation_state_dict")
     k = options.get("k") if isinstance(options, Mapping) else None

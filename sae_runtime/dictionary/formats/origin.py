@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Origin:
-    """Kept as the file has it, so that nothing is lost where this project has no word for it."""
+    """Everything as the file has it, so that what this project has no word for is not lost."""
 
     format: str  # "openai", "saelens", "sparsify" or "dictionary_learning"
     hook: str | None = None  # the file's own name for the site, for example "blocks.8.hook_resid_pre"
@@ -21,7 +21,7 @@ class Origin:
     def of(
         cls, format: str, *, hook: object, model: object, context_length: object, config: Mapping[str, Any]
     ) -> Origin:
-        """From the values of a configuration file, of which those of another type than expected count as absent."""
+        """From the values of a configuration file; a value of an unexpected type counts as absent."""
         return cls(
             format,
             hook=hook if isinstance(hook, str) and hook else None,

@@ -47,14 +47,20 @@ def save_dictionary(
     card: str | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a dictionary as a folder and return its manifest.
+    """Writes a dictionary as a folder and returns its manifest.
 
     The folder appears complete or not at all: it is written beside its place, flushed to disk and renamed. With
-    `overwrite` an existing one is moved aside first and removed afterwards. `dtype` is that of the stored encoder,
-    decoder and skip connection ("float16", "bfloat16", "float32"); the rest is stored as float32. Without `statistics`
-    those of the dictionary are stored, or none: edits in units of the maximum and ablation to the mean then fail.
+    `overwrite` an existing folder is moved aside first and removed afterwards.
 
-    ValueError: no site, statistics of another size, an unknown dtype, or weights that overflow it. FileExistsError.
+    Args:
+        statistics: those of the dictionary if not given. Without any, edits in units of the maximum and ablation to the
+            mean fail.
+        dtype: "float16", "bfloat16" or "float32", of the stored encoder, decoder and skip connection. The other tensors
+            are stored as float32.
+
+    Raises:
+        ValueError: no site, statistics of another size, an unknown dtype, or weights that overflow it.
+        FileExistsError: the folder exists, without `overwrite`.
     """
     path = Path(path)
     statistics = statistics or dictionary.statistics
@@ -96,7 +102,7 @@ def load_published(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Dictionary:
-    """Read and verify a published dictionary; DictionaryFormatError says what was found and what was expected."""
+    """Reads and verifies a published dictionary; DictionaryFormatError says what was found and what was expected."""
     path = Path(path)
     manifest = read_manifest(path)
     if WEIGHTS_FILE not in manifest.files:
@@ -183,11 +189,11 @@ def _sha256(file: Path) -> str:
 
 def _verify(file: Path, expected: str) -> None:
     try:
-        found = _sha256(file)
+        actual = _sha256(file)
     except OSError as error:
         raise DictionaryFormatError(f"{file}: cannot be read, but the manifest lists it: {error}") from error
-    if found != expected:
+    if actual != expected:
         size = file.stat().st_size
         raise DictionaryFormatError(
-            f"{file}: found sha256 {found} ({size} bytes), the manifest expects {expected}; truncated or changed?"
+            f"{file}: found sha256 {actual} ({size} bytes), the manifest expects {expected}; truncated or changed?"
         )

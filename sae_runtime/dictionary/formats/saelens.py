@@ -1,17 +1,24 @@
 """SAELens' folders (SAELens 6.54 and the shapes before 6.0): cfg.json, sae_weights.safetensors.
 
-    encode   z = act(x' W_enc + b_enc), x' the normalised input, less b_dec where apply_b_dec_to_input (the default)
+    encode   z = act(x' W_enc + b_enc), where x' is the normalised input minus b_dec
+             (without the subtraction if apply_b_dec_to_input is false; the default is true)
     decode   z W_dec + b_dec, un-normalised
 
-standard is ReLU; jumprelu has threshold [n]; gated has b_gate, r_mag and b_mag and no b_enc, its magnitudes are
-relu(x' W_enc exp(r_mag) + b_mag). BatchTopK and Matryoshka are stored as jumprelu. topk keeps k; with
-rescale_acts_by_decoder_norm latents are multiplied by the norms of the decoder rows before the top-k and divided by
-them when decoding, which is read as that factor in the encoder and its inverse in the decoder.
+Architectures:
 
-normalize_activations: layer_norm and constant_norm_rescale act at inference; expected_average_only_in does not, because
-its factor is folded into the weights when training ends. Configurations before 6.0 have hook_point or hook_name at the
-top, activation_fn_str with activation_fn_kwargs.k (which makes "standard" a topk), a boolean normalize_activations, and
-lack what was the only possibility then. sparsity.safetensors, a table of firing rates, is not read.
+    standard   act is ReLU
+    jumprelu   threshold [n]; BatchTopK and Matryoshka are stored so too
+    gated      b_gate, r_mag and b_mag instead of b_enc; magnitudes are relu(x' W_enc exp(r_mag) + b_mag)
+    topk       k. With rescale_acts_by_decoder_norm latents are multiplied by the norms of the decoder rows before the
+               top-k, and divided by them when decoding. The factor is read into the encoder, its inverse into the
+               decoder.
+
+normalize_activations: layer_norm and constant_norm_rescale act at inference. expected_average_only_in does not: its
+factor is folded into the weights when training ends.
+
+Configurations before 6.0 have hook_point or hook_name at the top, activation_fn_str with activation_fn_kwargs.k (which
+makes "standard" a topk), and a boolean normalize_activations. They lack keys for what could not be chosen yet.
+sparsity.safetensors, a table of firing rates, is not read.
 """
 
 from __future__ import annotations
@@ -46,7 +53,8 @@ CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 SPARSITY_FILE = "sparsity.safetensors"
 EXPECTED = f"SAELens' folder ({CONFIG_FILE} and {WEIGHTS_FILE})"
-# The version whose loader has read what `save_saelens` writes; it decides how they read the configuration.
+# The version whose loader was checked to read what `save_saelens` writes. The version in a file decides how SAELens
+# reads its configuration.
 WRITTEN_FOR = "6.54.12"
 _ACTIVATIONS: dict[str, Activation] = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
 _NORMALIZATIONS: dict[str, Normalization] = {
@@ -61,7 +69,7 @@ _TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
 def load_saelens(
     path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Dictionary:
-    """A dictionary from SAELens' folder; DictionaryFormatError says what is wrong with it."""
+    """A dictionary from SAELens' folder; DictionaryFormatError says what is wrong with the folder."""
     folder = Path(path)
     file = folder / CONFIG_FILE
     raw = read_config(file, EXPECTED)
@@ -105,11 +113,16 @@ def load_saelens(
 
 
 def save_saelens(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
-    """Write a dictionary as SAELens' folder, float32; it appears complete or not at all. FileExistsError.
+    """Writes a dictionary as SAELens' folder in float32. The folder appears complete or not at all.
 
-    A bias that is subtracted but not the one added (SAELens has one) is multiplied into b_enc. Firing rates, where they
-    are known, go into sparsity.safetensors as log10, as there. ValueError for what the format cannot say: groupmax, a
-    top-k without ReLU, a skip connection, a transcoder, a gate whose magnitude scale is 0.
+    The format has one bias for both ends. If the dictionary subtracts another bias before encoding than it adds after
+    decoding, the subtracted one is multiplied with the encoder into b_enc. Known firing rates go into
+    sparsity.safetensors as log10, as SAELens has them.
+
+    Raises:
+        ValueError: the format cannot express the dictionary: groupmax, a top-k without ReLU, a skip connection, a
+            transcoder, or a gate with a magnitude scale of 0.
+        FileExistsError: the folder exists.
     """
     _check_expressible(dictionary)
     architecture = {activation: name for name, activation in _ACTIVATIONS.items()}[dictionary.activation]
@@ -121,7 +134,7 @@ def save_saelens(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
         assert dictionary.magnitude_scale is not None
         assert dictionary.magnitude_bias is not None
         magnitude_bias = dictionary.magnitude_bias.double()
-        if not subtract:  # the same shift of the product, in the units of the magnitudes
+        if not subtract:  # the pre-bias shifts the encoder's product, here in the units of the magnitudes
             magnitude_bias = magnitude_bias + (latent_bias - dictionary.latent_bias) * dictionary.magnitude_scale
         tensors |= {"b_gate": latent_bias, "r_mag": dictionary.magnitude_scale.double().log(), "b_mag": magnitude_bias}
     else:
@@ -138,7 +151,7 @@ def save_saelens(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
 
 
 def _architecture(file: Path, raw: Mapping[str, Any]) -> tuple[str, int | None]:
-    """SAELens' name of the architecture, and k of a topk."""
+    """SAELens' name of the architecture, and k if it is topk."""
     architecture = raw.get("architecture", "standard")
     function = raw.get("activation_fn_str", raw.get("activation_fn"))
     options = raw.get("activation_fn_kwargs") or {}
@@ -166,7 +179,7 @@ def _tensors(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> dict[str, Tensor]:
-    """Our tensors, and b_dec."""
+    """Tensors by the names of `Dictionary`'s fields, and b_dec."""
     weights = read_safetensors(file)
     scaling = weights.pop("scaling_factor", None)
     if scaling is not None and not torch.equal(scaling, torch.ones_like(scaling)):
@@ -183,21 +196,21 @@ def _tensors(
         raise DictionaryFormatError(
             f"{file}: unknown tensors {unknown}, expected {sorted(shapes)} of architecture {architecture}"
         )
-    found = {name: weights[key] for name, key in keys.items()}
-    found["encoder"] = found["encoder"].T
+    tensors = {name: weights[key] for name, key in keys.items()}
+    tensors["encoder"] = tensors["encoder"].T
     if rescale:
-        norm = torch.linalg.vector_norm(found["decoder"].double(), dim=1)
-        found["encoder"] = found["encoder"] * norm[:, None]
-        found["latent_bias"] = found["latent_bias"] * norm
-        # A latent without direction has factor 0 and is never active.
-        found["decoder"] = found["decoder"] / norm.masked_fill(norm == 0, 1)[:, None]
+        norm = torch.linalg.vector_norm(tensors["decoder"].double(), dim=1)
+        tensors["encoder"] = tensors["encoder"] * norm[:, None]
+        tensors["latent_bias"] = tensors["latent_bias"] * norm
+        # A latent whose decoder row is 0 has factor 0 and is never active.
+        tensors["decoder"] = tensors["decoder"] / norm.masked_fill(norm == 0, 1)[:, None]
     if architecture == "gated":
-        found["magnitude_scale"] = found["magnitude_scale"].double().exp()
-    return {name: convert(tensor, dtype, device) for name, tensor in found.items()}
+        tensors["magnitude_scale"] = tensors["magnitude_scale"].double().exp()
+    return {name: convert(tensor, dtype, device) for name, tensor in tensors.items()}
 
 
 def _check_expressible(dictionary: Dictionary) -> None:
-    unsaid = {
+    inexpressible = {
         "groupmax": dictionary.activation == "groupmax",
         "a top-k without ReLU": dictionary.postact != "relu",
         "a skip connection": dictionary.skip is not None,
@@ -205,8 +218,8 @@ def _check_expressible(dictionary: Dictionary) -> None:
         "a gate with a magnitude scale of 0": dictionary.magnitude_scale is not None
         and not bool((dictionary.magnitude_scale > 0).all()),
     }
-    if found := [name for name, present in unsaid.items() if present]:
-        raise ValueError(f"SAELens' format cannot say {' and '.join(found)}")
+    if present := [name for name, is_present in inexpressible.items() if is_present]:
+        raise ValueError(f"SAELens' format cannot express {' and '.join(present)}")
 
 
 def _config(dictionary: Dictionary, architecture: str, subtract: bool) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """sparsify's folders (github.com/EleutherAI/sparsify, 1.3.0, commit 9d3b136): <hookpoint>/cfg.json, sae.safetensors.
 
     encode   z = act(encoder (x - b_dec) + encoder.bias); with `transcode` b_dec is not subtracted
-    decode   W_dec^T z + b_dec + W_skip x, the last only with a skip connection and of the raw x
+    decode   W_dec^T z + b_dec + W_skip x, where W_skip exists only with a skip connection and x is the raw input
 
-act is topk or groupmax, followed by ReLU. num_latents 0 means d_in * expansion_factor. Keys that cfg.json lacks take
-the project's defaults and keys that it does not know are dropped, as there. multi_topk and normalize_decoder are about
-training: nothing here follows from them. (With multi_topk the project's forward() returns the 4k reconstruction that
-its loss uses; encode and decode are as without it.) The folder's name is the hookpoint, for example "h.8.mlp": the
-output of that module is what the dictionary reads, or with `transcode` its input, and it then decodes to the output.
+act is topk or groupmax, followed by ReLU. num_latents 0 means d_in * expansion_factor. As in the project, keys that
+cfg.json lacks have defaults, and unknown keys are ignored. multi_topk and normalize_decoder concern training only.
+(With multi_topk the project's forward() returns the reconstruction from 4k latents that its loss uses. Its encode and
+decode do not change.) The folder's name is the hookpoint, for example "h.8.mlp". The dictionary reads and decodes to
+the output of that module. With `transcode` it reads the module's input and decodes to the output.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _DEFAULTS: dict[str, Any] = {
 def load_sparsify(
     path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Dictionary:
-    """A dictionary from a hookpoint's folder; DictionaryFormatError says what is wrong with it."""
+    """A dictionary from a hookpoint's folder; DictionaryFormatError says what is wrong with the folder."""
     folder = Path(path)
     file = folder / CONFIG_FILE
     raw = read_config(file, EXPECTED)

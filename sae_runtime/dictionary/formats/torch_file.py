@@ -1,4 +1,4 @@
-"""Files written by torch.save, read without running the code that a pickle may hold."""
+"""Reads files written by torch.save without running code that a pickle may hold."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from sae_runtime.errors import DictionaryFormatError
 
 
 def read_torch_file(path: Path, expected: str) -> Mapping[str, Any]:
-    """The mapping in a file, its tensors on the host (mapped, not read, where the file allows it).
+    """The mapping in a file. Its tensors are on the host, memory-mapped if the file allows it.
 
-    DictionaryFormatError: damaged, not a mapping, or a pickle that names code (nothing of which is run). `expected`
-    says in the message what kind of file was wanted.
+    `expected` says in errors what kind of file should be there.
+
+    Raises:
+        DictionaryFormatError: damaged, not a mapping, or a pickle that names code, which is not run.
     """
     try:
-        # Mapping needs the zip container that torch has written since 1.6; older files are read whole.
+        # Memory-mapping needs the zip container that torch has written since 1.6. Older files are read whole.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0]
         raise DictionaryFormatError(
-            f"{path}: not plain tensors, so it was not loaded (code in it was not run); expected {expected}: {reason}"
+            f"{path}: not plain tensors, so it was not loaded and no code in it was run; expected {expected}: {reason}"
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError and others on damaged files
         size = path.stat().st_size if path.is_file() else "no"

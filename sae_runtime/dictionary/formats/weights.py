@@ -1,4 +1,4 @@
-"""From the tensors of a file to a checked dictionary; shared by the formats."""
+"""Reads and checks the tensors of a file, and builds a dictionary from them; shared by the formats."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.errors import DictionaryFormatError
 
 
-def check_tensors(path: Path, found: Mapping[str, object], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """DictionaryFormatError unless every expected tensor is there, floating, finite and of its shape."""
-    missing = [name for name in expected if name not in found]
+def check_tensors(path: Path, tensors: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """DictionaryFormatError unless every tensor in `shapes` is present, floating, finite and of its shape."""
+    missing = [name for name in shapes if name not in tensors]
     if missing:
-        raise DictionaryFormatError(f"{path}: missing {', '.join(missing)}; found {', '.join(map(str, found))}")
-    for name, shape in expected.items():
-        tensor = found[name]
+        raise DictionaryFormatError(f"{path}: missing {', '.join(missing)}; found {', '.join(map(str, tensors))}")
+    for name, shape in shapes.items():
+        tensor = tensors[name]
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise DictionaryFormatError(f"{path}: {name} is {kind}, expected a floating-point tensor")
         if tuple(tensor.shape) != shape:
             raise DictionaryFormatError(f"{path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        # aminmax lets NaN and infinity through without a mask as large as the weights.
+        # aminmax returns NaN and infinities, and needs no mask as large as the weights.
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             raise DictionaryFormatError(f"{path}: {name} holds NaN or infinite values")
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file; DictionaryFormatError if it is absent, truncated or something else."""
+    """The tensors of a file; DictionaryFormatError if it is absent, truncated or of another kind."""
     try:
         return load_file(file)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -42,7 +42,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_config(file: Path, expected: str) -> dict[str, Any]:
-    """The JSON object in a file; DictionaryFormatError if it is absent or something else. `expected` names the kind."""
+    """The JSON object in a file; DictionaryFormatError if absent or of another kind. `expected` names the kind."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -53,17 +53,17 @@ def read_config(file: Path, expected: str) -> dict[str, Any]:
 
 
 def integer(file: Path, config: Mapping[str, Any], key: str, *, minimum: int = 1) -> int:
-    """A whole number of a configuration (8 or 8.0); DictionaryFormatError if it is absent, too small or no number."""
+    """A whole number in a configuration (8 or 8.0); DictionaryFormatError if it is absent, too small or not whole."""
     value = config.get(key)
     whole = int(value) if isinstance(value, float) and value.is_integer() else value
     if type(whole) is not int or whole < minimum:
-        found = repr(value) if key in config else "absent"
-        raise DictionaryFormatError(f"{file}: {key} is {found}, expected an integer, {minimum} or more")
+        actual = repr(value) if key in config else "absent"
+        raise DictionaryFormatError(f"{file}: {key} is {actual}, expected an integer, {minimum} or more")
     return whole
 
 
 def build_dictionary(path: Path, **fields: Any) -> Dictionary:
-    """`Dictionary(...)` whose complaints name the file."""
+    """`Dictionary(**fields)`; its ValueError becomes a DictionaryFormatError that names the file."""
     try:
         return Dictionary(**fields)
     except ValueError as error:
@@ -71,11 +71,11 @@ def build_dictionary(path: Path, **fields: Any) -> Dictionary:
 
 
 def latent_bias_without_pre_bias(dictionary: Dictionary) -> Tensor:
-    """The latent bias, float64 [n_latents], with which nothing need be subtracted before encoding."""
+    """The latent bias b - W pre_bias, float64 [n_latents]: with it, encoding need not subtract the pre-bias."""
     return dictionary.latent_bias.double() - dictionary.encoder.double() @ dictionary.pre_bias.double()
 
 
 def convert(tensor: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """A contiguous tensor that does not share a mapped file."""
+    """A contiguous tensor that does not share memory with `tensor`, which may be a mapped file."""
     converted = tensor.to(device=device, dtype=dtype).contiguous()
     return converted.clone() if converted.data_ptr() == tensor.data_ptr() else converted

@@ -1,1 +1,1 @@
-"""Fetching published dictionaries by name: OpenAI's for GPT-2, and Hugging Face repositories."""
+"""Fetches published dictionaries by name: OpenAI's for GPT-2, and those in Hugging Face repositories."""

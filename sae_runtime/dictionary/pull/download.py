@@ -1,4 +1,4 @@
-"""One file over HTTP: resumed where it broke off, verified, in place only when whole."""
+"""Downloads one file over HTTP: resumed where it broke off, verified, and put in place only when complete."""
 
 from __future__ import annotations
 
@@ -25,91 +25,91 @@ _USER_AGENT = "saeserve"
 
 
 class PullError(Exception):
-    """A file could not be fetched, or is not what was expected; says which, and what was found."""
+    """A file could not be fetched, or is not the expected one; names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class DownloadSettings:
-    """How patient a download is."""
+    """Timeouts and retries of a download."""
 
     timeout_s: float = 30.0
-    """Longest wait for a connection, and the time in which at least `least_bytes` must arrive."""
+    """Longest wait for a connection. Also the time in which a reply must bring `least_bytes`."""
     least_bytes: int = 16_384
-    """A reply that brings less in timeout_s is given up and asked for again."""
+    """A reply that brings fewer bytes in `timeout_s` is dropped and requested again."""
     attempts: int = 6
-    """Attempts in a row that bring nothing new, after which the download fails."""
+    """Number of attempts in a row without progress after which the download fails."""
     first_wait_s: float = 0.5
-    """Wait before the second attempt; doubled for each further one, up to 30 s, and varied by half."""
+    """Wait before the second attempt. It doubles for every further attempt, up to 30 s, and varies by half."""
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What is to be fetched, and what is known about it beforehand."""
+    """A file to fetch, and what is known about it beforehand."""
 
     url: str
     name: str
-    """File name, below the folder it is put into."""
+    """File name in the target folder."""
     size: int | None = None
     sha256: str | None = None
     git_sha1: str | None = None
-    """sha1 of "blob <size>\\0" and the content, as git names small files."""
+    """git's name of the file: sha1 of "blob <size>\\0" and the content."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A file that is in place."""
+    """A file that was fetched and put in place."""
 
     path: Path
     url: str
     size: int
     sha256: str
     verified: tuple[str, ...]
-    """Which checksums of the server it was compared with: sha256, md5, git."""
+    """The kinds of checksums that the server gave and that agree: sha256, md5, git."""
 
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int | None], None]
-"""Called with a file's name, its bytes so far and all its bytes if known."""
+"""Called with a file's name, its bytes so far, and its size if known."""
 
 
 def check_url(url: str) -> None:
     """PullError unless the address is https, or http on this machine."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme == "https" and parts.hostname:
+    address = urllib.parse.urlsplit(url)
+    if address.scheme == "https" and address.hostname:
         return
-    if parts.scheme == "http" and parts.hostname and _is_loopback(parts.hostname):
+    if address.scheme == "http" and address.hostname and _is_loopback(address.hostname):
         return
     raise PullError(f"{url!r} is refused: expected https, or http on this machine")
 
 
 def download(remote: RemoteFile, folder: Path, settings: DownloadSettings, progress: Progress | None = None) -> Fetched:
-    """Fetches a file into `folder`. A download of it that broke off is continued if the server's file is the same.
+    """Fetches a file into `folder`. Resumes an earlier download if the server's file has not changed since.
 
     Raises:
-        PullError: the server refuses or has no such file, gives up repeatedly, or the content fails a checksum twice.
+        PullError: the server refuses or has no such file, fails repeatedly, or the content fails a checksum twice.
         OSError: the disk is full; what was fetched is kept.
     """
     check_url(remote.url)
     target = folder / remote.name
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _Partial(target)
-    complaint = ""
-    for _ in range(2):  # a damaged file is fetched anew once
+    problem = ""
+    for _ in range(2):  # a damaged file is fetched once more
         md5 = _fetch(remote, partial, settings, progress)
-        complaint, sha256, verified = _verify(remote, partial.path, md5)
-        if not complaint:
+        problem, sha256, verified = _verify(remote, partial.path, md5)
+        if not problem:
             partial.finish()
             return Fetched(target, remote.url, target.stat().st_size, sha256, verified)
         partial.discard()
-    raise PullError(f"{remote.url}: {complaint}; fetched twice")
+    raise PullError(f"{remote.url}: {problem}; fetched twice")
 
 
 def get_json(url: str, settings: DownloadSettings) -> Any:
     """A JSON reply of at most 32 MiB.
 
     Raises:
-        PullError: as `download`; the reply is too long or no JSON.
+        PullError: as for `download`, or the reply is too long or not JSON.
     """
     check_url(url)
     limit = 32 << 20
@@ -119,7 +119,7 @@ def get_json(url: str, settings: DownloadSettings) -> Any:
             content: bytes = reply.read(limit + 1)
             expected = reply.headers.get("Content-Length")
             if expected is not None and len(content) < min(int(expected), limit):
-                raise _Again(f"the reply ended after {len(content)} of {expected} bytes")
+                raise _Retryable(f"the reply ended after {len(content)} of {expected} bytes")
             return content
 
     content = _retry(url, settings, read)
@@ -131,8 +131,8 @@ def get_json(url: str, settings: DownloadSettings) -> Any:
         raise PullError(f"{url}: expected JSON, found {content[:80]!r}") from error
 
 
-class _Again(Exception):
-    """The attempt failed in a way that another may not."""
+class _Retryable(Exception):
+    """The attempt failed, but another may succeed."""
 
     def __init__(self, message: str, wait_s: float | None = None) -> None:
         super().__init__(message)
@@ -140,7 +140,7 @@ class _Again(Exception):
 
 
 class _Partial:
-    """The unfinished file beside its place, and the tag of the server's file that it is a part of."""
+    """The unfinished file beside its target, and the entity tag of the server's file."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -151,7 +151,7 @@ class _Partial:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def tag(self, url: str) -> str | None:
-        """The strong entity tag, if the part is of this address."""
+        """The strong entity tag, if the partial file came from this address."""
         try:
             saved = json.loads(self._tag_file.read_text())
             return str(saved["etag"]) if saved["url"] == url else None
@@ -159,7 +159,7 @@ class _Partial:
             return None
 
     def begin(self, url: str, etag: str | None) -> None:
-        """A new, empty part."""
+        """Starts a new, empty partial file."""
         self.path.write_bytes(b"")
         if etag is None:
             self._tag_file.unlink(missing_ok=True)
@@ -178,28 +178,28 @@ class _Partial:
 
 
 def _fetch(remote: RemoteFile, partial: _Partial, settings: DownloadSettings, progress: Progress | None) -> str | None:
-    """Fills the part; returns the MD5 (base64) that the server gave for the whole file."""
+    """Completes the partial file; returns the MD5 (base64) that the server gave for the whole file."""
 
     def attempt() -> str | None:
-        have = partial.length()
-        tag = partial.tag(remote.url) if have else None
-        if have and tag is None:  # nothing says that the server's file is still the same
-            have = 0
-        headers = {"Range": f"bytes={have}-", "If-Range": tag} if have and tag is not None else {}
+        fetched = partial.length()
+        tag = partial.tag(remote.url) if fetched else None
+        if fetched and tag is None:  # without a tag, the server's file may have changed
+            fetched = 0
+        headers = {"Range": f"bytes={fetched}-", "If-Range": tag} if fetched and tag is not None else {}
         try:
             opened = _open(remote.url, headers, settings)
         except _Unsatisfiable:
             partial.discard()
             raise
         with opened as reply:
-            start, total = _extent(reply, have)
+            start, total = _extent(reply, fetched)
             if total is None and remote.size is None and not reply.chunked:
                 raise PullError(f"{remote.url}: the server does not say how long the file is")
             etag = _strong(reply.headers.get("ETag"))
-            if start == 0 or start != have or (etag is not None and etag != tag):
+            if start == 0 or start != fetched or (etag is not None and etag != tag):
                 if start != 0:
                     partial.discard()
-                    raise _Again("the file changed on the server")
+                    raise _Retryable("the file changed on the server")
                 partial.begin(remote.url, etag)
             if remote.size is not None and total is not None and total != remote.size:
                 partial.discard()
@@ -208,24 +208,23 @@ def _fetch(remote: RemoteFile, partial: _Partial, settings: DownloadSettings, pr
                 _copy(reply, file, settings, lambda length: progress and progress(remote.name, length, total))
                 length = file.tell()
             if total is not None and length < total:
-                raise _Again(f"the reply ended after {length} of {total} bytes")
+                raise _Retryable(f"the reply ended after {length} of {total} bytes")
             if total is not None and length > total:
                 partial.discard()
-                raise _Again(f"the reply brought {length} bytes, expected {total}")
-            whole = reply.headers.get("x-ms-blob-content-md5")  # of the whole blob, also in a partial reply
-            return whole or (reply.headers.get("Content-MD5") if reply.status == 200 else None)
+                raise _Retryable(f"the reply brought {length} bytes, expected {total}")
+            blob_md5 = reply.headers.get("x-ms-blob-content-md5")  # of the whole blob, also in a partial reply
+            return blob_md5 or (reply.headers.get("Content-MD5") if reply.status == 200 else None)
 
     return _retry(remote.url, settings, attempt, partial.length)
 
 
-def _extent(reply: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
-    """Where the reply's bytes begin in the file, and how long the file is if that is said."""
+def _extent(reply: http.client.HTTPResponse, fetched: int) -> tuple[int, int | None]:
+    """The offset in the file of the reply's first byte, and the file's size if the server gives it."""
     if reply.status == 206:
-        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", reply.headers.get("Content-Range", ""))
-        if match is None or int(match[1]) != have:
-            raise PullError(
-                f"{reply.url}: asked for bytes from {have} on, got Content-Range {reply.headers.get('Content-Range')!r}"
-            )
+        content_range = reply.headers.get("Content-Range")
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range or "")
+        if match is None or int(match[1]) != fetched:
+            raise PullError(f"{reply.url}: asked for bytes from {fetched} on, got Content-Range {content_range!r}")
         return int(match[1]), None if match[3] == "*" else int(match[3])
     length = reply.headers.get("Content-Length")
     return 0, int(length) if length is not None and length.isdigit() else None
@@ -234,13 +233,13 @@ def _extent(reply: http.client.HTTPResponse, have: int) -> tuple[int, int | None
 def _copy(
     reply: http.client.HTTPResponse, file: IO[bytes], settings: DownloadSettings, report: Callable[[int], object]
 ) -> None:
-    """Copies until the reply ends; a reply that stalls or drips is given up."""
+    """Copies until the reply ends; a reply that stalls or is too slow is dropped."""
     window_at, window_bytes = time.monotonic(), 0
     while True:
         try:
             chunk = reply.read1(_CHUNK)
         except (OSError, http.client.HTTPException) as error:
-            raise _Again(f"the reply broke off: {error or type(error).__name__}") from error
+            raise _Retryable(f"the reply broke off: {error or type(error).__name__}") from error
         if not chunk:
             return
         file.write(chunk)
@@ -249,18 +248,18 @@ def _copy(
         now = time.monotonic()
         if now - window_at >= settings.timeout_s:
             if window_bytes < settings.least_bytes:
-                raise _Again(f"the reply brought only {window_bytes} bytes in {settings.timeout_s:g} s")
+                raise _Retryable(f"the reply brought only {window_bytes} bytes in {settings.timeout_s:g} s")
             window_at, window_bytes = now, 0
 
 
 def _retry(url: str, settings: DownloadSettings, attempt: Callable[[], T], length: Callable[[], int] = lambda: 0) -> T:
-    """Repeats an attempt while it fails in passing; the count begins anew when it made `length` grow."""
+    """Repeats an attempt while it raises _Retryable; the count starts again whenever `length` grew."""
     failures = 0
     while True:
         before = length()
         try:
             return attempt()
-        except _Again as error:
+        except _Retryable as error:
             failures = 1 if length() >= before + settings.least_bytes else failures + 1
             if failures >= settings.attempts:
                 raise PullError(f"{url}: {error} (attempt {failures}, given up)") from error
@@ -272,7 +271,7 @@ def _open(url: str, headers: dict[str, str], settings: DownloadSettings) -> http
     """A reply with status 200 or 206."""
     request = urllib.request.Request(
         url,
-        # identity: lengths and checksums are those of the file, not of a compressed reply
+        # identity: a compressed reply would have another length and other checksums than the file
         headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers},
     )
     try:
@@ -280,18 +279,18 @@ def _open(url: str, headers: dict[str, str], settings: DownloadSettings) -> http
     except urllib.error.HTTPError as error:
         with error:
             if error.code in _RETRIED:
-                raise _Again(f"the server answered {error.code} {error.reason}", _retry_after(error)) from error
+                raise _Retryable(f"the server answered {error.code} {error.reason}", _retry_after(error)) from error
             if error.code == 416:
                 raise _Unsatisfiable(f"the server answered {error.code} {error.reason}") from error
             reason = {401: "needs permission", 403: "is not permitted", 404: "is not there"}.get(error.code, "failed")
             raise PullError(f"{url} {reason} ({error.code} {error.reason})") from error
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise _Again(f"no reply: {getattr(error, 'reason', None) or error or type(error).__name__}") from error
+        raise _Retryable(f"no reply: {getattr(error, 'reason', None) or error or type(error).__name__}") from error
     return reply
 
 
-class _Unsatisfiable(_Again):
-    """The server has no bytes from where the part ends: it is whole already, or of another file."""
+class _Unsatisfiable(_Retryable):
+    """The server has no bytes after the partial file's end: it is complete already, or of another file."""
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
@@ -311,12 +310,12 @@ def _retry_after(error: urllib.error.HTTPError) -> float | None:
 
 
 def _strong(etag: str | None) -> str | None:
-    """An entity tag that promises equal bytes, without which nothing may be continued."""
+    """The tag if it is strong, that is, if equal tags mean equal bytes. Only then can a download be resumed."""
     return etag if etag and not etag.startswith("W/") else None
 
 
 def _verify(remote: RemoteFile, path: Path, md5: str | None) -> tuple[str, str, tuple[str, ...]]:
-    """What is wrong with the file ("" if nothing), its sha256, and what it was compared with."""
+    """The problem with the file ("" if none), its sha256, and the kinds of checksums it was compared with."""
     size = path.stat().st_size
     hashes = {
         "sha256": hashlib.sha256(),
@@ -325,24 +324,24 @@ def _verify(remote: RemoteFile, path: Path, md5: str | None) -> tuple[str, str, 
     }
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            for each in hashes.values():
-                each.update(chunk)
+            for digest in hashes.values():
+                digest.update(chunk)
     sha256 = hashes["sha256"].hexdigest()
     if remote.size is not None and size != remote.size:
         return f"has {size} bytes, expected {remote.size}", sha256, ()
     expected = {"sha256": remote.sha256, "git": remote.git_sha1, "md5": _hexadecimal(md5)}
     verified = []
-    for kind, wanted in expected.items():
-        if wanted is None:
+    for kind, checksum in expected.items():
+        if checksum is None:
             continue
-        if (found := hashes[kind].hexdigest()) != wanted:
-            return f"its {kind} checksum is {found}, the server said {wanted}", sha256, ()
+        if (actual := hashes[kind].hexdigest()) != checksum:
+            return f"its {kind} checksum is {actual}, the server said {checksum}", sha256, ()
         verified.append(kind)
     return "", sha256, tuple(verified)
 
 
 def _hexadecimal(md5: str | None) -> str | None:
-    """A base64 MD5 as hexadecimal digits; None if it is none."""
+    """A base64 MD5 as hexadecimal digits; None if it is not an MD5."""
     try:
         digest = base64.b64decode(md5 or "", validate=True)
     except ValueError:

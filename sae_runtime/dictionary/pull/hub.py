@@ -1,4 +1,4 @@
-"""Files of a dictionary in a Hugging Face repository: which there are, and what the hub says about them."""
+"""Finds the files of a dictionary in a Hugging Face repository, with their sizes and checksums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from sae_runtime.dictionary.pull.download import DownloadSettings, PullError, RemoteFile, get_json
 from sae_runtime.dictionary.pull.names import HubName
 
-# Files of SAELens, sparsify, dictionary_learning and of this project; nothing else of a repository is fetched.
+# Files of SAELens, sparsify, dictionary_learning and this project. No other file of a repository is fetched.
 WEIGHTS = ("sae_weights.safetensors", "sae.safetensors", "ae.pt", "weights.safetensors")
 _DESCRIBING = ("cfg.json", "config.json", "sparsity.safetensors", "dictionary.json", "stats.safetensors", "CARD.md")
 _SHOWN = 20
@@ -21,18 +21,18 @@ class HubFolder:
     """The files of one dictionary."""
 
     commit: str
-    """The commit that the revision stands for."""
+    """The revision's commit."""
     license: str | None
-    """As the repository's card has it."""
+    """The licence in the repository's card."""
     files: tuple[RemoteFile, ...]
     gated: bool
 
 
 def find_hub_folder(name: HubName, endpoint: str, settings: DownloadSettings) -> HubFolder:
-    """Looks a folder up.
+    """Looks up a folder.
 
     Raises:
-        PullError: there is no such repository, revision or folder, or no dictionary in it; names folders that have one.
+        PullError: no such repository, revision or folder, or no dictionary in it; lists the folders that have one.
     """
     quoted = urllib.parse.quote(name.repository)
     revision = urllib.parse.quote(name.revision, safe="")
@@ -43,19 +43,19 @@ def find_hub_folder(name: HubName, endpoint: str, settings: DownloadSettings) ->
     tree = f"{endpoint}/api/models/{quoted}/tree/{commit}"
     folder = urllib.parse.quote(name.folder)
     entries = _entries(get_json(f"{tree}/{folder}" if folder else tree, settings), name.repository)
-    here = {PurePosixPath(entry["path"]).name: entry for entry in entries if entry.get("type") == "file"}
-    if not any(weights in here for weights in WEIGHTS):
+    in_folder = {PurePosixPath(entry["path"]).name: entry for entry in entries if entry.get("type") == "file"}
+    if not any(weights in in_folder for weights in WEIGHTS):
         raise PullError(_elsewhere(name, _entries(get_json(f"{tree}?recursive=true", settings), name.repository)))
     files = tuple(
         _remote(f"{endpoint}/{quoted}/resolve/{commit}/{urllib.parse.quote(entry['path'])}", file, entry)
-        for file, entry in sorted(here.items())
+        for file, entry in sorted(in_folder.items())
         if file in WEIGHTS or file in _DESCRIBING
     )
     return HubFolder(commit, _license(info), files, bool(info.get("gated")))
 
 
 def _remote(url: str, name: str, entry: dict[str, Any]) -> RemoteFile:
-    """Large files have a sha256; the others are named by git's sha1."""
+    """Large files have a sha256, the others git's sha1."""
     size = entry.get("size")
     lfs = entry.get("lfs")
     if isinstance(lfs, dict):
@@ -68,8 +68,8 @@ def _license(info: dict[str, Any]) -> str | None:
     if isinstance(card, dict) and isinstance(card.get("license"), str):
         return str(card["license"])
     tags = info.get("tags")
-    found = [str(tag) for tag in tags if str(tag).startswith("license:")] if isinstance(tags, list) else []
-    return found[0].removeprefix("license:") if found else None
+    licenses = [str(tag) for tag in tags if str(tag).startswith("license:")] if isinstance(tags, list) else []
+    return licenses[0].removeprefix("license:") if licenses else None
 
 
 def _elsewhere(name: HubName, entries: list[dict[str, Any]]) -> str:
@@ -80,7 +80,7 @@ def _elsewhere(name: HubName, entries: list[dict[str, Any]]) -> str:
     if not inside:
         return f"{where} holds no dictionary: none of {', '.join(WEIGHTS)} is in the repository"
     shown = ", ".join(inside[:_SHOWN]) + (f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else "")
-    return f"{where} is no dictionary itself; folders of the repository with one: {shown}"
+    return f"{where} is not a dictionary itself; folders of the repository that hold one: {shown}"
 
 
 def _object(reply: Any, what: str) -> dict[str, Any]:
@@ -90,7 +90,6 @@ def _object(reply: Any, what: str) -> dict[str, Any]:
 
 
 def _entries(reply: Any, what: str) -> list[dict[str, Any]]:
-    good = isinstance(reply, list) and all(isinstance(e, dict) and isinstance(e.get("path"), str) for e in reply)
-    if not good:
-        raise PullError(f"{what}: the hub's list of files has another form than expected")
+    if not isinstance(reply, list) or not all(isinstance(e, dict) and isinstance(e.get("path"), str) for e in reply):
+        raise PullError(f"{what}: the hub's list of files does not have the expected form")
     return list(reply)

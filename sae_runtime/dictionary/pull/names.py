@@ -1,4 +1,4 @@
-"""What names of published dictionaries stand for.
+"""Names of published dictionaries.
 
 openai/gpt2-small/<location>[_v4|_v5_32k|_v5_128k]/<layer>   OpenAI's dictionaries for GPT-2 small
 <owner>/<repository>[@<revision>][/<folder>…]                a Hugging Face repository, or a folder in it
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 OPENAI_PREFIX = "openai/gpt2-small/"
 OPENAI_PATH = "sparse-autoencoder/gpt2-small/{location}/autoencoders/{layer}.pt"
-# Their suffixes by location: v4 is ReLU with 32,768 latents, v5 is TopK with 2^15 and 2^17.
+# Suffixes by location: v4 is ReLU with 32,768 latents, v5 is TopK with 2^15 and 2^17.
 _OPENAI_LOCATIONS = {
     "mlp_post_act": ("", "_v4"),
     "resid_delta_mlp": ("", "_v4", "_v5_32k", "_v5_128k"),
@@ -20,7 +20,7 @@ _OPENAI_LOCATIONS = {
     "resid_post_mlp": ("_v5_32k", "_v5_128k"),
 }
 _N_LAYERS = 12
-_PART = re.compile(r"[\w.-]+")
+_SEGMENT = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class OpenAIName:
     """One of OpenAI's dictionaries for GPT-2 small."""
 
     location: str
-    """With its suffix, as in the address: "resid_post_mlp_v5_32k"."""
+    """With its suffix, as in the address, for example "resid_post_mlp_v5_32k"."""
     layer: int
 
     @property
@@ -37,7 +37,7 @@ class OpenAIName:
 
     @property
     def path(self) -> str:
-        """Below the container."""
+        """The file's path in OpenAI's storage."""
         return OPENAI_PATH.format(location=self.location, layer=self.layer)
 
 
@@ -53,21 +53,23 @@ class HubName:
 
 
 def parse_name(name: str) -> OpenAIName | HubName:
-    """Raises:
-    ValueError: the name has another form, or there is no such dictionary of OpenAI's; says what there is.
+    """The dictionary that a name stands for.
+
+    Raises:
+        ValueError: the name has another form, or OpenAI published no such dictionary; lists those it published.
     """
     if name.startswith(OPENAI_PREFIX):
         return _openai(name)
-    parts = name.strip("/").split("/")
-    owner, repository = parts[0], parts[1] if len(parts) > 1 else ""
-    repository, at, revision = repository.partition("@")
-    pieces = [owner, repository, *([revision] if at else []), *parts[2:]]
-    if any(not _PART.fullmatch(piece) or piece in (".", "..") for piece in pieces):
+    owner, _, rest = name.strip("/").partition("/")
+    repository_at_revision, _, folder = rest.partition("/")
+    repository, at, revision = repository_at_revision.partition("@")
+    segments = [owner, repository, *([revision] if at else []), *(folder.split("/") if folder else [])]
+    if any(not _SEGMENT.fullmatch(segment) or segment in (".", "..") for segment in segments):
         raise ValueError(
-            f"{name!r} is no name of a dictionary; expected {OPENAI_PREFIX}<location>/<layer> or "
+            f"{name!r} is not the name of a dictionary; expected {OPENAI_PREFIX}<location>/<layer> or "
             "<owner>/<repository>[@<revision>][/<folder>]"
         )
-    return HubName(f"{owner}/{repository}", revision or "main", "/".join(parts[2:]))
+    return HubName(f"{owner}/{repository}", revision or "main", folder)
 
 
 def _openai(name: str) -> OpenAIName:

@@ -1,4 +1,4 @@
-"""A dictionary by its name: fetched, verified, converted and published into a folder."""
+"""Fetches a dictionary by its name, verifies it, converts it and publishes it into a folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPENAI_BACKBONE = "openai-community/gpt2"
 
 
 def hub_endpoint() -> str:
-    """The Hugging Face hub's address, as the package huggingface_hub has it (HF_ENDPOINT)."""
+    """The Hugging Face hub's address from the package huggingface_hub (HF_ENDPOINT)."""
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT)
@@ -40,11 +40,11 @@ class PullSettings:
     """Address of the storage account `openaipublic`."""
     hub_base: str = field(default_factory=hub_endpoint)
     backbone: str | None = None
-    """The model that the dictionary belongs to: builtin, a folder or a hub name; GPT-2 small for OpenAI's if None.
+    """The model that the dictionary belongs to: builtin, a folder or a hub name. None: GPT-2 small, for OpenAI's only.
 
-    It is loaded to check that the dictionary fits, and its fingerprint is recorded."""
+    The model is loaded to check that the dictionary fits, and its fingerprint is recorded."""
     site: str | None = None
-    """Where its activations are read, if its files do not say; needed for few."""
+    """The site that the dictionary reads, if its files do not name it."""
     name: str | None = None
     """Of the published dictionary; its folder's name if not given."""
     dtype: str = "float32"
@@ -54,7 +54,7 @@ class PullSettings:
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was fetched and published."""
+    """A dictionary that was fetched and published."""
 
     path: Path
     manifest: Manifest
@@ -65,29 +65,32 @@ class Pulled:
 def pull(name: str, out: Path, settings: PullSettings | None = None, progress: Progress | None = None) -> Pulled:
     """Fetches a dictionary by its name (see names.py) and publishes it into the folder `out`.
 
-    What is fetched waits in "<out>.download" until the dictionary is published, so an interrupted call goes on there.
-    No code of a file is ever run.
+    Downloads stay in "<out>.download" until the dictionary is published, so that an interrupted call can be resumed.
+    No code in a file is ever run.
 
     Raises:
         FileExistsError: `out` exists.
         ValueError: the name has another form; the dictionary does not fit the backbone; no site is known.
-        PullError: there is no such dictionary, the server fails for good, or a checksum is wrong.
+        PullError: there is no such dictionary, the server keeps failing, or a checksum is wrong.
         DictionaryFormatError: the files are not a dictionary of a known format.
         OSError: the disk is full; what was fetched is kept.
     """
     settings = settings or PullSettings()
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another folder")
-    wanted = _wanted(name, settings)
-    backbone = Backbone.load(wanted.backbone)  # before gigabytes are fetched
-    waiting = out.with_name(out.name + ".download")
-    folder = waiting / wanted.folder
-    fetched = tuple(_fetch(file, folder, settings, progress) for file in wanted.files)
-    dictionary = load_dictionary(folder if wanted.is_folder else fetched[0].path)
-    site = settings.site or wanted.site or dictionary.site
+    source = _look_up(name, settings)
+    backbone = Backbone.load(source.backbone)  # so that it fails before gigabytes are fetched
+    downloads = out.with_name(out.name + ".download")
+    folder = downloads / source.folder
+    fetched = tuple(_fetch(file, folder, settings, progress) for file in source.files)
+    dictionary = load_dictionary(folder if source.is_folder else fetched[0].path)
+    site = settings.site or source.site or dictionary.site
     dictionary = replace(dictionary, site=site, name=settings.name or out.name)
     dictionary.require_site()
-    origin, before = dictionary.origin, dictionary.manifest
+    origin, fetched_manifest = dictionary.origin, dictionary.manifest
+    model = fetched_manifest.backbone.name if fetched_manifest is not None else None
+    if origin is not None:
+        model = origin.model
     manifest = publish(
         dictionary,
         out,
@@ -97,56 +100,56 @@ def pull(name: str, out: Path, settings: PullSettings | None = None, progress: P
             code_version=code_version(),
             config={
                 "pulled": name,
-                "version": wanted.version,
-                "license": wanted.license,
+                "version": source.version,
+                "license": source.license,
                 "format": origin.format if origin else "saeserve",
                 "hook": origin.hook if origin else None,
-                "model": origin.model if origin else before.backbone.name if before else None,
+                "model": model,
                 "files": {file.path.name: _record(file) for file in fetched},
             },
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         ),
     )
-    shutil.rmtree(waiting)
-    return Pulled(out, manifest, fetched, wanted.license)
+    shutil.rmtree(downloads)
+    return Pulled(out, manifest, fetched, source.license)
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What a name stands for."""
+class _Source:
+    """Where a dictionary's files are, and what is known about it beforehand."""
 
     files: tuple[RemoteFile, ...]
     is_folder: bool
-    """The files are read together."""
+    """Whether the files form a folder that is read as a whole."""
     folder: str
-    """Name of the folder they are put into: sparsify's dictionaries are named by it."""
+    """Name of the download folder. A sparsify dictionary is named by its folder."""
     backbone: str
     site: str | None
     version: str | None
     license: str | None
 
 
-def _wanted(name: str, settings: PullSettings) -> _Wanted:
+def _look_up(name: str, settings: PullSettings) -> _Source:
     parsed = parse_name(name)
     if settings.site is not None:
         Site.parse(settings.site)
     if isinstance(parsed, HubName):
-        # Without a backbone nothing is looked up: a name on the hub says too little about the model it belongs to.
+        # A name on the hub says too little about the model, so without a backbone nothing is looked up.
         if settings.backbone is None:
             raise ValueError(f"give the backbone that {name} belongs to")
         endpoint = settings.hub_base.rstrip("/")
         check_url(endpoint)
-        found = find_hub_folder(parsed, endpoint, settings.download)
-        last = PurePosixPath(parsed.folder or parsed.repository).name
-        return _Wanted(found.files, True, last, settings.backbone, None, found.commit, found.license)
+        hub_folder = find_hub_folder(parsed, endpoint, settings.download)
+        folder = PurePosixPath(parsed.folder or parsed.repository).name
+        return _Source(hub_folder.files, True, folder, settings.backbone, None, hub_folder.commit, hub_folder.license)
     url = f"{settings.openai_base.rstrip('/')}/{parsed.path}"
     file = RemoteFile(url, f"{parsed.layer}.pt")
     backbone = settings.backbone or OPENAI_BACKBONE
-    return _Wanted((file,), False, parsed.location, backbone, parsed.site, None, OPENAI_LICENSE)
+    return _Source((file,), False, parsed.location, backbone, parsed.site, None, OPENAI_LICENSE)
 
 
 def _fetch(file: RemoteFile, folder: Path, settings: PullSettings, progress: Progress | None) -> Fetched:
-    """Fetches a file, unless an earlier call did and it is still what was fetched."""
+    """Fetches a file, unless an earlier call fetched it and it has not changed since."""
     note = folder / f"{file.name}.fetched"
     try:
         record = json.loads(note.read_text())
@@ -157,7 +160,7 @@ def _fetch(file: RemoteFile, folder: Path, settings: PullSettings, progress: Pro
         if (record["url"], record["sha256"], record["bytes"], record["sha256"]) == expected:
             return Fetched(path, file.url, record["bytes"], sha256, tuple(record["verified"]))
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or not whole: fetched again
+        pass  # absent or incomplete: it is fetched again
     fetched = download(file, folder, settings.download, progress)
     note.write_text(json.dumps(_record(fetched)))
     return fetched

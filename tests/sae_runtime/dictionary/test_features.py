@@ -41,8 +41,8 @@ def test_csr_rows() -> None:
 
 def test_rows_are_taken_with_their_input_statistics() -> None:
     for rows in (slice(1, 3), torch.tensor([1, 2]), torch.tensor([False, True, True])):
-        part = example()[rows]
-        assert len(part) == 2
-        assert torch.equal(part.to_dense(), example().to_dense()[1:])
-        assert part.input_statistics is not None
-        assert part.input_statistics.std.squeeze(1).tolist() == [5.0, 6.0]
+        last_rows = example()[rows]
+        assert len(last_rows) == 2
+        assert torch.equal(last_rows.to_dense(), example().to_dense()[1:])
+        assert last_rows.input_statistics is not None
+        assert last_rows.input_statistics.std.squeeze(1).tolist() == [5.0, 6.0]

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sae_runtime.edits import AfterText, Edit, Reference
+from service.cli.edit_options import describe
+from service.client import edits
 from service.edits.messages import edit_message
 from service.pb.saeserve.v1 import edits_pb2
 from tests.service.cli.conftest import Output
@@ -48,7 +51,7 @@ def test_files_that_cannot_be_used(call: Call, sets: Path, tmp_path: Path):
     plain.write_text("[{feature: 'resid-mid:1', set: 1, strength: 3}]")
     for argument, message in (
         (f"{sets}", "has several sets of edits (one, two); write FILE:NAME"),
-        (f"{sets}:three", "has no set 'three', but one, two"),
+        (f"{sets}:three", "has no set 'three'; its sets: one, two"),
         (f"{plain}", "[0].strength: no such key"),
         (f"{tmp_path / 'none.yaml'}", "cannot read edits from"),
     ):
@@ -108,3 +111,22 @@ def test_presets_of_the_server(call: Call, fake: FakeServer):
     code, _, err = call("generate", "Once", "--preset", "wild")
     assert (code, err) == (2, "saeserve: no preset 'wild'; the server has: calm\n")
     assert "calm" in call("info").out
+
+
+def test_describe():
+    assert describe([]) == "no edits"
+    place: dict[str, Any] = {"positions": "prompt", "where": (4, 0.5)}
+    described = [edits.add_to_feature("d", 1, -2, **place), edits.ablate_feature("d", 2, "mean", **place)]
+    assert describe(described) == "d:1 - 2, d:2 = its mean on prompt tokens where 4 > 0.5"
+    described[1] = edits.resample_feature(
+        "d", 2, "A text", positions=edits.AfterText("é", "each", 2), where="1 <= 0 or 2 > 1"
+    )
+    assert describe(described) == (
+        "d:1 - 2 on prompt tokens where 4 > 0.5, "
+        "d:2 as on 'A text' (last) on 2 tokens after each 'é' where 1 <= 0 or 2 > 1"
+    )
+    assert describe([edits.replace_by_reconstruction("d", positions="last")]) == (
+        "d's reconstruction on the prompt's last token"
+    )
+    assert describe([edits.clamp_feature("d", 1, minimum=0, positions=[3])]) == "d:1 in [0, ∞] on token 3"
+    assert describe([edits.set_feature("d", 1, 2.0, positions=[0, 4])]) == "d:1 = 2 on tokens 0, 4"

@@ -105,8 +105,8 @@ def test_every_setting_has_a_flag(saeserve: Saeserve):
     ],
 )
 def test_what_is_wrong(saeserve: Saeserve, text: Path, arguments: list[str], code: int, message: str):
-    found, out, err = saeserve("evaluate", *(argument.replace("{file}", str(text)) for argument in arguments))
-    assert (found, out) == (code, "")
+    exit_code, out, err = saeserve("evaluate", *(argument.replace("{file}", str(text)) for argument in arguments))
+    assert (exit_code, out) == (code, "")
     assert message.replace("{file}", str(text)) in err
 
 

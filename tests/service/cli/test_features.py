@@ -2,35 +2,27 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from google.rpc import error_details_pb2
-from rich.console import Console
 
 from service.cli.features import in_batches
-from service.cli.token_view import shaded, visible
-from service.client import Limits, Tokens
+from service.client import Limits
 from tests.service.client.fake_server import Failure, FakeServer
 
 Call = Callable[..., tuple[int, str, str]]
 
 
-def limits(**given: int) -> Limits:
-    values = dict.fromkeys(Limits.__dataclass_fields__, 0) | given
+def limits(**stated: int) -> Limits:
+    values = dict.fromkeys(Limits.__dataclass_fields__, 0) | stated
     return Limits(**values)  # type: ignore[arg-type]
-
-
-def stripped(text: str) -> list[str]:
-    return [line.rstrip() for line in text.splitlines()]
 
 
 def test_tokens_with_their_features(call: Call, fake: FakeServer):
     code, out, err = call("features", "The cat sat", "--dictionary", "resid-mid")
     assert (code, err) == (0, "")
-    assert stripped(out) == [
+    assert out.splitlines() == [
         "resid-mid  3 tokens",
         "",
         "The cat sat",
@@ -47,18 +39,18 @@ def test_tokens_with_their_features(call: Call, fake: FakeServer):
 
 def test_all_dictionaries_and_several_texts(call: Call):
     out = call("features", "a", "b c", "--reconstruction-error")[1]
-    assert [line for line in stripped(out) if line.startswith("text")] == [
+    assert [line for line in out.splitlines() if line.startswith("text")] == [
         "text 1 of 2: resid-late  1 token",
         "text 1 of 2: resid-mid  1 token",
         "text 2 of 2: resid-late  2 tokens",
         "text 2 of 2: resid-mid  2 tokens",
     ]
-    assert "1  ·c           1  ██████████ 2.00  0.250  63 1.00" in stripped(out)
+    assert "1  ·c           1  ██████████ 2.00  0.250  63 1.00" in out.splitlines()
 
 
 def test_aggregate(call: Call):
     out = call("features", "a b", "--aggregate", "max", "--dictionary", "resid-mid")[1]
-    assert stripped(out) == [
+    assert out.splitlines() == [
         "resid-mid  2 tokens, max over tokens",
         "",
         "feature  activation",
@@ -155,35 +147,3 @@ def test_batches_keep_to_the_limits():
     # No input has more tokens than its own limit.
     assert list(in_batches(texts[4:], limits(max_tokens_per_request=6, max_tokens_per_input=4))) == [["eeeeeeee", "é"]]
     assert list(in_batches([], limits())) == []
-
-
-def tokens(*pieces: bytes) -> Tokens:
-    zeros: Any = np.zeros(len(pieces), np.uint32)
-    return Tokens(zeros, pieces, zeros, zeros, zeros, zeros)
-
-
-def test_text_is_shaded_by_activation():
-    text = shaded(tokens(b"The", b" cat", b" sat"), [0.0, 2.0, 4.0])
-    assert text.plain == "The cat sat"
-    assert [(text.plain[span.start : span.end], str(span.style)) for span in text.spans] == [
-        (" cat", "black on rgb(255,191,127)"),
-        (" sat", "black on rgb(255,138,30)"),
-    ]
-    stream = io.StringIO()
-    Console(file=stream, force_terminal=True, color_system="truecolor", width=80).print(text)
-    assert "48;2;255;138;30m sat" in stream.getvalue()
-
-
-def test_a_character_that_is_cut_is_drawn_whole():
-    snowman = "☃".encode()
-    text = shaded(tokens(b"a", snowman[:1], snowman[1:] + b"b", b"\xff"), [1.0, 0.0, 4.0, 0.0])
-    assert text.plain == "a☃b\ufffd"
-    assert text.plain[text.spans[-1].start : text.spans[-1].end] == "☃b"
-
-
-@pytest.mark.parametrize(
-    ("piece", "shown"),
-    [(b" a b", "·a·b"), (b"\n\n\t", "⏎⏎⇥"), (b"\xe2\x98", "\\xe2\\x98"), (b"\x1b[2J", "\\x1b[2J"), ("é".encode(), "é")],
-)
-def test_visible(piece: bytes, shown: str):
-    assert visible(piece) == shown

@@ -1,12 +1,9 @@
 import json
 from collections.abc import Callable
-from typing import Any
 
 import grpc
 import pytest
 
-from service.cli.edit_options import describe
-from service.client import edits
 from service.pb.saeserve.v1 import edits_pb2, intervention_service_pb2
 from tests.service.client.fake_server import DICTIONARIES, Failure, FakeServer
 
@@ -163,21 +160,3 @@ def test_a_server_that_is_starting(call: Call, fake: FakeServer, monkeypatch: py
 
 def _with_id(*_: object, **__: object) -> intervention_service_pb2.GenerateRequest:
     return intervention_service_pb2.GenerateRequest(request_id="r")
-
-
-def test_describe():
-    assert describe([]) == "no edits"
-    place: dict[str, Any] = {"positions": "prompt", "where": (4, 0.5)}
-    given = [edits.add_to_feature("d", 1, -2, **place), edits.ablate_feature("d", 2, "mean", **place)]
-    assert describe(given) == "d:1 - 2, d:2 = its mean on prompt tokens where 4 > 0.5"
-    given[1] = edits.resample_feature(
-        "d", 2, "A text", positions=edits.AfterText("é", "each", 2), where="1 <= 0 or 2 > 1"
-    )
-    assert describe(given) == (
-        "d:1 - 2 on prompt tokens where 4 > 0.5, "
-        "d:2 as on 'A text' (last) on 2 tokens after each 'é' where 1 <= 0 or 2 > 1"
-    )
-    assert describe([edits.replace_by_reconstruction("d", positions="last")]) == (
-        "d's reconstruction on the prompt's last token"
-    )
-    assert describe([edits.clamp_feature("d", 1, minimum=0, positions=[3])]) == "d:1 in [0, ∞] on 3 tokens"

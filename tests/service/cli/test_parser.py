@@ -91,7 +91,7 @@ def test_the_error_names_the_flag(saeserve: Saeserve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "hint"),
+    ("command", "hint"),
     [
         (["publish", "a", "b", "--model-path", "m"], "--model-path: use --backbone"),
         (["train", "--model=m"], "--model: use --backbone"),
@@ -106,15 +106,15 @@ def test_the_error_names_the_flag(saeserve: Saeserve) -> None:
         (["train", "--d-sae", "512"], "--d-sae: use --n-latents"),
     ],
 )
-def test_flags_of_other_projects_lead_to_ours(saeserve: Saeserve, line: list[str], hint: str) -> None:
-    code, out, err = saeserve(*line)
+def test_flags_of_other_projects_lead_to_ours(saeserve: Saeserve, command: list[str], hint: str) -> None:
+    code, out, err = saeserve(*command)
     assert (code, out) == (2, "")
-    assert any(shown.startswith(hint) for shown in err.splitlines()), err
-    assert err.splitlines()[-1] == f"`saeserve {line[0]} --help` lists what there is."
+    assert any(line.startswith(hint) for line in err.splitlines()), err
+    assert err.splitlines()[-1] == f"`saeserve {command[0]} --help` lists all arguments."
 
 
 def test_a_flag_of_ours_gets_no_hint(saeserve: Saeserve) -> None:
     assert saeserve("train", "--context-length", "8", "--nonsense")[2].splitlines() == [
         "saeserve train: error: unrecognized arguments: --nonsense",
-        "`saeserve train --help` lists what there is.",
+        "`saeserve train --help` lists all arguments.",
     ]

@@ -32,7 +32,7 @@ def parser() -> CommandParser:
     return parser
 
 
-def given(*line: str) -> dict[str, Any]:
+def settings_of(*line: str) -> dict[str, Any]:
     return given_settings(parser().parse_args(line), Example)
 
 
@@ -53,28 +53,28 @@ def given(*line: str) -> dict[str, Any]:
     ],
 )
 def test_the_values_that_flags_give(line: list[str], expected: dict[str, Any]) -> None:
-    assert given(*line) == expected
+    assert settings_of(*line) == expected
 
 
 def test_the_settings_object_converts_them() -> None:
-    settings = read_settings(Example, flags=given("--sizes", "3", "4", "--limit", "2", "--inner.rate", "1"))
+    settings = read_settings(Example, flags=settings_of("--sizes", "3", "4", "--limit", "2", "--inner.rate", "1"))
     assert (settings.sizes, settings.limit, settings.inner.rate) == ((3, 4), 2.0, 1.0)
 
 
 def test_a_word_that_is_none_of_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        given("--kind", "three")
+        settings_of("--kind", "three")
     assert "argument --kind: invalid choice: 'three'" in capsys.readouterr().err
 
 
 def test_help_shows_forms_and_defaults() -> None:
     text = " ".join(parser().format_help().split())
-    for shown in (
-        "--data FILE [FILE ...] Files. --sizes N [N ...] Sizes. [(1, 2)]",
+    for line in (
+        "--data FILE [FILE ...] Files. --sizes N [N ...] Sizes. [1 2]",
         "--names TEXT [TEXT ...] Names. [all]",
         "--fast, --no-fast Hurry. [False]",
         "--limit N Limit. [1.0]",
         "--name TEXT A name. [empty]",
         "--inner.rate N Share, 50 % by default. [0.5]",
     ):
-        assert shown in text
+        assert line in text

@@ -13,11 +13,15 @@ import torch
 
 from service.cli.main import main
 from service.client import (
+    AblationStudy,
     AsyncClient,
+    Attributions,
     Client,
+    Contrast,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    Scores,
     ablate_feature,
     set_feature,
 )
@@ -115,6 +119,49 @@ async def test_errors_name_what_is_wrong(address: str):
         assert lacking.value.field_violations[0].field.startswith("edits[0]")
         with pytest.raises(InvalidArgument):
             await client.generate("a", [set_feature("mid", 1, 2.0), ablate_feature("mid", 1)]).result()
+
+
+async def test_both_clients_measure_the_same(address: str) -> None:
+    edits = [set_feature("mid", 3, 6.0), ablate_feature("wide", 5, "mean", positions="last")]
+    texts = ["Once upon a time", "x = 1 + 2"]
+
+    def with_the_blocking_client() -> tuple[Scores, AblationStudy, Attributions, Contrast]:
+        with Client(address) as client:
+            return (
+                client.score(texts, edits, logit_tokens=["e", 9], tokens=True),
+                client.ablate_features(texts, 3, ["mid", "wide"], ablations=["mean"], single_tokens=1),
+                client.attribute_features(texts[0], target="e", foil=9, count=4, tokens=True),
+                client.contrast_features(texts, ["ab", "cd"], "mid", suggest=1, validate=True),
+            )
+
+    scores, study, attributions, contrast = await asyncio.to_thread(with_the_blocking_client)
+    async with AsyncClient(address) as client:
+        scores_again = await client.score(texts, edits, logit_tokens=["e", 9], tokens=True)
+        study_again = await client.ablate_features(texts, 3, ["mid", "wide"], ablations=["mean"], single_tokens=1)
+        attributions_again = await client.attribute_features(texts[0], target="e", foil=9, count=4, tokens=True)
+        contrast_again = await client.contrast_features(texts, ["ab", "cd"], "mid", suggest=1, validate=True)
+        strongest = [effect.feature for effect in study.effects]
+        study_of_names = await client.ablate_features(texts, strongest, ablations=["mean"], single_tokens=1)
+        with pytest.raises(NotFound) as raised:
+            await client.ablate_features(texts, [("mid", 96)])
+    assert raised.value.resources == ("mid:96",)
+    assert len(scores) == 2
+    assert scores[0].unedited.token_logits.shape == (16, 2)
+    assert scores[0].tokens is not None
+    assert b"".join(scores[0].tokens.pieces) == b"Once upon a time"
+    edited_again, kl = scores_again[0].edited, scores[0].kl
+    assert edited_again is not None
+    assert kl is not None
+    np.testing.assert_allclose(scores[0].delta_loss, edited_again.loss - scores_again[0].unedited.loss, atol=1e-6)
+    assert np.abs(edited_again.loss - scores_again[0].unedited.loss).max() > 0
+    assert (kl >= 0).all()
+    assert {effect.ablation for effect in study.effects} == {"mean"}
+    assert study.effects == study_again.effects == study_of_names.effects
+    assert attributions.attributions == attributions_again.attributions
+    assert attributions.tokens is not None
+    assert (len(attributions.attributions), len(attributions.tokens), attributions.position) == (4, 16, 15)
+    assert contrast.features == contrast_again.features
+    assert contrast.suggestion == contrast_again.suggestion == max(contrast.trials, key=lambda t: t.shift).edits
 
 
 async def test_command_line(address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

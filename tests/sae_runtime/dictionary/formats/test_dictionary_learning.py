@@ -42,10 +42,10 @@ def test_what_a_folder_says_beyond_its_weights(tmp_path: Path) -> None:
         ({"submodule_name": "resid_post_layer_1"}, {"io": "in"}),
     ):
         config = {"trainer": {"dict_class": "AutoEncoderTopK"} | trainer, "buffer": buffer}
-        other = load_dictionary(changed("dl_topk", tmp_path / str(len(buffer)), config=config))
-        assert other.site is None
-        assert other.origin is not None
-        assert other.origin.hook == trainer["submodule_name"]
+        dictionary_elsewhere = load_dictionary(changed("dl_topk", tmp_path / str(len(buffer)), config=config))
+        assert dictionary_elsewhere.site is None
+        assert dictionary_elsewhere.origin is not None
+        assert dictionary_elsewhere.origin.hook == trainer["submodule_name"]
 
 
 @pytest.mark.parametrize("case", CASES)

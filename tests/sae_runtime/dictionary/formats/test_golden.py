@@ -36,18 +36,18 @@ def assert_as_expected(name: str, dictionary: Dictionary, *, factor: float = 1) 
     keep = torch.ones(len(expected["x"]), dtype=torch.bool)
     keep[case["non_finite_rows"]] = False
     features = dictionary.encode(expected["x"])
-    found = {"acts": features.to_dense(), "recon": dictionary.decode(features)}
+    actual = {"acts": features.to_dense(), "recon": dictionary.decode(features)}
 
     def check(tensor: str, values: Tensor) -> None:
         tolerance = {key: factor * value for key, value in case["tolerance"][tensor].items()}
         torch.testing.assert_close(values[keep], expected[tensor][keep], **tolerance, msg=lambda m: f"{tensor}: {m}")
 
-    for tensor, values in found.items():
+    for tensor, values in actual.items():
         check(tensor, values)
     check("acts", dictionary.encode_dense(expected["x"]))
-    some = torch.tensor([95, 0, 7, 8, 41])
+    latents = torch.tensor([95, 0, 7, 8, 41])
     torch.testing.assert_close(
-        dictionary.encode_features(expected["x"], some), found["acts"][:, some], rtol=1e-5, atol=1e-4
+        dictionary.encode_features(expected["x"], latents), actual["acts"][:, latents], rtol=1e-5, atol=1e-4
     )
 
 
@@ -80,11 +80,11 @@ def test_published_form_keeps_the_numbers(name: str, tmp_path: Path) -> None:
     )
     loaded = load_dictionary(tmp_path / "d")
     assert (loaded.statistics is None) == (statistics is None)
-    own = {"manifest", "origin", "statistics"}
+    outside_weights = {"manifest", "origin", "statistics"}
     for field, value in vars(placed).items():
         if isinstance(value, Tensor):
             assert torch.equal(getattr(loaded, field), value), field
-        elif field not in own:
+        elif field not in outside_weights:
             assert getattr(loaded, field) == value, field
     assert_as_expected(name, loaded)
 

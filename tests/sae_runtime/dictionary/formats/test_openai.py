@@ -152,15 +152,15 @@ def test_code_in_a_file_is_refused_and_not_run(zipped: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normalization": "none"}, "cannot say topk with normalization none; it has"),
-        ({"normalization": "constant_norm"}, "cannot say topk with normalization constant_norm"),
-        ({"activation": "relu", "k": None}, "cannot say relu with normalization layer_norm"),
-        ({"activation": "groupmax", "postact": "relu"}, "cannot say the activation groupmax"),
+        ({"normalization": "none"}, "cannot express topk with normalization none; it has"),
+        ({"normalization": "constant_norm"}, "cannot express topk with normalization constant_norm"),
+        ({"activation": "relu", "k": None}, "cannot express relu with normalization layer_norm"),
+        ({"activation": "groupmax", "postact": "relu"}, "cannot express the activation groupmax"),
         (
             {"activation": "jumprelu", "k": None, "threshold": torch.zeros(96), "normalization": "none"},
-            "cannot say the activation jumprelu",
+            "cannot express the activation jumprelu",
         ),
-        ({"skip": torch.zeros(16, 16), "transcoder": True}, "cannot say a skip connection and a transcoder"),
+        ({"skip": torch.zeros(16, 16), "transcoder": True}, "cannot express a skip connection and a transcoder"),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -225,8 +225,8 @@ def test_statistics_are_optional_and_always_verified(tmp_path: Path) -> None:
     [("jumprelu", "threshold"), ("gated", "magnitude_scale"), ("gated", "magnitude_bias")],
 )
 def test_every_architecture_needs_its_tensors(architecture: Any, missing: str, tmp_path: Path) -> None:
-    own = {"jumprelu": ["threshold"], "gated": ["magnitude_scale", "magnitude_bias"]}[architecture]
-    tensors = dict.fromkeys(own, torch.rand(N_LATENTS))
+    tensor_names = {"jumprelu": ["threshold"], "gated": ["magnitude_scale", "magnitude_bias"]}[architecture]
+    tensors = dict.fromkeys(tensor_names, torch.rand(N_LATENTS))
     folder = publish(tmp_path / "d", make_dictionary(activation=architecture, k=None, **tensors))
     weights = load_file(folder / "weights.safetensors")
     del weights[missing]

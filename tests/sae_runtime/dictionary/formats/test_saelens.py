@@ -141,13 +141,13 @@ def assert_same(copy: Dictionary, dictionary: Dictionary, x: Tensor) -> None:
     torch.testing.assert_close(copy.decode(encoded), dictionary.decode(expected), rtol=1e-5, atol=1e-3)
 
 
-# Everything that another file format holds, too: what SAELens cannot say is tested below.
+# Everything that another file format holds, too: what SAELens cannot express is tested below.
 SAYABLE = [
     path.name
     for path in sorted(GOLDEN.iterdir())
     if path.is_dir()
     and path.name.partition("_")[0] in ("openai", "saelens", "dl", "sparsify")
-    and not any(part in path.name for part in ("skip", "transcode", "groupmax", "identity"))
+    and not any(kind in path.name for kind in ("skip", "transcode", "groupmax", "identity"))
 ]
 
 
@@ -193,10 +193,10 @@ def test_firing_rates_are_written_as_sparsity(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("sparsify_groupmax", "cannot say groupmax"),
-        ("openai_topk_ln_identity/autoencoder.pt", "cannot say a top-k without ReLU"),
-        ("sparsify_sae_skip", "cannot say a skip connection"),
-        ("sparsify_transcode_skip", "cannot say a skip connection and a transcoder"),
+        ("sparsify_groupmax", "cannot express groupmax"),
+        ("openai_topk_ln_identity/autoencoder.pt", "cannot express a top-k without ReLU"),
+        ("sparsify_sae_skip", "cannot express a skip connection"),
+        ("sparsify_transcode_skip", "cannot express a skip connection and a transcoder"),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(case: str, message: str, tmp_path: Path) -> None:

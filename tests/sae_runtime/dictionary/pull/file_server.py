@@ -68,8 +68,8 @@ class FileServer:
         return [range_ for asked, range_ in self.requests if asked == path]
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
-        path, wanted = request.path, request.headers.get("Range")
-        self.requests.append((path, wanted))
+        path, byte_range = request.path, request.headers.get("Range")
+        self.requests.append((path, byte_range))
         served = self.files.get(path)
         if served is None:
             self._send(request, 404, {}, b"")
@@ -84,7 +84,7 @@ class FileServer:
         content, status, headers = served.content, 200, dict(served.headers)
         if fault[0] == "damage":
             content = content[:-1] + bytes([content[-1] ^ 1])
-        match = re.fullmatch(r"bytes=(\d+)-", wanted or "")
+        match = re.fullmatch(r"bytes=(\d+)-", byte_range or "")
         same = request.headers.get("If-Range") in (None, served.headers.get("ETag"))
         if match and same and fault[0] != "ignore range" and served.ranges:
             start = int(match[1])
@@ -164,7 +164,9 @@ def put_hub_repository(
     folders = {""} | {path.rpartition("/")[0] for path in files}
     for folder in folders:
         inside = [entry(path, content) for path, content in files.items() if path.rpartition("/")[0] == folder]
-        inside += [{"type": "directory", "path": other, "size": 0, "oid": "0"} for other in folders - {"", folder}]
+        inside += [
+            {"type": "directory", "path": sub_folder, "size": 0, "oid": "0"} for sub_folder in folders - {"", folder}
+        ]
         server.put(f"{base}/tree/{commit}/{folder}".rstrip("/"), json.dumps(inside).encode())
     server.put(f"{base}/tree/{commit}?recursive=true", json.dumps([entry(*item) for item in files.items()]).encode())
     for path, content in files.items():

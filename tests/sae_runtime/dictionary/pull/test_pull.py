@@ -12,7 +12,6 @@ import torch
 
 from sae_runtime import Backbone, load_dictionary
 from sae_runtime.dictionary.pull.download import DownloadSettings, PullError
-from sae_runtime.dictionary.pull.names import HubName, OpenAIName, parse_name
 from sae_runtime.dictionary.pull.pull import PullSettings, pull
 from sae_runtime.errors import DictionaryFormatError
 from tests import golden
@@ -55,12 +54,12 @@ def golden_files(case: str, folder: str) -> dict[str, bytes]:
 
 
 def assert_same_weights(folder: Path, golden: Path) -> None:
-    found, expected = load_dictionary(folder), load_dictionary(golden)
+    actual, expected = load_dictionary(folder), load_dictionary(golden)
     for name in ("encoder", "decoder", "pre_bias", "latent_bias", "threshold"):
-        a, b = getattr(found, name), getattr(expected, name)
+        a, b = getattr(actual, name), getattr(expected, name)
         assert (a is None and b is None) or torch.equal(a, b), name
     x = torch.randn(5, expected.d_in, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found.encode_dense(x), expected.encode_dense(x))
+    assert torch.equal(actual.encode_dense(x), expected.encode_dense(x))
 
 
 def test_openai_s_dictionaries(server: FileServer, settings: PullSettings, backbone: str, tmp_path: Path) -> None:
@@ -114,12 +113,12 @@ def test_an_interrupted_pull_fetches_only_what_is_missing(
     put_hub_repository(server, "some/saes", files)
     weights = "/storage/some/saes/sae/sae_weights.safetensors"
     server.files[weights].faults = [("cut", 2000), ("status", 404)]
-    wanted = replace(settings, site="8.resid_pre")
+    with_site = replace(settings, site="8.resid_pre")
     with pytest.raises(PullError, match="is not there"):
-        pull("some/saes/sae", tmp_path / "out", wanted)
+        pull("some/saes/sae", tmp_path / "out", with_site)
     assert not (tmp_path / "out").exists()
     asked = len(server.ranges_of("/storage/some/saes/sae/cfg.json"))
-    pull("some/saes/sae", tmp_path / "out", wanted)
+    pull("some/saes/sae", tmp_path / "out", with_site)
     assert len(server.ranges_of("/storage/some/saes/sae/cfg.json")) == asked == 1
     assert server.ranges_of(weights)[-1] == "bytes=2000-"
     assert_same_weights(tmp_path / "out", GOLDEN / "saelens_jumprelu_none_sub")
@@ -155,7 +154,7 @@ def test_folders_are_named_where_a_repository_has_several(
     files = golden_files("sparsify_topk", "h.3.mlp") | golden_files("sparsify_topk", "h.8.mlp")
     put_hub_repository(server, "some/saes", files)
     with pytest.raises(
-        PullError, match=r"some/saes is no dictionary itself; folders .* with one: h\.3\.mlp, h\.8\.mlp"
+        PullError, match=r"some/saes is not a dictionary itself; folders .* that hold one: h\.3\.mlp, h\.8\.mlp"
     ):
         pull("some/saes", tmp_path / "out", settings)
     put_hub_repository(server, "some/text", {"README.md": b"nothing"})
@@ -192,29 +191,6 @@ def test_nothing_of_a_file_is_run(server: FileServer, settings: PullSettings, tm
     with pytest.raises(DictionaryFormatError):
         pull(OPENAI, tmp_path / "out", settings)
     assert not (tmp_path / "ran").exists()
-
-
-def test_names() -> None:
-    assert parse_name(OPENAI) == OpenAIName("resid_post_mlp_v5_32k", 8)
-    for location, site in (("mlp_post_act", "3.mlp_post_act"), ("resid_delta_mlp_v4", "3.resid_delta_mlp")):
-        name = parse_name(f"openai/gpt2-small/{location}/3")
-        assert isinstance(name, OpenAIName)
-        assert name.site == site
-    assert parse_name("a/b") == HubName("a/b", "main", "")
-    assert parse_name("a/b@v2/c/d.e/") == HubName("a/b", "v2", "c/d.e")
-    for wrong, message in (
-        (
-            "openai/gpt2-small/resid_post_mlp/8",
-            "OpenAI published mlp_post_act, mlp_post_act_v4, .*not 'resid_post_mlp'",
-        ),
-        ("openai/gpt2-small/mlp_post_act/12", "layer is '12', expected 0 to 11"),
-        ("just-a-name", "is no name of a dictionary"),
-        ("a/../etc", "is no name of a dictionary"),
-        ("a/b/../../c", "is no name of a dictionary"),
-        ("a/b@", "is no name of a dictionary"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            parse_name(wrong)
 
 
 def test_a_manifest_s_files_are_json(server: FileServer, settings: PullSettings, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ pipe, every row is one line.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,18 +14,19 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
+from service.cli.view.output import has_width
+
 _LEAST_OF_TEXT = 8
 """Cells that a column of text keeps, when it is cut or folded to fit."""
 
 
 def data_table(names: str | Column, *columns: str | Column, title: str | None = None) -> Table:
     """A table with a header. The first column names the rows; plain ones hold figures, and are aligned right."""
-    first = Column(names, style="cyan") if isinstance(names, str) else names
-    others = [Column(column, justify="right") if isinstance(column, str) else column for column in columns]
-    first.no_wrap = True
+    first = Column(names, style="cyan", no_wrap=True) if isinstance(names, str) else names
+    figures = [Column(column, justify="right") if isinstance(column, str) else column for column in columns]
     return Table(
         first,
-        *others,
+        *figures,
         title=title,
         title_justify="left",
         box=None,
@@ -55,7 +55,7 @@ def print_table(console: Console, table: Table) -> None:
     limits = [_limits(console, whole, column, table.show_header) for column in table.columns]
     gaps = 2 * (len(limits) - 1)
     widths = [limit.maximum for limit in limits]
-    if console.is_terminal or "COLUMNS" in os.environ:
+    if has_width(console):
         least = [limit.minimum for limit in limits]
         if sum(least) + gaps > console.width:
             table.collapse_padding = True  # one space between columns
@@ -64,11 +64,17 @@ def print_table(console: Console, table: Table) -> None:
     for column, width in zip(table.columns, widths, strict=True):
         column.width = width
     screen, console.width = console.width, max(console.width, sum(widths) + gaps)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+    else:  # without the spaces that fill every line to the width of the longest
+        with console.capture() as capture:
+            console.print(table)
+        console.out("\n".join(line.rstrip(" ") for line in capture.get().split("\n")), end="", highlight=False)
     console.width = screen
 
 
 def _limits(console: Console, options: ConsoleOptions, column: Column, has_header: bool) -> Measurement:
+    """The narrowest and the widest that a column can be."""
     cells = [Measurement.get(console, options, cell) for cell in column.cells]
     header = Measurement.get(console, options, column.header) if has_header else Measurement(0, 0)
     widest = max((cell.maximum for cell in cells), default=0)
@@ -83,7 +89,7 @@ def _limits(console: Console, options: ConsoleOptions, column: Column, has_heade
 
 
 def _shrink(widths: list[int], least: Sequence[int], available: int) -> None:
-    """Takes cells from the widest column that has some to give, until the columns fit or none has."""
+    """Takes cells from the widest column that can be narrower, until the columns fit or none can."""
     while sum(widths) > available:
         width, i = max(((width, i) for i, width in enumerate(widths) if width > least[i]), default=(0, -1))
         if i < 0:

@@ -1,4 +1,4 @@
-"""How features on a text look at a terminal: the text shaded by activation, and tables with bars."""
+"""The features of a text: the text shaded by activation, and tables with bars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.style import Style
 from rich.table import Column
 from rich.text import Text
 
-from service.cli.tables import Entries, data_table, print_table, token_column
+from service.cli.view.tables import Entries, data_table, print_table, token_column
 from service.client import DictionaryFeatures, InputFeatures, SparseRows, Tokens
 
 _BAR_CELLS = 10
@@ -27,8 +27,8 @@ def show_tokens(console: Console, entry: InputFeatures, features: DictionaryFeat
     largest = float(strongest.max(initial=0.0))
     number, feature = Column("#", justify="right", style="dim"), Column("feature", justify="right", style="cyan")
     error = () if features.reconstruction_error is None else ("error",)
-    activation, others = Column("activation", no_wrap=True), Column("others", style="dim")
-    table = data_table(number, token_column(), feature, activation, *error, others)
+    activation, weaker = Column("activation", no_wrap=True), Column("others", style="dim")
+    table = data_table(number, token_column(), feature, activation, *error, weaker)
     for i, (indices, values) in enumerate(rows):
         cells: list[RenderableType] = [str(i), visible(entry.tokens.pieces[i])]
         cells += [str(indices[0]), _bar(float(values[0]), largest)] if len(values) else ["-", ""]
@@ -54,9 +54,9 @@ def show_aggregate(console: Console, features: SparseRows) -> None:
 
 
 def shaded(tokens: Tokens, activations: Sequence[float] | np.ndarray) -> Text:
-    """The text with a background that grows stronger with each token's activation.
+    """The text with a background that is stronger where a token's activation is larger.
 
-    Tokens that share a character (cut inside its UTF-8 bytes) are drawn as one, with the largest of their activations.
+    Tokens that share a character, cut inside its UTF-8 bytes, are drawn as one, with the largest of their activations.
     """
     largest = max(*activations, 1e-9, 0.0) if len(activations) else 1.0
     text = Text()
@@ -72,7 +72,7 @@ def shaded(tokens: Tokens, activations: Sequence[float] | np.ndarray) -> Text:
 
 
 def visible(piece: bytes) -> str:
-    """One token with its white space visible and bytes that are no character escaped."""
+    """A token with its white space made visible, and bytes that are no character escaped."""
     text = piece.decode("utf-8", errors="backslashreplace")
     for space, sign in ((" ", "·"), ("\n", "⏎"), ("\t", "⇥"), ("\r", "␍")):
         text = text.replace(space, sign)
@@ -98,6 +98,6 @@ def _shade(strength: float) -> Style:
 
 def _bar(value: float, largest: float) -> Text:
     eighths = round(8 * _BAR_CELLS * value / largest) if largest > 0 else 0
-    full, rest = divmod(max(eighths, 1), 8)
-    bar = "█" * full + (_EIGHTHS[rest] if rest else "")
+    full_cells, eighths_left = divmod(max(eighths, 1), 8)
+    bar = "█" * full_cells + (_EIGHTHS[eighths_left] if eighths_left else "")
     return Text.assemble((f"{bar:<{_BAR_CELLS}}", "dark_orange"), f" {value:.2f}")

@@ -1,4 +1,4 @@
-"""Pictures of measured effects, as PNG. Needs matplotlib."""
+"""Plots of measured effects, as PNG. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_runtime.evaluation.plots import MissingPlotLibrary
-from service.client import AblationStudy, Attributions, Contrast, Scores
+from service.client import AblationStudy, Attributions, Contrast, FeatureEffect, Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def write_png(path: Path, draw: Callable[[Figure], None]) -> None:
 
 
 def draw_scores(figure: Figure, scores: Scores, pieces: Sequence[str]) -> None:
-    """Of the first text: the loss of each token without and with edits, and below it KL; others as means."""
+    """The first text: above, the loss of each token without and with edits; below, the KL of each prediction."""
     first = scores[0]
     edited = first.edited
     rows = figure.subplots(2 if edited is not None else 1, 1, sharex=True, squeeze=False)[:, 0]
@@ -61,7 +61,7 @@ def draw_scores(figure: Figure, scores: Scores, pieces: Sequence[str]) -> None:
 
 
 def draw_ablation(figure: Figure, study: AblationStudy) -> None:
-    """Change of the loss of each feature with its interval, and where it was asked for, KL by distance."""
+    """The change of the loss by feature with its interval; beside it, if it was measured, KL by distance."""
     effects = study.effects[:_MOST_BARS]
     with_distance = [effect for effect in study.effects if effect.by_distance][:_MOST_CURVES]
     axes = figure.subplots(1, 2 if with_distance else 1, squeeze=False)[0]
@@ -75,28 +75,32 @@ def draw_ablation(figure: Figure, study: AblationStudy) -> None:
     axes[0].set_xlabel(f"change of the loss, nats a token, over {study.n_texts} texts (95 % interval)")
     if with_distance:
         for effect in with_distance:
-            places = [max(each.first, 0.5) for each in effect.by_distance]
-            axes[1].plot(places, [each.figures.kl for each in effect.by_distance], marker=".",
+            axes[1].plot(_log_distances(effect), [distance.figures.kl for distance in effect.by_distance], marker=".",
                          label=_label(effect.feature, effect.ablation))  # fmt: skip
         axes[1].set_xscale("log", base=2)
-        ticks = [max(each.first, 0.5) for each in max((e.by_distance for e in with_distance), key=len)]
+        ticks = max((_log_distances(effect) for effect in with_distance), key=len)
         axes[1].set_xticks(ticks, [str(int(tick)) if tick >= 1 else "0" for tick in ticks])
-        axes[1].set_xlabel("tokens behind the changed one")
+        axes[1].set_xlabel("tokens after the ablated one")
         axes[1].set_ylabel("KL, nats")
         axes[1].legend(fontsize=7)
 
 
-def draw_attributions(figure: Figure, found: Attributions) -> None:
-    """Attribution against exact effect, a point a pair; and the largest as bars."""
+def _log_distances(effect: FeatureEffect) -> list[float]:
+    """The start of each bucket of distances, with 0 at 0.5, which a logarithmic axis can show."""
+    return [max(distance.first, 0.5) for distance in effect.by_distance]
+
+
+def draw_attributions(figure: Figure, result: Attributions) -> None:
+    """Left: attribution and exact effect of the largest pairs. Right: one against the other, a point per pair."""
     left, right = figure.subplots(1, 2)
-    estimate = np.array([each.attribution for each in found.attributions])
-    effect = np.array([each.effect for each in found.attributions])
-    shown = found.attributions[:_MOST_BARS]
-    y = np.arange(len(shown))[::-1]
-    left.barh(y + 0.2, estimate[: len(shown)], 0.4, color=_BLUE, label="activation x gradient")
-    left.barh(y - 0.2, effect[: len(shown)], 0.4, color=_ORANGE, label="exact ablation")
+    estimate = np.array([pair.attribution for pair in result.attributions])
+    effect = np.array([pair.effect for pair in result.attributions])
+    largest = result.attributions[:_MOST_BARS]
+    y = np.arange(len(largest))[::-1]
+    left.barh(y + 0.2, estimate[: len(largest)], 0.4, color=_BLUE, label="activation x gradient")
+    left.barh(y - 0.2, effect[: len(largest)], 0.4, color=_ORANGE, label="exact ablation")
     left.axvline(0, color="black", linewidth=0.6)
-    left.set_yticks(y, [f"{_label(each.feature)} @{each.position}" for each in shown], fontsize=7)
+    left.set_yticks(y, [f"{_label(pair.feature)} @{pair.position}" for pair in largest], fontsize=7)
     left.set_xlabel("logit")
     left.legend(fontsize=7)
     right.scatter(estimate, effect, s=14, color=_BLUE)
@@ -104,22 +108,23 @@ def draw_attributions(figure: Figure, found: Attributions) -> None:
     right.plot(ends, ends, color=_GREY, linewidth=0.8)
     right.set_xlabel("activation x gradient")
     right.set_ylabel("exact ablation")
-    if found.pearson is not None and found.spearman is not None:
-        right.set_title(f"Pearson {found.pearson:.2f}, Spearman {found.spearman:.2f}", fontsize=9)
+    if result.pearson is not None and result.spearman is not None:
+        right.set_title(f"Pearson {result.pearson:.2f}, Spearman {result.spearman:.2f}", fontsize=9)
 
 
 def draw_contrast(figure: Figure, contrast: Contrast) -> None:
-    """AUC of each feature."""
+    """The AUC of each feature, with its q-value."""
     axes = figure.subplots()
-    shown = contrast.features[:_MOST_BARS]
-    y = np.arange(len(shown))[::-1]
-    auc = np.array([each.auc for each in shown])
+    clearest = contrast.features[:_MOST_BARS]
+    y = np.arange(len(clearest))[::-1]
+    auc = np.array([feature.auc for feature in clearest])
     colors = [_ORANGE if value >= 0.5 else _BLUE for value in auc]
     axes.barh(y, auc - 0.5, left=0.5, color=colors)
-    axes.set_yticks(y, [_label(each.feature) for each in shown], fontsize=7)
-    for place, each in zip(y, shown, strict=True):
-        axes.text(0.5, place, f" q {each.q_value:.1e} " if each.q_value < 0.01 else f" q {each.q_value:.2f} ",
-                  ha="right" if each.auc >= 0.5 else "left", va="center", fontsize=6)  # fmt: skip
+    axes.set_yticks(y, [_label(feature.feature) for feature in clearest], fontsize=7)
+    for height, feature in zip(y, clearest, strict=True):
+        q_value = f"{feature.q_value:.1e}" if feature.q_value < 0.01 else f"{feature.q_value:.2f}"
+        side = "right" if feature.auc >= 0.5 else "left"
+        axes.text(0.5, height, f" q {q_value} ", ha=side, va="center", fontsize=6)
     axes.set_xlim(0, 1)
     axes.axvline(0.5, color="black", linewidth=0.6)
     axes.set_xlabel("AUC: 1 is always stronger in the first set, 0 in the second")

@@ -1,4 +1,4 @@
-"""How long jobs show their progress: a bar for each stage; on something that is no terminal, a line now and then."""
+"""The progress of a long job: a bar for each stage on a terminal, a line every 10 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOG_INTERVAL_S = 10.0
 
 
 class ProgressDisplay:
-    """Shows the stages of one job, one below the other."""
+    """Shows the stages of one job below each other."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -39,7 +39,7 @@ class ProgressDisplay:
         self._bars.stop()
 
     def show(self, event: progress.Progress) -> None:
-        """Shows a moment of the job; figures of training stay until there are new ones."""
+        """Shows an event of the job. Figures of training stay until new ones come."""
         if event.stage != self._stage:
             if self._task is not None:
                 self._bars.update(self._task, completed=self._bars.tasks[self._task].total)
@@ -48,19 +48,19 @@ class ProgressDisplay:
         if event.figures or event.stage != "train":
             self._figures = _figures(event)
         assert self._task is not None
-        shown = self._figures or f"{event.done:,} {event.unit}"
-        self._bars.update(self._task, completed=event.done, total=event.total, figures=shown)
+        figures = self._figures or f"{event.done:,} {event.unit}"
+        self._bars.update(self._task, completed=event.done, total=event.total, figures=figures)
         done = event.done >= event.total
         if not self._console.is_terminal and (done or time.monotonic() - self._line_at > _LOG_INTERVAL_S):
             self._line_at = time.monotonic()
-            share = f"{event.stage} {event.done:,} of {event.total:,} {event.unit}"
-            self._console.print(f"{share}  {self._figures}".rstrip(), soft_wrap=True)
+            done_of_total = f"{event.stage} {event.done:,} of {event.total:,} {event.unit}"
+            self._console.print(f"{done_of_total}  {self._figures}".rstrip(), soft_wrap=True)
 
 
 def _figures(event: progress.Progress) -> str:
-    fast = event.per_second and event.unit == "tokens"
-    parts = [f"{event.per_second:,.0f} tokens/s"] if fast else []
+    has_speed = event.per_second and event.unit == "tokens"
+    figures = [f"{event.per_second:,.0f} tokens/s"] if has_speed else []
     if "nmse" in event.figures:
         nmse, l0, dead = (event.figures[name] for name in ("nmse", "l0", "dead_fraction"))
-        parts += [f"NMSE {nmse:.4f}", f"L0 {l0:.1f}", f"dead {100 * dead:.1f} %"]
-    return "  ".join(parts)
+        figures += [f"NMSE {nmse:.4f}", f"L0 {l0:.1f}", f"dead {100 * dead:.1f} %"]
+    return "  ".join(figures)

@@ -1,4 +1,4 @@
-"""How generated text looks at a terminal: streams as they arrive, and a table of their tokens."""
+"""Generated text: streams as they arrive, and a table of their tokens."""
 
 from __future__ import annotations
 
@@ -6,59 +6,61 @@ import math
 from collections.abc import Iterable, Sequence
 
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from service.cli.tables import Entries, data_table, print_table, token_column
-from service.cli.token_view import visible
+from service.cli.view.output import open_console
+from service.cli.view.tables import Entries, data_table, print_table, token_column
+from service.cli.view.tokens import visible
 from service.client import GeneratedChunk, GenerationResult, TopTokens
 
 _Key = tuple[bool, int]
-"""Of a sequence: whether it is the edited one, and its sample; unedited ones come first."""
+"""A sequence: whether it is edited, and its sample. In this order, unedited ones come first."""
 
 
 class GenerationView:
-    """Prints the text on standard output as it arrives; what is said about it goes to standard error.
+    """Prints text on standard output as it arrives, and its titles and figures on standard error.
 
-    Several sequences stand side by side on a terminal; elsewhere each is printed once the one before has ended.
+    On a terminal, several sequences stand side by side. Elsewhere they are printed one after the other at the end.
     """
 
-    def __init__(self, prompt: str, edits: str, *, several: bool) -> None:
-        """`edits` describes them; `several` sequences are generated, or one."""
+    def __init__(self, prompt: str, edits: str, *, samples: int, compare: bool) -> None:
+        """`edits` describes the edits. There are `samples` sequences, and with `compare` as many without edits."""
         self._prompt = prompt
         self._edits = edits
-        self._several = several
-        self._out = Console(highlight=False, markup=False)
-        self._about = Console(stderr=True, highlight=False, markup=False)
+        self._samples = samples
+        self._is_single = samples == 1 and not compare
+        self._out = open_console()
+        self._about = open_console(stderr=True)
         self._texts: dict[_Key, str] = {}
         self._printed: _Key | None = None
         self._live: Live | None = None
 
     def add(self, chunk: GeneratedChunk) -> None:
-        """Takes the next chunk of some sequence."""
+        """Adds the next chunk of any of the sequences."""
         key = (not chunk.unedited, chunk.sample)
         self._texts[key] = self._texts.get(key, "") + chunk.text
-        if not self._several:
-            self._print_first(key, chunk.text)
+        if self._is_single:
+            self._print_chunk(key, chunk.text)
         elif self._out.is_terminal:
             if self._live is None:
                 self._live = Live(console=self._out, refresh_per_second=12)
                 self._live.start()
             self._live.update(self._panels())
 
-    def _print_first(self, key: _Key, text: str) -> None:
-        """The only sequence, token by token."""
+    def _print_chunk(self, key: _Key, text: str) -> None:
+        """Prints the only sequence, token by token."""
         if self._printed is None:
-            self._head(key)
+            self._print_head(key)
             self._printed = key
         self._out.print(Text(text), end="", soft_wrap=True)
         self._out.file.flush()
 
     def finish(self, results: Sequence[GenerationResult], seconds: float) -> None:
-        """Prints what is left to say once all have ended."""
+        """Prints what is left once all sequences have ended: texts not yet printed, figures, tables of tokens."""
         ordered = sorted(results, key=lambda result: (not result.unedited, result.sample))
         if self._live is not None:
             self._live.update(self._panels())
@@ -66,20 +68,20 @@ class GenerationView:
         for result in ordered:
             key = (not result.unedited, result.sample)
             if self._live is not None:
-                self._say(result, self._title(key), seconds)
+                self._print_figures(result, self._title(key), seconds)
                 continue
             if key != self._printed:
-                self._head(key)
+                self._print_head(key)
                 self._out.print(Text(result.text), end="", soft_wrap=True)
             self._out.print()
-            self._say(result, "", seconds)
+            self._print_figures(result, "", seconds)
         for result in ordered:
             if result.top or result.features:
                 if len(ordered) > 1:
                     self._out.print(Text(self._title((not result.unedited, result.sample)), style="bold cyan"))
                 print_table(self._out, token_table(result))
 
-    def _head(self, key: _Key) -> None:
+    def _print_head(self, key: _Key) -> None:
         title = self._title(key)
         if title:
             self._about.print(Text(title, style="bold cyan"))
@@ -87,29 +89,30 @@ class GenerationView:
 
     def _title(self, key: _Key) -> str:
         edited, sample = key
-        title = self._edits if edited else "without edits"
-        return f"{title}{', ' if title else ''}sample {sample}" if sample else title
+        edits = self._edits if edited else "without edits"
+        number = f"sample {sample}" if self._samples > 1 else ""
+        return ", ".join(filter(None, (edits, number)))
 
     def _panels(self) -> RenderableType:
         panels = [
             Panel(
                 Group(Text.assemble((self._prompt, "dim"), text)),
-                title=Text(self._title(key) or "sample 0", style="bold cyan"),
+                title=Text(self._title(key), style="bold cyan"),
                 width=max(30, self._out.width // 2 - 1) if len(self._texts) > 1 else None,
             )
             for key, text in sorted(self._texts.items())
         ]
         return Columns(panels)
 
-    def _say(self, result: GenerationResult, title: str, seconds: float) -> None:
+    def _print_figures(self, result: GenerationResult, title: str, seconds: float) -> None:
         rate = f"{result.generated_tokens / seconds:.0f} tokens/s"
         cut = f", {result.truncated_tokens:,} tokens of the prompt cut off" if result.truncated_tokens else ""
-        about = f"{result.generated_tokens} tokens, {_reason(result)}, seed {result.seed}, {rate}{cut}"
-        self._about.print(Text(f"{title}: {about}" if title else f"{about}\n", style="dim"))
+        figures = f"{result.generated_tokens} tokens, {_reason(result)}, seed {result.seed}, {rate}{cut}"
+        self._about.print(Text(f"{title}: {figures}" if title else f"{figures}\n", style="dim"))
 
 
 def token_table(result: GenerationResult) -> Table:
-    """One row a token: its probability, the likeliest ones at its place, and the features that fired on it."""
+    """A row per token: its probability, the likeliest tokens at its position, and the features that fired on it."""
     dictionaries = list(result.features[0].dictionaries) if result.features else []
     number = Column("#", justify="right", style="dim")
     likeliest = [Column("likeliest")] if result.top else []
@@ -132,7 +135,7 @@ def token_table(result: GenerationResult) -> Table:
 def _features_by_position(
     result: GenerationResult, dictionaries: Iterable[str]
 ) -> tuple[dict[int, bytes], dict[int, list[Entries]]]:
-    """The tokens' bytes, where they are known, and the text of the features of each dictionary, by position."""
+    """By position: the bytes of the token if they are known, and a cell of features for each dictionary."""
     pieces: dict[int, bytes] = {}
     cells: dict[int, list[Entries]] = {}
     for features in result.features:
@@ -160,5 +163,6 @@ def _likeliest(top: TopTokens) -> Entries:
 
 
 def _reason(result: GenerationResult) -> str:
+    """Why the sequence ended, in words; a reason that is unknown here as it is."""
     reasons = {"length": "length reached", "stop": f"met {result.stop!r}", "end_of_text": "end of text"}
     return reasons.get(result.finish_reason, result.finish_reason)

@@ -1,4 +1,4 @@
-"""`saeserve dictionaries` and `saeserve info`."""
+"""`saeserve dictionaries`: the list, and one in full."""
 
 import json
 from collections.abc import Callable
@@ -6,14 +6,10 @@ from collections.abc import Callable
 Call = Callable[..., tuple[int, str, str]]
 
 
-def stripped(text: str) -> list[str]:
-    return [line.rstrip() for line in text.splitlines()]
-
-
 def test_list(call: Call):
     code, out, _ = call("dictionaries")
     assert code == 0
-    assert stripped(out) == [
+    assert out.splitlines() == [
         "dictionary  site              latents  width  activation  statistics",
         "resid-late  3.resid_post_mlp       64      4  relu        no",
         "resid-mid   2.resid_post_mlp       64      4  topk, k 8   yes",
@@ -21,7 +17,7 @@ def test_list(call: Call):
 
 
 def test_one(call: Call):
-    assert stripped(call("dictionaries", "resid-mid")[1]) == [
+    assert call("dictionaries", "resid-mid")[1].splitlines() == [
         "name            resid-mid",
         "site            2.resid_post_mlp",
         "latents         64 over width 4",
@@ -39,7 +35,7 @@ def test_one(call: Call):
 
 
 def test_one_without_provenance(call: Call):
-    out = stripped(call("dictionaries", "resid-late")[1])
+    out = call("dictionaries", "resid-late")[1].splitlines()
     assert "trained" not in " ".join(out)
     assert "input           as it is" in out
 
@@ -51,15 +47,7 @@ def test_unknown(call: Call):
 
 def test_json(call: Call):
     listed = json.loads(call("dictionaries", "--json")[1])
-    assert [each["name"] for each in listed] == ["resid-late", "resid-mid"]
-    shown = json.loads(call("dictionaries", "resid-mid", "--json")[1])
-    assert shown["dictionary"]["n_latents"] == 64
-    assert shown["provenance"]["created"] == "2026-11-22T01:02:03+00:00"
-    assert json.loads(call("info", "--json")[1])["backbone"]["sites"] == ["2.resid_post_mlp", "3.resid_post_mlp"]
-
-
-def test_info(call: Call):
-    out = stripped(call("info")[1])
-    assert out[0].startswith("server        saeserve 0.1.0 at 127.0.0.1:")
-    assert "backbone      builtin: 5 layers, width 4, vocabulary 256, context 32, float32" in out
-    assert "max_tokens_per_request      40" in out
+    assert [dictionary["name"] for dictionary in listed] == ["resid-late", "resid-mid"]
+    details = json.loads(call("dictionaries", "resid-mid", "--json")[1])
+    assert details["dictionary"]["n_latents"] == 64
+    assert details["provenance"]["created"] == "2026-11-22T01:02:03+00:00"

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from sae_runtime.progress import Progress
-from service.cli.job_progress import ProgressDisplay
+from service.cli.view.progress import ProgressDisplay
 
 FIGURES = {"nmse": 0.25, "l0": 4.0, "dead_fraction": 0.031, "loss": 1.0}
 
@@ -27,7 +27,7 @@ def test_lines_where_there_is_no_terminal() -> None:
     ]
 
 
-def shown(event: Progress) -> str:
+def output_of(event: Progress) -> str:
     stream = io.StringIO()
     with ProgressDisplay(Console(file=stream, width=120, force_terminal=True, color_system=None)) as display:
         display.show(event)
@@ -35,9 +35,9 @@ def shown(event: Progress) -> str:
 
 
 def test_a_bar_on_a_terminal() -> None:
-    training = shown(Progress("train", 500, 2000, "tokens", 1234.5, FIGURES))
+    training = output_of(Progress("train", 500, 2000, "tokens", 1234.5, FIGURES))
     for text in ("train ", "25 %", "1,234 tokens/s  NMSE 0.2500  L0 4.0  dead 3.1 %"):
         assert text in training
-    probes = shown(Progress("probes", 3, 30, "tasks"))
+    probes = output_of(Progress("probes", 3, 30, "tasks"))
     assert "10 %" in probes
     assert "3 tasks" in probes

@@ -6,19 +6,20 @@ import pytest
 from rich.console import Console
 from rich.table import Column, Table
 
-from service.cli.tables import Entries, data_table, fact_table, interval, print_table, token_column
+from service.cli.view.tables import Entries, data_table, fact_table, interval, print_table, token_column
 
 NAME = "a-dictionary-with-a-long-name:12345"
 
 
 def printed(table: Table, width: int | None) -> list[str]:
-    """The table on a terminal of a width; None is no terminal."""
+    """The lines of the table on a terminal of this width, or in a pipe."""
     console = Console(
         file=io.StringIO(), force_terminal=width is not None, color_system=None, width=width or 80, markup=False
     )
     print_table(console, table)
     assert isinstance(console.file, io.StringIO)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+    lines = console.file.getvalue().splitlines()
+    return lines if width is None else [line.rstrip() for line in lines]
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,14 @@ def test_a_pipe_gets_a_row_in_a_line() -> None:
     lines = printed(figures(12), None)
     assert len(lines) == 2
     assert lines[1].split() == [NAME, *(f"{i}.123456" for i in range(12))]
+
+
+def test_a_pipe_gets_no_spaces_at_line_ends() -> None:
+    table = data_table("feature", Column("text"), "loss")
+    table.add_row("a", "long text", "1.25")
+    table.add_row("b", "", "")
+    assert printed(table, None) == ["feature  text       loss", "a        long text  1.25", "b"]
+    assert printed(fact_table({"a": "short", "b": "a longer fact"}), None) == ["a  short", "b  a longer fact"]
 
 
 def test_a_given_width_holds_for_a_pipe_too(monkeypatch: pytest.MonkeyPatch) -> None:

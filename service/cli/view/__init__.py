@@ -1,0 +1,1 @@
+"""What commands show: sentences, tables, shaded text, streams, plots, progress."""

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_runtime import Backbone, Dictionary, load_dictionary, save_dictionary
 from sae_runtime.dictionary.manifest import BackboneReference
-from tests.service.engine.models import VOCABULARY, byte_tokenizer, random_dictionary
+from tests.builders import VOCABULARY, byte_tokenizer, random_dictionary
 
 WIDTH = 32
 CONTEXT_LENGTH = 1024

@@ -19,7 +19,7 @@ from service.pb.saeserve.v1 import (
 from service.replica import ReplicaSettings, ServiceRuntime
 from service.rpc.limits import Limits
 from service.rpc.register import add_to_grpc_server, build_handlers
-from tests.service.engine.models import small_backbone, small_dictionaries
+from tests.builders import small_backbone, small_dictionaries
 
 LIMITS = Limits(
     max_inputs=80, max_tokens_per_request=4000, max_text_bytes=600, max_activation_rows=64, max_dictionaries=5,

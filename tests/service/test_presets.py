@@ -8,8 +8,8 @@ import pytest
 
 from service.edits.files import EditFileError
 from service.replica import ReplicaSettings, ServiceRuntime
+from tests.builders import small_backbone
 from tests.service.conftest import served_dictionaries
-from tests.service.engine.models import small_backbone
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2LMHeadModel
 
 from sae_runtime import Backbone, Dictionary, Edit, PackedTokens, Site
 from sae_runtime.edits import (
@@ -24,7 +25,8 @@ from sae_runtime.edits import (
     resolve_references,
 )
 from sae_runtime.model.forward import ForwardResult
-from tests.sae_runtime.edits.plain import PlainModel, plain_dictionaries
+from tests.builders import dictionaries_of_all_kinds
+from tests.reference_edits import EditedModel
 
 LAST = Site.parse("1.resid_post_mlp")
 TEXT = "To be, or not to be: that"
@@ -55,14 +57,19 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "resample max": {"operation": "resample", "reference": Reference("Another", "max")},
     "replace": {"operation": "replace"},
 }
-FAMILIES = list(plain_dictionaries(16))
+FAMILIES = list(dictionaries_of_all_kinds(16))
 
 
 class Setup:
     def __init__(self, folder: Path) -> None:
         self.backbone = Backbone.load(folder, dtype=torch.float64)
-        self.dictionaries = plain_dictionaries(self.backbone.d_model)
-        self.plain = PlainModel(folder, self.backbone, self.dictionaries)
+        self.dictionaries = dictionaries_of_all_kinds(self.backbone.d_model)
+        self.plain = EditedModel(
+            GPT2LMHeadModel.from_pretrained(folder).double(),
+            self.dictionaries,
+            self.backbone.token_bytes,
+            lambda text: self.backbone.encode_text(text).ids,
+        )
         self.tokens = tuple(self.backbone.encode_text(TEXT).ids)
         self.unedited = self.plain.logits(self.tokens, PROMPT_LENGTH, [])
         packed = PackedTokens.from_rows([self.tokens])

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from sae_runtime.edits import (
     Where,
     check_edits,
 )
+from tests.reference_edits import EditedRow
 
 D_IN, N_LATENTS, K = 20, 120, 10
 SITE = Site.parse("1.resid_post_mlp")
@@ -81,60 +81,15 @@ def activations(rows: int = 12, seed: int = 1) -> Tensor:
     return torch.randn(rows, D_IN, generator=torch.Generator().manual_seed(seed)) * 2 + 1
 
 
-def latents(dictionary: Dictionary, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """z of one token, float64, from the definition."""
-    scaled = (x - x.mean()) / (x.std(ddof=1) + 1e-5) if dictionary.normalizes_input else x
-    pre = dictionary.encoder.double().numpy() @ (scaled - dictionary.pre_bias.double().numpy())
-    pre = pre + dictionary.latent_bias.double().numpy()
-    if dictionary.k is not None:
-        pre[np.argsort(-pre)[dictionary.k :]] = 0
-    return np.maximum(pre, 0)
-
-
-def slow_edit(rows: Sequence[Row], dictionaries: dict[str, Dictionary], site: Site, x: Tensor) -> np.ndarray[Any, Any]:
-    """The definition, one token and one edit at a time."""
-    before = x.double().numpy()
-    after = before.copy()
-    token = 0
-    for row in rows:
-        for position in range(row.past, row.past + row.length):
-            for edit in row.edits:
-                dictionary = dictionaries[edit.dictionary]
-                if dictionary.site != str(site):
-                    continue
-                if edit.positions == "prompt" and not position < row.prompt_length:
-                    continue
-                if edit.positions == "generated" and not position >= row.prompt_length:
-                    continue
-                if isinstance(edit.positions, tuple) and position not in edit.positions:
-                    continue
-                all_z = latents(dictionary, before[token])
-                if edit.condition is not None and not all_z[edit.condition.feature] > edit.condition.threshold:
-                    continue
-                statistics = dictionary.statistics
-                assert statistics is not None
-                unit = float(statistics.max[edit.feature]) if edit.unit == "max" else 1.0
-                z = all_z[edit.feature]
-                if edit.operation == "set":
-                    new = edit.value * unit
-                elif edit.operation == "add":
-                    new = z + edit.value * unit
-                elif edit.operation == "scale":
-                    new = z * edit.value
-                elif edit.operation == "clamp":
-                    new = z
-                    if edit.minimum is not None:
-                        new = max(new, edit.minimum * unit)
-                    if edit.maximum is not None:
-                        new = min(new, edit.maximum * unit)
-                elif edit.operation == "ablate_zero":
-                    new = 0.0
-                else:
-                    new = float(statistics.mean[edit.feature])
-                std = before[token].std(ddof=1) if dictionary.normalizes_input else 1.0
-                after[token] += std * (new - z) * dictionary.decoder[edit.feature].double().numpy()
-            token += 1
-    return after
+def slow_edit(rows: Sequence[Row], dictionaries: dict[str, Dictionary], site: Site, x: Tensor) -> Tensor:
+    """The definition in float64, one token and one edit at a time."""
+    wide = {name: dictionary.to(dtype=torch.float64) for name, dictionary in dictionaries.items()}
+    edited = []
+    for row, tokens in zip(rows, x.double().split([row.length for row in rows]), strict=True):
+        reference = EditedRow(row.edits, wide, row.prompt_length)
+        reference.first = row.past
+        edited.append(reference.apply(str(site), tokens))
+    return torch.cat(edited)
 
 
 def whole_row(edits: Sequence[Edit], length: int = 12, prompt_length: int = 12) -> list[Row]:
@@ -175,8 +130,8 @@ def test_each_operation_equals_the_definition(operation: str, kind: str) -> None
     check_edits(edits, dictionaries)
     batch = batch_of(whole_row(edits), dictionaries)
     expected = slow_edit(whole_row(edits), dictionaries, SITE, x)
-    assert not np.array_equal(expected, x.double().numpy())  # the case tests something
-    np.testing.assert_allclose(batch.apply(SITE, x).numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(expected, x.double())  # the case tests something
+    torch.testing.assert_close(batch.apply(SITE, x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_many_edits_on_packed_rows_at_two_sites() -> None:
@@ -208,8 +163,8 @@ def test_many_edits_on_packed_rows_at_two_sites() -> None:
     assert batch.sites == (early, SITE)
     x = activations(12)
     for site in batch.sites:
-        np.testing.assert_allclose(
-            batch.apply(site, x).numpy(), slow_edit(rows, dictionaries, site, x), rtol=1e-5, atol=1e-5
+        torch.testing.assert_close(
+            batch.apply(site, x).double(), slow_edit(rows, dictionaries, site, x), rtol=1e-5, atol=1e-5
         )
 
 
@@ -300,7 +255,7 @@ def test_low_precision_activations_keep_their_dtype(dtype: torch.dtype) -> None:
     changed = batch_of(whole_row(edits), dictionaries).apply(SITE, x)
     assert changed.dtype == dtype
     expected = slow_edit(whole_row(edits), dictionaries, SITE, x)
-    np.testing.assert_allclose(changed.double().numpy(), expected, rtol=2**-7, atol=2**-6)
+    torch.testing.assert_close(changed.double(), expected, rtol=2**-7, atol=2**-6)
 
 
 def test_edits_that_leave_the_range_of_the_activations_are_refused() -> None:

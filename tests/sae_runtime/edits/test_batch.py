@@ -23,9 +23,9 @@ from sae_runtime.edits import (
     Reference,
     RowEdits,
 )
-from tests.sae_runtime.edits.plain import plain_dictionaries
+from tests.builders import dictionaries_of_all_kinds
 
-DICTIONARIES = {name: d.to(dtype=torch.float32) for name, d in plain_dictionaries(16).items()}
+DICTIONARIES = {name: d.to(dtype=torch.float32) for name, d in dictionaries_of_all_kinds(16).items()}
 TOPK, GATED = DICTIONARIES["topk"], DICTIONARIES["gated"]
 SITE = Site.parse("1.resid_post_mlp")
 

@@ -8,9 +8,9 @@ import pytest
 from service.cli.main import main
 from service.replica import ReplicaSettings, ServiceRuntime
 from service.rpc.register import add_to_grpc_server, build_handlers
+from tests.builders import small_backbone
 from tests.service.client.fake_server import FakeServer, Running
 from tests.service.conftest import LIMITS, served_dictionaries
-from tests.service.engine.models import small_backbone
 
 Run = Callable[..., asyncio.Future["Output"]]
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -27,8 +27,8 @@ from service.client import (
 )
 from service.replica import ReplicaSettings, ServiceRuntime
 from service.rpc.register import add_to_grpc_server, build_handlers
+from tests.builders import small_backbone
 from tests.service.conftest import LIMITS, served_dictionaries
-from tests.service.engine.models import small_backbone
 
 TEXT = "Zwölf Boxkämpfer jagen"
 

@@ -16,12 +16,12 @@ from sae_runtime.model.packed import PackedTokens
 from service.engine.errors import NonFiniteActivations
 from service.engine.generation import LEAST_PREFILL_TOKENS, PREFILL_S, PREFILL_STEPS, PrefillPace, prompt_pieces
 from service.engine.work import GenerateWork, SamplingOptions, WatchedFeatures
-from tests.service.engine.models import SlowGenerator, random_rows, small_backbone, small_dictionaries
+from tests.builders import edited_model, random_rows, small_backbone, small_dictionaries
 from tests.service.engine.runner import Runner
 
 BACKBONE = small_backbone()
 DICTIONARIES = small_dictionaries()
-SLOW = SlowGenerator(BACKBONE, DICTIONARIES)
+SLOW = edited_model(BACKBONE, DICTIONARIES)
 GREEDY = SamplingOptions(temperature=0)
 SHORT, MEDIUM = random_rows(2, (6, 6), seed=50)
 LONG = random_rows(1, (80, 80), seed=51)[0]

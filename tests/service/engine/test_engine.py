@@ -32,9 +32,9 @@ from service.engine.work import (
     SamplingOptions,
     Selection,
 )
-from tests.service.engine.models import (
+from tests.builders import (
     N_LATENTS,
-    SlowGenerator,
+    edited_model,
     random_dictionary,
     random_rows,
     small_backbone,
@@ -383,7 +383,7 @@ class TestEncodeAndDecode:
 class TestGenerate:
     async def test_steered_and_plain_streams_beside_extraction(self) -> None:
         """Every stream gives what it gives alone, and every extraction what the library gives."""
-        slow = SlowGenerator(BACKBONE, DICTIONARIES)
+        slow = edited_model(BACKBONE, DICTIONARIES)
         prompts = random_rows(6, (2, 20), seed=9)
         edits = (Edit("mid", 3, "add", 6.0), Edit("wide", 8, "set", 4.0, positions="generated"))
         works = [
@@ -453,7 +453,7 @@ class TestGenerate:
                 collect(engine, strong), collect(engine, replace(strong, edits=())), return_exceptions=True
             )
             assert isinstance(bad, NonFiniteActivations)
-            assert tokens.ids == SlowGenerator(BACKBONE, DICTIONARIES).greedy((1, 2), len(tokens.ids))[0]
+            assert tokens.ids == edited_model(BACKBONE, DICTIONARIES).greedy((1, 2), len(tokens.ids))[0]
 
     async def test_waiting_streams_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gate = Gate(monkeypatch)

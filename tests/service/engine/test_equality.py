@@ -21,10 +21,9 @@ import sae_runtime
 from sae_runtime import Backbone, load_dictionary
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.edits import AfterText, AllOf, AnyOf, BatchEdits, Condition, Edit, Reference, resolve_references
-from sae_runtime.model.families.gpt2.weights import random_state
 from service.engine.work import GenerateWork, SamplingOptions
-from tests.service.engine.hooked_generate import HookedGenerator
-from tests.service.engine.models import random_rows, small_backbone, small_dictionaries
+from tests.builders import edited_model, random_rows, small_backbone, small_dictionaries
+from tests.reference_edits import EditedModel
 from tests.service.engine.runner import Runner
 
 BUILTIN = Path(sae_runtime.__file__).parent / "builtin"
@@ -35,14 +34,7 @@ PROMPTS = random_rows(6, (5, 30), seed=40)
 REFERENCE = random_rows(1, (40, 40), seed=41)[0]
 
 
-def hooked() -> HookedGenerator:
-    model = GPT2LMHeadModel(BACKBONE.config)
-    model.load_state_dict(random_state(BACKBONE.settings, 5), strict=False)
-    model.tie_weights()
-    return HookedGenerator(model, DICTIONARIES, BACKBONE.token_bytes)
-
-
-HOOKED = hooked()
+HOOKED = edited_model(BACKBONE, DICTIONARIES)
 
 
 @cache
@@ -120,7 +112,7 @@ def check(works: Sequence[GenerateWork], seed: int) -> None:
                 runner.join(replace(ready, edits=resolve_references(ready.edits, DICTIONARIES, BACKBONE)))
         runner.step()
     for i, each in enumerate(works):
-        assert runner.ids(i) == HOOKED.greedy(each.prompt, each.max_new_tokens, each.edits), each.edits
+        assert runner.ids(i) == HOOKED.greedy(each.prompt, each.max_new_tokens, each.edits)[0], each.edits
 
 
 @pytest.mark.parametrize("name", DICTIONARIES)
@@ -168,23 +160,23 @@ def test_an_engine_that_skips_one_step_is_noticed(skipped: int, monkeypatch: pyt
         BatchEdits, "for_step", lambda self, rows: for_step(self, [] if next(steps) == skipped else rows)
     )
     runner.run()
-    whole = [HOOKED.greedy(w.prompt, 12, w.edits) for w in works]
+    whole = [HOOKED.greedy(w.prompt, 12, w.edits)[0] for w in works]
     assert [runner.ids(i) for i in range(len(works))] != whole
 
 
 @pytest.fixture(scope="module")
-def builtin() -> tuple[Backbone, dict[str, Dictionary], HookedGenerator]:
+def builtin() -> tuple[Backbone, dict[str, Dictionary], EditedModel]:
     backbone = Backbone.load("builtin")
     dictionaries: dict[str, Dictionary] = {}
     for folder in sorted((BUILTIN / "dictionaries").iterdir()):
         dictionary = load_dictionary(folder).to(dtype=torch.float32)
         dictionaries[dictionary.name] = dictionary
     reference = GPT2LMHeadModel.from_pretrained(BUILTIN / "backbone", dtype=torch.float32)
-    return backbone, dictionaries, HookedGenerator(reference, dictionaries, backbone.token_bytes)
+    return backbone, dictionaries, EditedModel(reference, dictionaries, backbone.token_bytes)
 
 
 def test_the_model_that_ships_with_its_dictionaries(
-    builtin: tuple[Backbone, dict[str, Dictionary], HookedGenerator],
+    builtin: tuple[Backbone, dict[str, Dictionary], EditedModel],
 ) -> None:
     backbone, dictionaries, reference = builtin
     texts = ["Once upon a time, there was", "def main(argv):\n    ", "The answer is 3 + 4 =", "Le roi était"]
@@ -204,4 +196,4 @@ def test_the_model_that_ships_with_its_dictionaries(
         works += [work(prompt, *edits[:n], n=14) for n in range(4)]
     runner = Runner(backbone, dictionaries, *works, max_concurrent_generations=6, prefill_chunk_tokens=8).run()
     for i, each in enumerate(works):
-        assert runner.ids(i) == reference.greedy(each.prompt, 14, each.edits), (each.edits, i)
+        assert runner.ids(i) == reference.greedy(each.prompt, 14, each.edits)[0], (each.edits, i)

@@ -6,13 +6,13 @@ import torch
 from sae_runtime.edits import Edit
 from service.engine.errors import NonFiniteActivations
 from service.engine.work import GenerateWork, SamplingOptions
-from tests.service.engine.models import SlowGenerator, random_rows, small_backbone, small_dictionaries
+from tests.builders import edited_model, random_rows, small_backbone, small_dictionaries
 from tests.service.engine.runner import Runner
 
 GREEDY = SamplingOptions(temperature=0)
 BACKBONE = small_backbone()
 DICTIONARIES = small_dictionaries()
-SLOW = SlowGenerator(BACKBONE, DICTIONARIES)
+SLOW = edited_model(BACKBONE, DICTIONARIES)
 
 
 def runner(*works: GenerateWork, **settings: int) -> Runner:

@@ -17,7 +17,7 @@ from service.engine.errors import EngineStopped, NonFiniteActivations, QueueFull
 from service.engine.measure_work import AblateWork, AttributeWork, ContrastWork, ScoreWork
 from service.engine.settings import EngineSettings
 from service.engine.work import ExtractWork
-from tests.service.engine.models import random_rows, small_backbone, small_dictionaries
+from tests.builders import random_rows, small_backbone, small_dictionaries
 
 BACKBONE = small_backbone()
 DICTIONARIES = small_dictionaries()

@@ -17,7 +17,7 @@ from service.engine.engine import Engine
 from service.engine.observer import ObservedReading
 from service.engine.settings import EngineSettings
 from service.engine.work import EncodeWork, ExtractWork, GenerateWork, SamplingOptions, WatchedFeatures
-from tests.service.engine.models import random_rows, small_backbone, small_dictionaries
+from tests.builders import random_rows, small_backbone, small_dictionaries
 from tests.service.engine.runner import Runner
 
 BACKBONE = small_backbone()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sae_runtime import Dictionary
 from service.replica import ReplicaSettings
+from tests.builders import N_LATENTS, random_dictionary
 from tests.service.conftest import LIMITS, Served, serve
-from tests.service.engine.models import N_LATENTS, random_dictionary
 
 SITE, WIDTH = "1.resid_post_mlp", 32
 

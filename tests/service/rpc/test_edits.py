@@ -18,8 +18,8 @@ from service.pb.saeserve.v1 import common_pb2, server_service_pb2
 from service.pb.saeserve.v1 import edits_pb2 as pb
 from service.pb.saeserve.v1 import intervention_service_pb2 as intervention_pb
 from service.replica import ReplicaSettings
+from tests.builders import edited_model
 from tests.service.conftest import LIMITS, Served, serve
-from tests.service.engine.models import SlowGenerator
 from tests.service.rpc.reading import Failure, failure
 
 PRESETS = """
@@ -70,7 +70,7 @@ async def test_presets_by_name_and_with_further_edits(presets_file: Path) -> Non
             edit for name in ("strong", "lasting") for p in info.edit_presets if p.name == name for edit in p.edits
         ]
         assert by_name == await run(served, edits=[*spelt_out, edit_message(further)])
-        plain = SlowGenerator(served.backbone, served.dictionaries)
+        plain = edited_model(served.backbone, served.dictionaries)
         prompt = served.backbone.encode_text("Once upon").ids
         strong = [read_edit(edit) for edit in info.edit_presets[1].edits]
         assert await run(served, presets=["strong"]) == plain.greedy(prompt, 8, strong)[0]
@@ -114,7 +114,7 @@ async def test_resampling_runs_the_reference_text(served: Served, tokens: str) -
         message.feature = int((z.amax(0) - z.mean(0)).argmax())
         (resolved,) = resolve_references([read_edit(message)], served.dictionaries, served.backbone)
         assert resolved.operation == "set"
-        plain = SlowGenerator(served.backbone, served.dictionaries)
+        plain = edited_model(served.backbone, served.dictionaries)
         expected, _ = plain.greedy(served.backbone.encode_text("Once upon").ids, 8, [resolved])
         assert await run(served, edits=[message]) == expected
 
@@ -134,7 +134,7 @@ async def test_aligned_resampling_equals_a_value_at_each_position(served: Served
     edits = [
         Edit("early", message.feature, "set", float(v), positions=(t,)) for t, v in enumerate(z[:, message.feature])
     ]
-    plain = SlowGenerator(served.backbone, served.dictionaries)
+    plain = edited_model(served.backbone, served.dictionaries)
     expected, _ = plain.greedy(served.backbone.encode_text("Once upon").ids, 8, edits)
     assert await run(served, edits=[message]) == expected
 
@@ -150,7 +150,7 @@ async def test_after_a_text_that_spans_the_end_of_the_prompt(served: Served) -> 
     maximum = float(served.dictionaries["mid"].statistics.max[3])
     # The first token after the text is the second generated one.
     edit = Edit("mid", 3, "set", 2 * maximum, positions=tuple(range(len(tokens) + 1, len(tokens) + 10)))
-    expected, _ = SlowGenerator(served.backbone, served.dictionaries).greedy(tokens, 8, [edit])
+    expected, _ = edited_model(served.backbone, served.dictionaries).greedy(tokens, 8, [edit])
     assert await run(served, edits=[message], text=prompt) == expected
 
 

@@ -7,8 +7,8 @@ import pytest
 from service.replica import ReplicaSettings, ServiceRuntime
 from service.rpc import register, servicers
 from service.rpc.register import RPCS, build_handlers
+from tests.builders import small_backbone
 from tests.service.conftest import served_dictionaries
-from tests.service.engine.models import small_backbone
 
 pytestmark = pytest.mark.any_cpu
 

@@ -6,8 +6,8 @@ import pytest
 
 from sae_runtime.causal.attribution import AttributionStudy, Target
 from service.pb.saeserve.v1 import causal_pb2 as pb
+from tests.builders import edited_model
 from tests.service.conftest import Served
-from tests.service.engine.models import SlowGenerator
 from tests.service.rpc.intervention.texts import TEXTS, ids, inputs
 
 
@@ -51,7 +51,7 @@ async def test_attributions_equal_the_librarys(served: Served) -> None:
     request.ClearField("foil")
     request.ClearField("position")
     likeliest = await served.interventions.AttributeFeatures(request)
-    logits = SlowGenerator(served.backbone, served.dictionaries).next_logits(row, len(row), [])
+    logits = edited_model(served.backbone, served.dictionaries).next_logits(row, len(row), [])
     assert likeliest.target_id == int(logits.argmax())
     assert not likeliest.HasField("foil_id")
     assert likeliest.metric == pytest.approx(float(logits.max()), abs=1e-4)

@@ -13,8 +13,8 @@ from service.engine.settings import EngineSettings
 from service.pb.saeserve.v1 import common_pb2, edits_pb2, server_service_pb2
 from service.pb.saeserve.v1 import intervention_service_pb2 as pb
 from service.replica import ReplicaSettings
+from tests.builders import edited_model
 from tests.service.conftest import LIMITS, Served, serve
-from tests.service.engine.models import SlowGenerator
 
 
 async def generate(served: Served, **fields: object) -> tuple[str, list[int], list[float], pb.GenerationFinish]:
@@ -32,7 +32,7 @@ async def generate(served: Served, **fields: object) -> tuple[str, list[int], li
 
 
 async def test_greedy_equals_the_reference_with_and_without_an_edit(served: Served) -> None:
-    reference = SlowGenerator(served.backbone, served.dictionaries)
+    reference = edited_model(served.backbone, served.dictionaries)
     prompt = served.backbone.encode_text("Once upon").ids
     maximum = float(served.dictionaries["mid"].statistics.max[3])
     amount = edits_pb2.Amount(value=2, unit=edits_pb2.UNIT_RECORDED_MAXIMUM)

@@ -12,14 +12,14 @@ import torch
 from sae_runtime import Edit
 from service.pb.saeserve.v1 import causal_pb2 as pb
 from service.pb.saeserve.v1 import edits_pb2
+from tests.builders import edited_model
 from tests.service.conftest import Served
-from tests.service.engine.models import SlowGenerator
 from tests.service.rpc.intervention.texts import TEXTS, ids, inputs
 from tests.service.rpc.reading import failure
 
 
 async def test_scores_equal_the_hooked_model(served: Served) -> None:
-    reference = SlowGenerator(served.backbone, served.dictionaries)
+    reference = edited_model(served.backbone, served.dictionaries)
     messages = [
         edits_pb2.Edit(dictionary="mid", feature=3, set=edits_pb2.Amount(value=6.0)),
         edits_pb2.Edit(

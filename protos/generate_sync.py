@@ -3,10 +3,10 @@
     python protos/generate_sync.py            # write
     python protos/generate_sync.py --check    # exit 1 if sync.py differs from what would be written
 
-PATTERNS remove asyncio wherever it stands. PHRASES are the places where a blocking client does or says something else.
-Each must occur exactly once, so that no change of aio.py slips past them. Both work on the text and not on a syntax
-tree, because comments, line breaks and the examples in docstrings must come along. ruff then sorts the imports, drops
-unused ones, and formats. A word of asyncio that is left is an error, even in a docstring.
+PATTERNS remove asyncio everywhere. PHRASES are the places where the blocking client does or says something else; each
+must occur exactly once, so that no change of aio.py slips past it. Both work on the text and not on a syntax tree, to
+keep comments, line breaks and the examples in docstrings. ruff then sorts the imports, drops unused ones, and formats.
+A word of asyncio that is left is an error, even in a docstring.
 
 Like generate.py, this is a tool of the repository and not of the package: it needs ruff.
 """
@@ -24,8 +24,7 @@ PHRASES = (
     (
         '''"""The client for asyncio code.
 
-protos/generate_sync.py writes sync.py, the client for ordinary code, from this file: a change here goes there with
-`make proto`.
+protos/generate_sync.py writes sync.py, the client for ordinary code, from this file: run `make proto` after a change.
 """''',
         '''"""The client for ordinary (blocking) code.
 
@@ -42,11 +41,10 @@ Generated from aio.py by protos/generate_sync.py; do not edit. Change aio.py and
     # A stream's requests are an ordinary iterable, which grpc reads in a thread of its own.
     ("in _asynchronous(requests):", "in requests:"),
     (
-        """in this
-        event loop and may be asynchronous itself. An exception that it raises ends the stream, after the replies to
-        what came before it.""",
-        """from
-        another thread. An exception that it raises ends the stream, after the replies to what came before it.""",
+        """in this event loop and
+        may be asynchronous itself.""",
+        """from another thread.
+       """,
     ),
     # A generation
     ("then await its result. Leaving `async with`", "then ask for its result. Leaving a `with` block"),

@@ -1,8 +1,9 @@
-"""Arrays in and out of protobuf messages through their wire bytes.
+"""Converts arrays to protobuf messages and back, through the messages' wire bytes.
 
-Filling a repeated field from Python costs about 0.1 us an entry; writing the array's own bytes as a packed field and
-parsing them costs a copy. Layout (protobuf encoding, "packed repeated fields"): a tag `number << 3 | 2`, the length as
-a varint, the little-endian elements.
+Filling a repeated field from Python costs about 0.1 us per entry. Writing the array's bytes as a packed field and
+parsing it costs one copy. A packed repeated field in the protobuf encoding:
+
+    tag `number << 3 | 2` | length as a varint | little-endian elements
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ _EMPTY_UINTS: UintArray = np.zeros(0, np.uint32)
 _EMPTY_FLOATS: FloatArray = np.zeros(0, np.float32)
 
 
-def length_delimited(number: int, *parts: bytes) -> bytes:
-    """Wire bytes of one string, bytes, message or packed field; `number` below 16."""
-    return b"".join((bytes((number << 3 | _LENGTH_DELIMITED,)), _varint(sum(map(len, parts))), *parts))
+def length_delimited(number: int, *pieces: bytes) -> bytes:
+    """Wire bytes of a string, bytes, message or packed field, whose content is `pieces` joined; `number` below 16."""
+    return b"".join((bytes((number << 3 | _LENGTH_DELIMITED,)), _varint(sum(map(len, pieces))), *pieces))
 
 
 def varint_field(number: int, value: int) -> bytes:
-    """Wire bytes of one unsigned integer field; `number` below 16."""
+    """Wire bytes of an unsigned integer field; `number` below 16."""
     return bytes((number << 3,)) + _varint(value)
 
 
@@ -67,7 +68,7 @@ def pack_sparse_rows(row_splits: NDArray[Any], indices: NDArray[Any], values: ND
 
 
 def unpack_sparse_rows(rows: common_pb2.SparseRows) -> tuple[UintArray, UintArray, FloatArray]:
-    """row_splits [n + 1], indices [nnz], values [m]: what the message holds, not checked for consistency."""
+    """row_splits [n + 1], indices [nnz], values [nnz] of a message, not checked for consistency."""
     fields = _packed_fields(rows)
     return (
         _uints(fields.get(1, b"")),
@@ -84,7 +85,7 @@ def pack_input_statistics(mean: NDArray[Any], std: NDArray[Any]) -> common_pb2.I
 
 
 def unpack_input_statistics(statistics: common_pb2.InputStatistics) -> tuple[FloatArray, FloatArray]:
-    """mean [n] and std [n], not checked for consistency."""
+    """mean [n] and std [n] of a message, not checked for consistency."""
     fields = _packed_fields(statistics)
     return _floats(fields.get(1, b"")), _floats(fields.get(2, b""))
 
@@ -97,14 +98,14 @@ def dictionary_features_bytes(
     reconstruction_error: NDArray[Any] | None,
 ) -> bytes:
     """Wire bytes of a DictionaryFeatures message; `reconstruction_error` is [n tokens] or None."""
-    parts = [length_delimited(1, name.encode()), length_delimited(2, sparse_rows_bytes(row_splits, indices, values))]
+    fields = [length_delimited(1, name.encode()), length_delimited(2, sparse_rows_bytes(row_splits, indices, values))]
     if reconstruction_error is not None:
-        parts.append(length_delimited(3, _little_endian(reconstruction_error, "<f4")))
-    return b"".join(parts)
+        fields.append(length_delimited(3, _little_endian(reconstruction_error, "<f4")))
+    return b"".join(fields)
 
 
 def unpack_reconstruction_error(features: feature_service_pb2.DictionaryFeatures) -> FloatArray:
-    """reconstruction_error [n tokens] (empty if it was not asked for)."""
+    """reconstruction_error [n tokens]; empty if it was not requested."""
     return np.array(features.reconstruction_error, dtype=np.float32)
 
 
@@ -117,7 +118,7 @@ def unpack_tensor(tensor: common_pb2.Tensor) -> FloatArray:
     """The array of a message as float32, in the message's shape.
 
     Raises:
-        ValueError: the element type is unknown, or the data's length is not that of the shape.
+        ValueError: the element type is unknown, or the data's length does not fit the shape.
     """
     if tensor.dtype in (common_pb2.DATA_TYPE_UNSPECIFIED, common_pb2.DATA_TYPE_FLOAT32):
         element = "<f4"
@@ -155,8 +156,8 @@ def pack_tokens(tokens: TokenizedText, pieces: list[bytes]) -> common_pb2.Tokens
 
 
 def _packed_fields(message: common_pb2.SparseRows | common_pb2.InputStatistics) -> dict[int, memoryview]:
-    """The packed fields of a message that has no other kind, by number."""
-    # Fields that a newer client added would come along otherwise, in any wire type.
+    """The fields of a message that has only packed fields, by number."""
+    # Without the fields of newer clients, which can have any wire type.
     message.DiscardUnknownFields()
     data = memoryview(message.SerializeToString())
     fields: dict[int, memoryview] = {}

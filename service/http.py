@@ -1,4 +1,4 @@
-"""What a replica answers over HTTP: metrics, readiness, and what it is."""
+"""The HTTP side of a replica: metrics, readiness, and an index."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def build_http(runtime: ServiceRuntime, services: Sequence[str]) -> FastAPI:
     """The ASGI application of one replica; `services` are the names of its gRPC services."""
-    from service.metrics import CONTENT_TYPE  # here: it reads PROMETHEUS_MULTIPROC_DIR when it is imported
+    from service.metrics import CONTENT_TYPE  # not above: this import reads PROMETHEUS_MULTIPROC_DIR
 
     http = FastAPI(title="saeserve", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -36,7 +36,9 @@ def build_http(runtime: ServiceRuntime, services: Sequence[str]) -> FastAPI:
     @http.get("/metrics")
     async def metrics() -> Response:
         runtime.note_load()
-        text = await run_in_threadpool(runtime.metrics.render)  # the files of many replicas must not hold up calls
+        text = await run_in_threadpool(
+            runtime.metrics.render
+        )  # reading the files of many replicas must not block calls
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     return http

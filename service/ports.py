@@ -1,15 +1,15 @@
-"""Ports of this machine that belong to one run of the service.
+"""A block of ports of this machine for one run of the service.
 
 Ray Serve gives every replica the next port of a range, and gRPC lets processes share a port: two services with the same
-range would answer each other's calls. So every run has a block of ports to itself:
+range would answer each other's calls. So every run reserves its own block:
 
-    first        bound while the service runs: who has bound it owns the block
+    first        bound while the service runs, which reserves the block
     1 to 4       HAProxy's metrics and statistics, Serve's fallback proxy (HTTP, then gRPC)
     10 to 254    replicas' HTTP
     255 to 499   replicas' gRPC
 
-The system frees the first port when its process ends, however it ends. Processes that a killed service left behind may
-still listen on the others, so a block is only taken if all of its ports are free.
+The system frees the first port when its process ends, even if it is killed. Processes that a killed service left behind
+may still listen on other ports, so a block is only reserved if all its ports are free.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from dataclasses import dataclass
 
 _BLOCK = 500
 _REPLICAS_HTTP, _REPLICAS_GRPC = 10, 255
-# Systems give away ports for outgoing connections and for port 0 from 32768 on (Linux): ours lie below.
+# Linux assigns ports from 32768 on to outgoing connections and to port 0: ours lie below.
 _BLOCKS = range(10_000, 30_000, _BLOCK)
 _OTHERS = range(30_000, 32_500)
 
 MOST_REPLICAS = _REPLICAS_GRPC - _REPLICAS_HTTP
-"""Of one service on one machine: a block has no ports for more."""
+"""Replicas of one service on one machine that a block has ports for."""
 
 
 class PortError(Exception):
-    """No port can be had; the message is for the person who starts the service."""
+    """Not enough ports are free; the message is for the person who starts the service."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Ports:
 
 @contextlib.contextmanager
 def reserved_ports(used: Collection[int] = ()) -> Iterator[Ports]:
-    """A block of ports that is no other run's for the time of a `with` block.
+    """Reserves a block of ports for the time of a `with` block.
 
     Args:
-        used: ports that the service listens on besides; the block has none of them.
+        used: the service's other ports, which the block must not contain.
 
     Raises:
         PortError: no block is free.
@@ -96,7 +96,7 @@ def reserved_ports(used: Collection[int] = ()) -> Iterator[Ports]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now, outside every block.
+    """Ports outside all blocks on which no process listens now.
 
     Raises:
         PortError: too few of them are free.
@@ -111,7 +111,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens on a port, on any address."""
+    """Whether no process listens on a port, on any address."""
     try:
         bind("", port).close()
     except OSError:
@@ -120,9 +120,13 @@ def is_free(port: int) -> bool:
 
 
 def bind(host: str, port: int, *, reuse: bool = True) -> socket.socket:
-    """A socket that is bound and does not listen. OSError if the port is taken.
+    """A bound socket that does not listen.
 
-    reuse: bind it although connections of an earlier listener have just ended, or another such socket is bound to it.
+    Args:
+        reuse: also bind a port whose earlier connections have just ended, or to which another such socket is bound.
+
+    Raises:
+        OSError: the port is in use.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""The edit presets of a server: named sets of edits from its `edits.yaml`, as messages."""
+"""The edit presets of a server: named sets of edits from its file `edit_presets`, as messages."""
 
 from __future__ import annotations
 
@@ -35,16 +35,18 @@ class Presets:
     def load(cls, file: str, dictionaries: Mapping[str, Dictionary], backbone: Backbone) -> Presets:
         """The presets of a file; none if its name is empty.
 
-        Edits of dictionaries that are loaded are checked against them; those of others only when they are used.
-        EditFileError names the file, the preset and what is wrong with it.
+        A preset is checked against its dictionaries if they are loaded, otherwise only when a request uses it.
+
+        Raises:
+            EditFileError: the file or a preset is wrong; the message names both.
         """
         if not file:
             return cls()
         presets = {preset.name: preset for preset in read_presets(Path(file))}
         for preset in presets.values():
-            wanted = {edit.dictionary for edit in preset.edits}
-            wanted |= {term.dictionary for edit in preset.edits for term in terms(edit.condition) if term.dictionary}
-            if missing := sorted(wanted - set(dictionaries)):
+            names = {edit.dictionary for edit in preset.edits}
+            names |= {term.dictionary for edit in preset.edits for term in terms(edit.condition) if term.dictionary}
+            if missing := sorted(names - set(dictionaries)):
                 logger.warning("preset %r needs %s, which are not loaded", preset.name, ", ".join(missing))
                 continue
             try:

@@ -1,7 +1,7 @@
-"""Settings of the service: one typed object that a YAML file, the environment and flags fill under the same names.
+"""Settings of the service: one typed object, filled from a YAML file, the environment and flags of the same names.
 
-`AppSettings` is what the application itself needs (`args` of a Serve config file); `ServeSettings` adds what
-`saeserve serve` needs to run it on this machine: addresses, ports, limits of the ingress.
+`AppSettings` are the settings of the application (`args` of a Serve config file). `ServeSettings` adds those with which
+`saeserve serve` runs it on this machine: addresses, ports, limits of the ingress.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from service.replica import ReplicaSettings
 
 ENVIRONMENT_PREFIX = "SAESERVE_"
 NOT_SETTINGS = frozenset({"SAESERVE_ADDRESS"})
-"""Variables with the prefix that belong to the client."""
+"""Variables of the client that have the same prefix."""
 
 
 class AppSettings(ReplicaSettings):
-    """The application: its replicas and what each of them holds and bounds."""
+    """The application: its replicas, and the model, dictionaries and limits of each."""
 
     replicas: int = Field(1, ge=1, description="Replicas of model and dictionaries, each a process.")
     cpus_per_replica: float = Field(1.0, ge=0, description="CPUs that Ray reserves for a replica (bookkeeping).")
     gpus_per_replica: float | None = Field(
         None,
         ge=0,
-        description="GPUs of a replica; a fraction puts several replicas on one GPU, such as 0.25. If not given, one, "
-        "or an equal share of one where there are more replicas than GPUs; 0 if device is cpu or a numbered GPU.",
+        description="GPUs of a replica; a fraction, such as 0.25, puts several replicas on one GPU. If not given: one, "
+        "or an equal share of one if there are more replicas than GPUs; 0 if device is cpu or a numbered GPU.",
     )
     max_ongoing_requests: int = Field(
         256,
         ge=1,
-        description="Calls that run at once in a replica, waiting ones in the engine's queue included. "
+        description="Calls that a replica takes at once, including those that wait in the engine's queue. "
         "Streams hold their place until they end.",
     )
     max_queued_requests: int = Field(
         1024,
         ge=-1,
-        description="Calls that may wait in front of a replica once max_ongoing_requests run; -1: no bound. Beyond it "
-        "Ray answers RESOURCE_EXHAUSTED without RetryInfo, so the engine's own bounds should be met first.",
+        description="Calls that may wait in front of a replica that has max_ongoing_requests; -1: no bound. More calls "
+        "get RESOURCE_EXHAUSTED from Ray, without RetryInfo, so the engine's own bounds should apply first.",
     )
-    drain_s: float = Field(5.0, ge=0, description="Seconds that a replica which stops gives its running calls to end.")
+    drain_s: float = Field(5.0, ge=0, description="Seconds that a stopping replica gives its running calls.")
     metrics_dir: str = Field(
         "",
-        description="Folder on each node where its replicas share their metrics, emptied by nobody; "
-        "empty: one for each Ray session in the folder for temporary files.",
+        description="Folder on each node where its replicas share their metrics, which is never emptied; "
+        "if not given, a folder of each Ray session, in the system's folder for temporary files.",
     )
 
     @field_validator("dictionaries", mode="before")
@@ -66,14 +66,14 @@ class AppSettings(ReplicaSettings):
         if self.max_ongoing_requests <= generations:
             raise ValueError(
                 f"max_ongoing_requests ({self.max_ongoing_requests}) must exceed engine.max_concurrent_generations + "
-                f"engine.max_queued_generations ({generations}), or generations keep every other call out"
+                f"engine.max_queued_generations ({generations}), or generations block all other calls"
             )
         return self
 
     def share_gpus(self, gpus: float) -> Self:
-        """With `gpus_per_replica` decided, where it is not given, for so many GPUs.
+        """These settings with `gpus_per_replica` decided for `gpus` GPUs, if it is not given.
 
-        A replica's share is of one GPU: three replicas on two GPUs get a half each.
+        A replica's share is part of one GPU: three replicas on two GPUs get a half each.
         """
         if self.gpus_per_replica is not None:
             return self
@@ -84,7 +84,7 @@ class AppSettings(ReplicaSettings):
         return self.model_copy(update={"gpus_per_replica": share})
 
     def replica_settings(self) -> ReplicaSettings:
-        """What one replica needs; torch threads are shared out over the replicas where they are not set."""
+        """The settings of one replica, with an equal share of the cores as torch threads if they are not set."""
         threads = self.engine.torch_threads or max(1, _cores() // self.replicas)
         values = {name: getattr(self, name) for name in ReplicaSettings.model_fields}
         values["engine"] = self.engine.model_copy(update={"torch_threads": threads})
@@ -103,16 +103,18 @@ class ServeSettings(AppSettings):
         "(slower, and its gRPC port is open on all interfaces); auto: haproxy where it is installed.",
     )
     stream_grace_s: int = Field(
-        600, ge=1, description="After replicas come or go, seconds that streams on older connections may go on."
+        600, ge=1, description="Seconds that streams on older connections may continue after replicas come or go."
     )
     max_message_bytes: int = Field(
         64 * 2**20, ge=2**20, le=2**31 - 1, description="Largest gRPC message, in and out, in bytes."
     )
     haproxy_metrics_port: int = Field(
-        0, ge=0, le=65535, description="Port of HAProxy's own Prometheus metrics, on all interfaces; 0: any free one."
+        0, ge=0, le=65535, description="Port of HAProxy's own Prometheus metrics, on all interfaces; 0: any free port."
     )
-    start_timeout_s: float = Field(300.0, gt=0, description="Longest time until the service must be ready.")
-    ray_dir: str = Field("", description="Folder for Ray's session and logs, kept; empty: a temporary one, removed.")
+    start_timeout_s: float = Field(300.0, gt=0, description="Seconds until the service must be ready.")
+    ray_dir: str = Field(
+        "", description="Folder for Ray's session and logs, which is kept; if not given, a temporary one."
+    )
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
@@ -134,7 +136,7 @@ def load_settings(
     Raises:
         SettingsError: an unknown name, a value that does not fit, a file that cannot be read.
     """
-    given = SettingValues.of_file(file)
+    values = SettingValues.of_file(file)
     known = {variable_of(name): (name, info) for name, info in setting_fields(ServeSettings)}
     for variable, value in (os.environ if environment is None else environment).items():
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in NOT_SETTINGS:
@@ -142,9 +144,9 @@ def load_settings(
         if variable not in known:
             raise SettingsError(f"the environment variable {variable} is no setting (see saeserve serve --help)")
         name, info = known[variable]
-        given.set(name, from_text(info, value), variable)
-    given.set_flags(flags or {})
-    return given.build(ServeSettings)
+        values.set(name, from_text(info, value), variable)
+    values.set_flags(flags or {})
+    return values.build(ServeSettings)
 
 
 def variable_of(name: str) -> str:

@@ -1,7 +1,6 @@
 """The client for asyncio code.
 
-protos/generate_sync.py writes sync.py, the client for ordinary code, from this file: a change here goes there with
-`make proto`.
+protos/generate_sync.py writes sync.py, the client for ordinary code, from this file: run `make proto` after a change.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class AsyncClient:
             reply = await client.extract_features("The cat sat on the mat.", top_k=5)
             indices, values = reply[0]["resid-mid"].row(3)  # features of the fourth token
 
-    Calls raise SaeserveError's subclasses. UNAVAILABLE is retried as `retry` says, inside the call's timeout; streams
-    only until their first message has arrived, extract_features_stream never.
+    Calls raise SaeserveError or a subclass. UNAVAILABLE is retried as `retry` says, within the call's timeout: a
+    generation only until its first message has arrived, extract_features_stream never.
 
     A task that is cancelled cancels its call.
     """
@@ -75,12 +74,12 @@ class AsyncClient:
 
         Args:
             address: host:port of the gRPC server.
-            timeout_s: deadline of calls with one reply, attempts and waits together; math.inf for none.
+            timeout_s: deadline of calls with one reply, for all attempts and waits together; math.inf for none.
             generate_timeout_s: the same for generate, ablate_features, attribute_features and contrast_features.
-            retry: when failed calls are tried again; RetryPolicy() if not given.
+            retry: when failed calls are retried; RetryPolicy() if not given.
             credentials: for TLS, such as grpc.ssl_channel_credentials(); cleartext if not given.
             metadata: sent with every call, such as [("authorization", "Bearer ...")].
-            options: gRPC channel options that win over the client's own.
+            options: gRPC channel options, which override the client's.
         """
         self.address = address
         self._timeout_s = timeout_s
@@ -101,7 +100,7 @@ class AsyncClient:
         self._loaded: tuple[str, ...] | None = None
 
     async def close(self) -> None:
-        """Ends calls that are under way and closes the connection."""
+        """Ends running calls and closes the connection."""
         await self._channel.close(None)
 
     async def __aenter__(self) -> Self:
@@ -126,7 +125,7 @@ class AsyncClient:
 
         Args:
             inputs: one text, several texts, the token ids of one text, or a list of those.
-            dictionaries: names; all that are loaded if not given (asked once, then remembered).
+            dictionaries: names; all loaded ones if not given (the server is asked once).
             timeout_s: the client's default if not given.
             **options: see ExtractOptions.
         """
@@ -143,13 +142,12 @@ class AsyncClient:
     ) -> AsyncIterator[results.Extraction]:
         """extract_features over a stream: each element of `requests` is one call's inputs; replies keep their order.
 
-        Many requests are under way at once, so this is the quick way through much text. `requests` is read in this
-        event loop and may be asynchronous itself. An exception that it raises ends the stream, after the replies to
-        what came before it.
+        Many requests run at once, so this is the fast way through much text. `requests` is read in this event loop and
+        may be asynchronous itself. An exception that it raises ends the stream, after the replies to earlier requests.
 
         Args:
             requests: each element as `inputs` of extract_features.
-            dictionaries: names; all that are loaded if not given.
+            dictionaries: names; all loaded ones if not given.
             timeout_s: deadline of the whole stream; none if not given.
             **options: see ExtractOptions.
         """
@@ -161,7 +159,7 @@ class AsyncClient:
                 async for inputs in _asynchronous(requests):
                     request = messages.extract_features_request(inputs, names, **options)
                     yield feature_service_pb2.ExtractFeaturesStreamRequest(request=request)
-            except Exception as failure:  # grpc would log it and end the call in its own way
+            except Exception as failure:  # grpc would log it and cancel the call
                 failures.append(failure)
 
         call: Any = self._features.ExtractFeaturesStream(
@@ -185,7 +183,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[SelectionOptions],
     ) -> results.Encoding:
-        """Encodes activations [n, d_in] (anything numpy can read; float16 travels as it is)."""
+        """Encodes activations [n, d_in] (anything numpy can read; sent as float16 if it is float16, else float32)."""
         request = messages.encode_activations_request(dictionary, activations, **options)
         return replies.read_encoding(await self._unary(self._features.EncodeActivations, request, timeout_s))
 
@@ -198,10 +196,10 @@ class AsyncClient:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> results.Decoding:
-        """Turns features back into activations [n, d_in].
+        """Decodes features to activations [n, d_in].
 
-        Without the `input_statistics` of encode_activations, the reconstruction of a dictionary that normalises its
-        input stays in the normalised space.
+        For a dictionary that normalises its input, give the `input_statistics` of encode_activations: without them the
+        reconstruction stays in the normalised space.
         """
         request = messages.decode_features_request(dictionary, features, input_statistics, request_id=request_id)
         return replies.read_decoding(await self._unary(self._features.DecodeFeatures, request, timeout_s))
@@ -227,7 +225,7 @@ class AsyncClient:
 
         Args:
             prompt: a text or token ids.
-            edits: made by set_feature, add_to_feature and their like (service/client/edits.py), or read from YAML.
+            edits: made by set_feature, add_to_feature and so on (service/client/edits.py), or read from YAML.
             timeout_s: deadline of the whole generation; the client's default if not given.
             **options: see GenerateOptions.
         """
@@ -251,7 +249,7 @@ class AsyncClient:
 
         Args:
             inputs: one text, several texts, the token ids of one text, or a list of those; at least two tokens each.
-            edits: act on every text; none gives the unedited scores only.
+            edits: act on every text; without edits there are only unedited scores.
             timeout_s: the client's default if not given.
             **options: see ScoreOptions.
         """
@@ -267,12 +265,13 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[AblateOptions],
     ) -> measurements.AblationStudy:
-        """What taking features away, one at a time, does to the predictions on texts.
+        """How predictions on texts change when features are ablated, one at a time.
 
         Args:
             inputs: as `inputs` of score.
-            features: (dictionary, feature) pairs, or how many of the features that write most on the texts.
-            dictionaries: where the strongest are looked for; all that are loaded if not given.
+            features: (dictionary, feature) pairs, or how many of the features that contribute most to the texts'
+                reconstruction.
+            dictionaries: where the strongest are chosen from; all loaded ones if not given.
             timeout_s: the client's default for generations if not given.
             **options: see AblateOptions.
         """
@@ -293,7 +292,7 @@ class AsyncClient:
 
         Args:
             text: a text or token ids.
-            dictionaries: names; all that are loaded if not given.
+            dictionaries: names; all loaded ones if not given.
             timeout_s: the client's default for generations if not given.
             **options: see AttributeOptions.
         """
@@ -315,7 +314,7 @@ class AsyncClient:
         Args:
             a: at least two texts (or lists of token ids).
             b: at least two more.
-            dictionaries: names; all that are loaded if not given.
+            dictionaries: names; all loaded ones if not given.
             timeout_s: the client's default for generations if not given.
             **options: see ContrastOptions.
         """
@@ -328,14 +327,14 @@ class AsyncClient:
     async def list_dictionaries(
         self, *, request_id: str | None = None, timeout_s: float | None = None
     ) -> tuple[catalog.DictionaryInfo, ...]:
-        """The dictionaries that are loaded, sorted by name."""
+        """The loaded dictionaries, sorted by name."""
         request = catalog_service_pb2.ListDictionariesRequest(request_id=request_id or "")
         return replies.read_dictionaries(await self._unary(self._catalog.ListDictionaries, request, timeout_s))
 
     async def get_dictionary(
         self, name: str, *, request_id: str | None = None, timeout_s: float | None = None
     ) -> catalog.DictionaryDetails:
-        """One dictionary with its provenance and measured figures."""
+        """A dictionary with its provenance and measured figures."""
         request = catalog_service_pb2.GetDictionaryRequest(request_id=request_id or "", name=name)
         return replies.read_dictionary_details(await self._unary(self._catalog.GetDictionary, request, timeout_s))
 
@@ -347,9 +346,10 @@ class AsyncClient:
         return info
 
     async def is_healthy(self, service: str = "", *, timeout_s: float = 5.0) -> bool:
-        """Whether the server answers and says that it (or one gRPC service of it, by its full name) is serving.
+        """Whether the server answers and says that it is serving; with `service`, that this gRPC service is.
 
-        Raises NotFound for a service that does not exist.
+        Raises:
+            NotFound: the service, such as "saeserve.v1.FeatureService", does not exist.
         """
         try:
             return await self._check(service, timeout_s)
@@ -357,7 +357,11 @@ class AsyncClient:
             return False
 
     async def wait_until_ready(self, timeout_s: float = 60.0, service: str = "") -> None:
-        """Returns once is_healthy holds; raises DeadlineExceeded with the last state after `timeout_s`."""
+        """Waits until is_healthy holds.
+
+        Raises:
+            DeadlineExceeded: it did not within `timeout_s`; the message has the last state.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             last_error: SaeserveError | None = None
@@ -379,7 +383,7 @@ class AsyncClient:
         except grpc.RpcError as failure:
             error = error_of_call(failure)
             if isinstance(error, NotFound) and not service:
-                return False  # the server as a whole is unknown only to Ray's ingress, before the application is up
+                return False  # before the application is up, Ray's ingress knows no service, not even ""
             raise error from failure
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
@@ -402,7 +406,7 @@ class AsyncClient:
 
 
 class AsyncGeneration(AsyncIterator[results.GeneratedChunk]):
-    """A generation under way: iterate over its chunks, then await its result. Leaving `async with` cancels it."""
+    """A running generation: iterate over its chunks, then await its result. Leaving `async with` cancels it."""
 
     def __init__(self, open_call: Callable[[float | None], Any], attempts: Attempts, reader: GenerationReader) -> None:
         self._open_call = open_call
@@ -423,17 +427,17 @@ class AsyncGeneration(AsyncIterator[results.GeneratedChunk]):
                 return chunk
 
     async def result(self) -> results.GenerationResult:
-        """All of the first sample, edited; waits for the end of all."""
+        """The whole first sample, with edits; waits until all sequences have ended."""
         return (await self.all_results())[0]
 
     async def all_results(self) -> tuple[results.GenerationResult, ...]:
-        """All of every sequence: the edited samples, then the unedited ones; waits for their end."""
+        """Every sequence in full: the edited samples, then the unedited ones; waits until all have ended."""
         async for _ in self:
             pass
         return self._reader.ended
 
     def cancel(self) -> None:
-        """Ends the generation in the server as well; iterating on raises asyncio.CancelledError."""
+        """Ends the generation, also in the server. Iterating further raises asyncio.CancelledError."""
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -465,8 +469,8 @@ async def _asynchronous(
     requests: Iterable[Inputs] | AsyncIterable[Inputs],
 ) -> AsyncIterator[Inputs]:
     if isinstance(requests, AsyncIterable):
-        async for each in requests:
-            yield each
+        async for inputs in requests:
+            yield inputs
     else:
-        for each in requests:
-            yield each
+        for inputs in requests:
+            yield inputs

@@ -1,4 +1,4 @@
-"""What the server tells of itself: dictionaries, the model, limits, edit presets."""
+"""Facts about a server: its dictionaries, model, limits and edit presets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sae_runtime.edits.edit import Edit
 
 @dataclass(frozen=True)
 class DictionaryInfo:
-    """A dictionary that is served."""
+    """A served dictionary."""
 
     name: str
     site: str
@@ -30,9 +30,9 @@ class DictionaryInfo:
     normalization: str = "none"
     """Of each input row: "none", "layer_norm" or "constant_norm"."""
     has_skip_connection: bool = False
-    """Whether decoding needs the raw input too, so that decode_features is refused."""
+    """Whether decoding also needs the raw input; decode_features refuses such a dictionary."""
     transcoder: bool = False
-    """Whether it decodes to another activation than it reads, so that it cannot be edited."""
+    """Whether it decodes to another activation than it reads; its features cannot be edited."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class DictionaryDetails:
 
     dictionary: DictionaryInfo
     provenance: Provenance | None
-    """None for files that do not say."""
+    """None if the dictionary's files do not say."""
     evaluation: Mapping[str, float]
     """Figures measured on held-out text when it was published."""
 
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """The language model that is served."""
+    """The served language model."""
 
     name: str
     fingerprint: str
@@ -74,7 +74,7 @@ class BackboneInfo:
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests must keep to; the fields of the Limits message in server_service.proto."""
+    """Limits of requests; server_service.proto describes the fields of its Limits message."""
 
     max_inputs: int
     max_tokens_per_input: int
@@ -104,7 +104,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class EditPreset:
-    """A named set of edits that the server keeps."""
+    """A named set of edits on the server."""
 
     name: str
     description: str

@@ -1,4 +1,4 @@
-"""How the clients reach the server: channel options, stubs, and defaults that both share."""
+"""How both clients reach the server: addresses, channel options, timeouts."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _MAX_MESSAGE_BYTES = 256 * 2**20  # 4096 rows of 12288 float32 activations are 1
 
 
 def channel_options(address: str, more: ChannelOptions) -> list[tuple[str, Any]]:
-    """Options for grpc's channels; `more` win."""
+    """Options of a grpc channel; `more` override the defaults."""
     options: dict[str, Any] = {
         "grpc.max_send_message_length": _MAX_MESSAGE_BYTES,
         "grpc.max_receive_message_length": _MAX_MESSAGE_BYTES,
-        # Finds dead connections under long calls. gRPC servers close connections that ping more often than every
-        # 5 minutes while no data flows, unless they are told otherwise.
+        # Finds dead connections during long calls. By default, gRPC servers close connections that ping more often than
+        # every 5 minutes while no data flows.
         "grpc.keepalive_time_ms": 330_000,
         "grpc.keepalive_timeout_ms": 20_000,
         # A server that comes back is found again quickly (grpc: first after 1 s, later up to 120 s).
         "grpc.initial_reconnect_backoff_ms": 100,
         "grpc.max_reconnect_backoff_ms": 5_000,
-        # Each client has connections of its own, so that several clients in a process do not share one.
+        # Several clients in a process do not share a connection.
         "grpc.use_local_subchannel_pool": 1,
     }
     if _is_loopback(address):
@@ -51,7 +51,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def timeout_of(timeout_s: float | None, default: float) -> float:
-    """The timeout of a call; math.inf is none."""
+    """The timeout of a call in seconds; math.inf for none."""
     timeout = default if timeout_s is None else timeout_s
     if not timeout > 0:
         raise ValueError(f"timeout_s is {timeout}, expected more than 0 (math.inf: no deadline)")

@@ -1,4 +1,4 @@
-"""Edits of features as data: the library's own classes, which need no torch, and functions that make them.
+"""Edits of features: the library's classes, which need no torch, and functions that make them.
 
     edits = [
         set_feature("resid-mid", 123, 2.0, unit="max", where="7 > 0.5 and resid-late:9 <= 0"),
@@ -7,8 +7,8 @@
 
 Units: "raw" is the dictionary's activation units, "max" multiples of the feature's recorded maximum. Positions: "all",
 "prompt", "generated", "last" (the prompt's last token), 0-based token positions, or AfterText. `where` limits an edit
-to the tokens on which a condition holds: its text (service/edits/conditions.py has the form), Condition, AllOf and
-AnyOf, or (feature, threshold), which holds where that feature of the same dictionary is above the threshold.
+to tokens on which a condition holds: a text (service/edits/conditions.py has its form), Condition, AllOf or AnyOf, or
+(feature, threshold), which holds where that feature of the same dictionary is above the threshold.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def clamp_feature(
     positions: PositionsArgument = "all",
     where: WhereArgument = None,
 ) -> Edit:
-    """The activation is kept inside the bounds, of which at least one must be given."""
+    """The activation is kept within bounds, of which at least one must be given."""
     if minimum is None and maximum is None:
         raise ValueError("clamp_feature needs minimum, maximum or both")
     return _edit(dictionary, feature, "clamp", positions, where, minimum=minimum, maximum=maximum, unit=unit)
@@ -131,10 +131,11 @@ def resample_feature(
     positions: PositionsArgument = "all",
     where: WhereArgument = None,
 ) -> Edit:
-    """The activation becomes what the feature has on a reference text (or token ids).
+    """The activation becomes the feature's activation on a reference text (or token ids).
 
-    tokens: the reference's "last" token, its "mean" or "max" over all of them, or "aligned": that of the token at the
-    same position, and no edit at positions that the reference does not have.
+    Args:
+        tokens: which activation of the reference: of its "last" token, the "mean" or "max" over its tokens, or
+            "aligned": of the token at the same position. Positions after the reference's end are then not edited.
     """
     text = reference if isinstance(reference, str) else tuple(int(token) for token in reference)
     return _edit(dictionary, feature, "resample", positions, where, reference=Reference(text, tokens))
@@ -143,7 +144,7 @@ def resample_feature(
 def replace_by_reconstruction(
     dictionary: str, *, positions: PositionsArgument = "all", where: WhereArgument = None
 ) -> Edit:
-    """The activation becomes the dictionary's reconstruction, with what its other edits change; the rest is lost."""
+    """The dictionary's input becomes its reconstruction from edited features; the reconstruction error is lost."""
     return _edit(dictionary, 0, "replace", positions, where)
 
 

@@ -1,4 +1,4 @@
-"""What a call can fail with: one exception class for each gRPC status that the server documents."""
+"""Errors of calls: an exception class for each gRPC status that the server documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """A field of the request that the server did not accept."""
+    """A field of the request that the server refused."""
 
     field: str
     """Path of the field in the request message, such as `inputs[2].text`."""
@@ -20,7 +20,7 @@ class FieldViolation:
 
 
 class SaeserveError(Exception):
-    """A call failed. Codes without a class of their own (such as UNIMPLEMENTED) raise this one."""
+    """A call failed. Codes without a subclass, such as UNIMPLEMENTED, raise this class."""
 
     def __init__(
         self,
@@ -38,15 +38,15 @@ class SaeserveError(Exception):
         self.request_id = request_id
         """Id under which the server logged the call; empty if the call never reached it."""
         self.field_violations = field_violations
-        """What is wrong with which field (INVALID_ARGUMENT, FAILED_PRECONDITION)."""
+        """Which fields are wrong, and why (INVALID_ARGUMENT, FAILED_PRECONDITION)."""
         self.retry_after_s = retry_after_s
-        """Seconds after which the server suggests to try again, if it does."""
+        """Seconds after which the server suggests another attempt, if it does."""
         self.resources = resources
-        """Names of what was not found (NOT_FOUND)."""
+        """Names of the resources that do not exist (NOT_FOUND)."""
 
     def __str__(self) -> str:
         text = f"{self.code.name}: {self.message}"
-        # A server's message often says the same as its only violation.
+        # The message often repeats its only violation.
         for violation in self.field_violations:
             if violation.description not in self.message:
                 text += f"\n  {violation.field}: {violation.description}"
@@ -62,7 +62,7 @@ class NotFound(SaeserveError):
 
 
 class FailedPrecondition(SaeserveError):
-    """The request is well-formed, but what it names cannot do it, such as a dictionary without statistics."""
+    """The request is valid, but something it names cannot do this, such as a dictionary without statistics."""
 
 
 class ResourceExhausted(SaeserveError):
@@ -70,7 +70,7 @@ class ResourceExhausted(SaeserveError):
 
 
 class Unavailable(SaeserveError):
-    """Nothing answers at the address, or the server is starting or draining."""
+    """No server answers at the address, or it is starting or draining."""
 
 
 class DeadlineExceeded(SaeserveError):
@@ -78,7 +78,7 @@ class DeadlineExceeded(SaeserveError):
 
 
 class Cancelled(SaeserveError):
-    """The call was cancelled, by this side or the other."""
+    """The call was cancelled, by the client or the server."""
 
 
 class Internal(SaeserveError):
@@ -114,7 +114,7 @@ def error_of_code(code: grpc.StatusCode, message: str, **details: Any) -> Saeser
 
 def error_of_call(error: grpc.RpcError) -> SaeserveError:
     """The exception for a failed call of grpc or grpc.aio, with the google.rpc details from its trailing metadata."""
-    call: Any = error  # grpc raises RpcErrors that are calls as well; the type does not say so
+    call: Any = error  # the RpcErrors that grpc raises are also calls, which their type does not say
     return error_of_code(call.code(), call.details() or "", **_read_details(call.trailing_metadata() or ()))
 
 
@@ -123,7 +123,7 @@ def _read_details(trailing_metadata: Any) -> dict[str, Any]:
     status = status_pb2.Status.FromString(metadata.get("grpc-status-details-bin", b""))
     violations: list[FieldViolation] = []
     resources: list[str] = []
-    found: dict[str, Any] = {"request_id": metadata.get("request-id", "")}
+    details: dict[str, Any] = {"request_id": metadata.get("request-id", "")}
     for detail in status.details:
         if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             bad_request = error_details_pb2.BadRequest.FromString(detail.value)
@@ -134,8 +134,8 @@ def _read_details(trailing_metadata: Any) -> dict[str, Any]:
         elif detail.Is(error_details_pb2.ResourceInfo.DESCRIPTOR):
             resources.append(error_details_pb2.ResourceInfo.FromString(detail.value).resource_name)
         elif detail.Is(error_details_pb2.RequestInfo.DESCRIPTOR):
-            found["request_id"] = error_details_pb2.RequestInfo.FromString(detail.value).request_id
+            details["request_id"] = error_details_pb2.RequestInfo.FromString(detail.value).request_id
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
-            found["retry_after_s"] = delay.seconds + delay.nanos / 1e9
-    return found | {"field_violations": tuple(violations), "resources": tuple(resources)}
+            details["retry_after_s"] = delay.seconds + delay.nanos / 1e9
+    return details | {"field_violations": tuple(violations), "resources": tuple(resources)}

@@ -1,4 +1,4 @@
-"""Reads the replies of a generation: chunks of its sequences as they come, and whole sequences at their end."""
+"""Reads the replies of a generation: chunks as they arrive, and whole sequences at their end."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class GenerationReader:
 
     @property
     def complete(self) -> bool:
-        """Whether the ends of all sequences have been read."""
+        """Whether all sequences have ended."""
         return len(self._finished) == self._n_sequences
 
     @property
     def ended(self) -> tuple[results.GenerationResult, ...]:
-        """All of the sequences whose end was read: the edited ones by sample, then the unedited ones."""
+        """The sequences that have ended, in full: the edited ones by sample, then the unedited ones."""
         return tuple(self._finished[key] for key in sorted(self._finished))
 
     def read(self, message: intervention_service_pb2.GenerateResponse) -> results.GeneratedChunk | None:
-        """The message's chunk, or None if it is an end."""
+        """The message's chunk, or None if it is the end of a sequence."""
         key = (message.unedited, message.sample)
         if message.HasField("chunk"):
             chunk = results.GeneratedChunk(
                 text=message.chunk.text,
                 token_ids=np.array(message.chunk.token_ids, np.uint32),
                 logprobs=np.array(message.chunk.logprobs, np.float32),
-                top=tuple(_read_top_tokens(each) for each in message.chunk.top),
-                features=tuple(_read_token_features(each) for each in message.chunk.features),
+                top=tuple(_read_top_tokens(top) for top in message.chunk.top),
+                features=tuple(_read_token_features(features) for features in message.chunk.features),
                 sample=message.sample,
                 unedited=message.unedited,
             )
@@ -71,8 +71,8 @@ class GenerationReader:
             seed=finish.seed,
             request_id=message.request_id,
             timing=read_timing(finish.timing),
-            top=tuple(each for chunk in chunks for each in chunk.top),
-            features=tuple(each for chunk in chunks for each in chunk.features),
+            top=tuple(top for chunk in chunks for top in chunk.top),
+            features=tuple(features for chunk in chunks for features in chunk.features),
             sample=message.sample,
             unedited=message.unedited,
         )
@@ -91,5 +91,5 @@ def _read_token_features(message: intervention_service_pb2.TokenFeatures) -> res
         first_position=message.first_position,
         token_ids=np.array(message.token_ids, np.uint32),
         pieces=tuple(message.pieces),
-        dictionaries={each.dictionary: read_sparse_rows(each.features) for each in message.dictionaries},
+        dictionaries={entry.dictionary: read_sparse_rows(entry.features) for entry in message.dictionaries},
     )

@@ -1,4 +1,4 @@
-"""What measurements return: the figures of sae_runtime.causal.report, with what the reply says of the call."""
+"""Results of measurements: the figures of sae_runtime.causal.report, with the details of the call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class InputScore(TextScore):
     n_tokens: int
     truncated_tokens: int
     tokens: Tokens | None
-    """The tokens, if asked for."""
+    """The tokens, if requested."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +64,12 @@ class Contrast:
     """Reply of contrast_features."""
 
     features: tuple[FeatureContrast, ...]
-    """The surest first."""
+    """Smallest p-value first."""
     n_tested: int
     n_found: int
     """Features with a q-value of at most 0.05."""
     suggestion: tuple[Edit, ...]
-    """Edits towards set a; empty unless asked for."""
+    """Edits towards set a, if requested."""
     trials: tuple[SuggestionTrial, ...]
     truncated_tokens: tuple[int, ...]
     request_id: str

@@ -1,7 +1,7 @@
 """Builds the API's messages from Python values.
 
-It rejects only what a message cannot express (two selections at once, an unknown name of an option); everything else is
-the server's to check, which knows its limits and names the field.
+Refuses only what a message cannot express, such as two selections at once or an unknown name of an option. The server
+checks the rest: it knows its limits, and its errors name the field.
 """
 
 from __future__ import annotations
@@ -53,7 +53,12 @@ def extract_features_request(
     overflow: OverflowName = "error",
     request_id: str | None = None,
 ) -> feature_service_pb2.ExtractFeaturesRequest:
-    """Raises ValueError for more than one selection and unknown names of options, TypeError for other inputs."""
+    """The request of extract_features.
+
+    Raises:
+        ValueError: more than one selection, or an unknown name of an option.
+        TypeError: an input is neither text nor token ids.
+    """
     return feature_service_pb2.ExtractFeaturesRequest(
         request_id=request_id or "",
         inputs=_text_inputs(inputs),
@@ -75,7 +80,7 @@ def encode_activations_request(
     threshold: float | None = None,
     request_id: str | None = None,
 ) -> feature_service_pb2.EncodeActivationsRequest:
-    """`activations` [n, d_in]: float16 travels as it is, all else as float32."""
+    """The request of encode_activations. `activations` [n, d_in] are sent as float16 if they are, else as float32."""
     return feature_service_pb2.EncodeActivationsRequest(
         request_id=request_id or "",
         dictionary=dictionary,
@@ -180,7 +185,7 @@ def ablate_request(
     overflow: OverflowName = "error",
     request_id: str | None = None,
 ) -> causal_pb2.AblateFeaturesRequest:
-    """`features` is which, or how many of the strongest of `dictionaries`."""
+    """`features` is a list of features, or the number of the strongest features of `dictionaries`."""
     request = causal_pb2.AblateFeaturesRequest(
         request_id=request_id or "",
         inputs=_text_inputs(inputs),
@@ -250,13 +255,13 @@ def contrast_request(
 
 
 def _text_inputs(inputs: Inputs) -> list[common_pb2.TextInput]:
-    """One input (a text, or integers) as a list of one; several as they are."""
+    """A list of inputs. One input, a text or integers, gives a list of one."""
     if isinstance(inputs, str) or (isinstance(inputs, np.ndarray) and inputs.ndim == 1):
         return [_text_input(inputs)]
-    several = list(cast("Sequence[Input]", inputs))
-    if several and isinstance(several[0], int | np.integer):
-        return [_text_input(cast(Input, several))]
-    return [_text_input(value) for value in several]
+    values = list(cast("Sequence[Input]", inputs))
+    if values and isinstance(values[0], int | np.integer):
+        return [_text_input(cast(Input, values))]
+    return [_text_input(value) for value in values]
 
 
 def _text_input(value: Input) -> common_pb2.TextInput:
@@ -270,9 +275,10 @@ def _text_input(value: Input) -> common_pb2.TextInput:
 def _selection(
     top_k: int | None, features: Iterable[int] | None, threshold: float | None
 ) -> feature_service_pb2.FeatureSelection | None:
-    given = [name for name, v in (("top_k", top_k), ("features", features), ("threshold", threshold)) if v is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other")
+    selections = {"top_k": top_k, "features": features, "threshold": threshold}
+    names = [name for name, value in selections.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} exclude each other")
     if top_k is not None:
         return feature_service_pb2.FeatureSelection(top_k=top_k)
     if features is not None:

@@ -1,4 +1,4 @@
-"""What calls take: inputs, and the options of every call by name."""
+"""Arguments of calls: inputs, and the options of each call."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ OverflowName = Literal["error", "truncate"]
 
 
 class SelectionOptions(TypedDict, total=False):
-    """Which features of each token or row to return; at most one of the first three. None given: all that fire."""
+    """Which features of each token or row to return: at most one of the first three, or all features that fire."""
 
     top_k: int | None
     """The strongest k."""
     features: Iterable[int] | None
-    """These features, where they fire."""
+    """These features, on tokens where they fire."""
     threshold: float | None
-    """Those whose activation is larger."""
+    """Features with a larger activation."""
     request_id: str | None
-    """Comes back in the reply and in errors; the server makes one up if it is not given."""
+    """Returned in the reply and in errors; the server makes one up if it is not given."""
 
 
 class ExtractOptions(SelectionOptions, total=False):
@@ -57,31 +57,31 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float | None
     """Only the smallest set of tokens with at least this probability can be chosen."""
     seed: int | None
-    """None: the server draws one; the result tells it."""
+    """None: the server draws one; the result has it."""
     stop: str | Sequence[str]
     """Generation ends before the first of these strings."""
     ignore_end_of_text: bool
     """Go on after an end-of-text token."""
     repetition_penalty: float | None
-    """Makes tokens that the sequence has already less likely; 1 (the default) does nothing."""
+    """Makes tokens that the sequence already contains less likely; 1 (the default) does nothing."""
     samples: int | None
     """How many sequences to generate (1 if not given); see Generation.all_results."""
     compare: bool
     """Also generate every sample without edits and presets, from the same seed."""
     top_logprobs: int | None
-    """How many of the likeliest tokens to return at each place."""
+    """How many of the likeliest tokens to return at each position."""
     features: str | Sequence[str] | None
     """Names of dictionaries whose features to return with the tokens."""
     features_top_k: int | None
-    """How many of them on each token; the server's default if not given."""
+    """How many features of each token to return; the server's default if not given."""
     prompt_features: bool
-    """Also those of the prompt's tokens."""
+    """Also return features of the prompt's tokens."""
     presets: Sequence[str]
     """Names of edit presets of the server, whose edits come before the others."""
     overflow: OverflowName
     """What happens to a prompt that is too long: "error" (the default) or "truncate", which drops its start."""
     request_id: str | None
-    """Comes back in the result and in errors; the server makes one up if it is not given."""
+    """Returned in the result and in errors; the server makes one up if it is not given."""
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -96,20 +96,20 @@ class ScoreOptions(TypedDict, total=False):
     overflow: OverflowName
     """What happens to inputs that are too long: "error" (the default) or "truncate"."""
     request_id: str | None
-    """Comes back in the reply and in errors; the server makes one up if it is not given."""
+    """Returned in the reply and in errors; the server makes one up if it is not given."""
 
 
 class AblateOptions(TypedDict, total=False):
     """Options of ablate_features."""
 
     ablations: Sequence[Ablation]
-    """With what the features are replaced: "zero" (the default), "mean", or both."""
+    """What features are set to: "zero" (the default), their recorded "mean", or both."""
     logit_tokens: Sequence[Token]
-    """Tokens whose logits are followed."""
+    """Tokens whose change of logit is returned."""
     single_tokens: int
-    """So many tokens of each text on which a feature is strongest are also changed alone (by_distance)."""
+    """Also ablate each feature on single tokens, this many of the strongest of each text (see by_distance)."""
     rank_by: RankBy
-    """The figure that sorts the features; "kl" if not given."""
+    """The figure that features are sorted by; "kl" if not given."""
     overflow: OverflowName
     request_id: str | None
 
@@ -120,9 +120,9 @@ class AttributeOptions(TypedDict, total=False):
     target: Token | None
     """The token whose logit is explained; None: the likeliest."""
     foil: Token | None
-    """A token whose logit is taken off."""
+    """A token whose logit is subtracted."""
     position: int | None
-    """The logits after this token are meant; None: the last."""
+    """Explain the logits after this token; None: the last."""
     count: int | None
     """How many pairs of a feature and a token to return; None: the server's default."""
     tokens: bool
@@ -136,11 +136,11 @@ class ContrastOptions(TypedDict, total=False):
     aggregation: Literal["max", "mean"]
     """How the tokens of a text are combined; "max" if not given."""
     count: int | None
-    """Return at most so many features; None: the server's default."""
+    """Return at most this many features; None: the server's default."""
     false_discovery_rate: float
     """Return only features with at most this q-value; 0: all."""
     suggest: int
-    """Suggest an edit towards set a that uses so many features."""
+    """Suggest edits of this many features towards set a."""
     validate: bool
     """Score the suggestion at several strengths on both sets."""
     overflow: OverflowName

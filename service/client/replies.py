@@ -1,4 +1,4 @@
-"""Reads the API's replies into the classes that calls return; those of a generation: generation.py."""
+"""Reads the API's replies into the classes that calls return. Generations have generation.py."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def read_scores(reply: causal_pb2.ScoreResponse) -> measurements.Scores:
 
 
 def _read_input_score(message: causal_pb2.InputScore, m: int) -> measurements.InputScore:
-    """`m` is the number of chosen tokens."""
+    """`m` is the number of logit tokens."""
     edited = message.HasField("edited")
     return measurements.InputScore(
         unedited=_read_token_scores(message.unedited, message.n_tokens, m),
@@ -268,7 +268,7 @@ def _read_tokens(
     )
 
 
-def _same_fields(kind: type[Result], message: Any, **others: Any) -> Result:
-    """A dataclass whose fields, but for `others`, are the message's."""
-    names = [field.name for field in fields(cast(Any, kind)) if field.name not in others]
-    return kind(**{name: getattr(message, name) for name in names}, **others)
+def _same_fields(kind: type[Result], message: Any, **converted: Any) -> Result:
+    """A dataclass with the message's fields, but for the `converted` ones."""
+    names = [field.name for field in fields(cast(Any, kind)) if field.name not in converted]
+    return kind(**{name: getattr(message, name) for name in names}, **converted)

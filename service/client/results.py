@@ -1,4 +1,4 @@
-"""What extractions and generations return, in numpy arrays. Sizes: n rows, nnz entries, t tokens."""
+"""Results of extractions and generations, as numpy arrays. Sizes: n rows, nnz entries, t tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float32]
 UintArray = NDArray[np.uint32]
 FinishReason = Literal["length", "stop", "end_of_text", "unknown"]
-"""unknown: a reason of a server newer than this client."""
+"""unknown: a reason that only a newer server knows."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Timing:
     queue_ms: float
     """From arrival to the start of the computation."""
     compute_ms: float
-    """Of the batches on the device that carried the request."""
+    """Of the batches that contained the request, on the device."""
     total_ms: float
     """From arrival in the replica to the reply."""
 
@@ -65,7 +65,7 @@ class Tokens:
     ids: UintArray
     """[t]"""
     pieces: tuple[bytes, ...]
-    """[t] bytes of each token; one alone need not be valid UTF-8."""
+    """[t] bytes of each token, which alone need not be valid UTF-8."""
     byte_starts: UintArray
     """[t] offset in the UTF-8 text."""
     byte_ends: UintArray
@@ -85,23 +85,23 @@ class DictionaryFeatures:
 
     dictionary: str
     features: SparseRows
-    """One row a token, or a single row with aggregation."""
+    """One row per token, or a single row with aggregation."""
     reconstruction_error: FloatArray | None
-    """[t] |x - x'|^2 / |x|^2 of each token, if asked for."""
+    """[t] |x - x'|^2 / |x|^2 of each token, if requested."""
 
 
 @dataclass(frozen=True, eq=False)
 class InputFeatures:
-    """What one input gave."""
+    """The features of one input."""
 
     dictionaries: Mapping[str, DictionaryFeatures]
-    """By name, in the order asked for."""
+    """By name, in the order of the request."""
     n_tokens: int
     """Tokens that were run."""
     truncated_tokens: int
-    """Tokens that were dropped because the input was too long (overflow="truncate")."""
+    """Tokens dropped because the input was too long (overflow="truncate")."""
     tokens: Tokens | None
-    """The tokens, if asked for."""
+    """The tokens, if requested."""
 
     def __getitem__(self, dictionary: str) -> SparseRows:
         """The features in one dictionary."""
@@ -113,7 +113,7 @@ class Extraction:
     """Reply of extract_features."""
 
     inputs: tuple[InputFeatures, ...]
-    """One entry an input, in the order of the request."""
+    """One entry per input, in the order of the request."""
     request_id: str
     timing: Timing
 
@@ -126,7 +126,7 @@ class Extraction:
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """Mean and standard deviation that normalised each input row: what decode_features needs for the input's units."""
+    """Mean and standard deviation of each input row, with which decode_features returns to the input's units."""
 
     mean: FloatArray
     """[n]"""
@@ -139,7 +139,7 @@ class Encoding:
     """Reply of encode_activations."""
 
     features: SparseRows
-    """One row an activation."""
+    """One row per activation."""
     input_statistics: InputStatistics | None
     """None where the dictionary does not normalise its input."""
     request_id: str
@@ -158,7 +158,7 @@ class Decoding:
 
 @dataclass(frozen=True, eq=False)
 class TopTokens:
-    """The likeliest tokens at one place, likeliest first; k of them."""
+    """The k likeliest tokens at one position, likeliest first."""
 
     token_ids: UintArray
     """[k]"""
@@ -170,16 +170,16 @@ class TopTokens:
 
 @dataclass(frozen=True, eq=False)
 class TokenFeatures:
-    """The features that fire on t consecutive tokens of a generated sequence, as the edited model has them."""
+    """The features that fire on t consecutive tokens of a generated sequence, in the edited model."""
 
     first_position: int
-    """Of the first of the tokens, 0-based from the prompt's first token."""
+    """Position of the first of the tokens, counted from 0 at the prompt's first token."""
     token_ids: UintArray
     """[t]"""
     pieces: tuple[bytes, ...]
     """[t] bytes of each; empty if the server has no tokenizer."""
     dictionaries: Mapping[str, SparseRows]
-    """By name, in the order asked for: one row a token."""
+    """By name, in the order of the request: one row per token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,24 +187,24 @@ class GeneratedChunk:
     """New tokens of a generated sequence and the text that they complete."""
 
     text: str
-    """Whole characters only; may be empty while one is incomplete or a stop string may be under way."""
+    """Whole characters only; empty while a character is incomplete or a stop string may follow."""
     token_ids: UintArray
     """Tokens since the last chunk."""
     logprobs: FloatArray
     """Log-probability of each under the edited model, before penalty, temperature and cuts."""
     top: tuple[TopTokens, ...] = ()
-    """If asked for: one entry a token."""
+    """If requested: one entry per token."""
     features: tuple[TokenFeatures, ...] = ()
-    """If asked for, of tokens that were run since the last chunk: each comes one chunk after it was sampled."""
+    """If requested, of tokens run since the last chunk: a token's features come one chunk after the token."""
     sample: int = 0
-    """Which of the samples it belongs to."""
+    """Number of the sample."""
     unedited: bool = False
-    """Whether it belongs to the sequence without edits that `compare` asked for."""
+    """Whether it belongs to a sequence without edits, as `compare` requests."""
 
 
 @dataclass(frozen=True, eq=False)
 class GenerationResult:
-    """All of a generated sequence that came to its end."""
+    """A generated sequence that has ended."""
 
     text: str
     token_ids: UintArray
@@ -213,18 +213,18 @@ class GenerationResult:
     """[generated_tokens]"""
     finish_reason: FinishReason
     stop: str
-    """The stop string that was met; empty with other reasons."""
+    """The stop string that ended it; empty for other reasons."""
     prompt_tokens: int
     generated_tokens: int
     truncated_tokens: int
     """Tokens dropped from the prompt's start (overflow="truncate")."""
     seed: int
-    """The seed that was used, for all samples."""
+    """The seed of the call, for all samples."""
     request_id: str
     timing: Timing
     top: tuple[TopTokens, ...] = ()
-    """[generated_tokens] if asked for."""
+    """[generated_tokens] if requested."""
     features: tuple[TokenFeatures, ...] = ()
-    """If asked for: of consecutive tokens, together all but the last. Those of the prompt are with sample 0 alone."""
+    """If requested: of consecutive tokens, together all but the last. Only sample 0 has the prompt's."""
     sample: int = 0
     unedited: bool = False

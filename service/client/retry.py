@@ -1,7 +1,7 @@
-"""When a failed call is tried again, and after how long.
+"""When a failed call is retried, and after how long.
 
-The client retries by itself instead of through gRPC's service config: that stops at five attempts, gives up silently on
-requests larger than a 256 KiB buffer, and cannot follow the delay that the server suggests in its error details.
+The client does not use the retries of gRPC's service config: they stop at five attempts, silently skip requests larger
+than a 256 KiB buffer, and ignore the delay that the server suggests in its error details.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class RetryPolicy:
     """Exponential backoff with jitter. Only UNAVAILABLE is retried, so a call never runs twice to its end."""
 
     attempts: int = 4
-    """Most attempts of one call; 1 never retries."""
+    """At most this many attempts of one call; 1 never retries."""
     initial_backoff_s: float = 0.1
     """Mean wait before the second attempt."""
     multiplier: float = 2.0
@@ -30,7 +30,7 @@ class RetryPolicy:
     jitter: float = 0.3
     """Waits are drawn from mean * [1 - jitter, 1 + jitter]."""
     retry_exhausted: bool = False
-    """Also retry RESOURCE_EXHAUSTED where the server says after how long (RetryInfo), and wait for that long."""
+    """Also retry RESOURCE_EXHAUSTED after the delay that the server gives (RetryInfo), if it gives one."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
@@ -63,7 +63,7 @@ class Attempts:
         return None if math.isinf(remaining) else max(remaining, 0.0)
 
     def delay_after(self, error: SaeserveError) -> float | None:
-        """Seconds to wait before the next attempt, or None if there is none: the error is then the call's."""
+        """Seconds to wait before the next attempt, or None if the call fails with this error."""
         self._failed += 1
         if self._failed >= self._policy.attempts:
             return None
@@ -73,7 +73,7 @@ class Attempts:
             delay = error.retry_after_s
         else:
             return None
-        # An attempt that the deadline would cut off at once would only hide the cause.
+        # An attempt that the deadline ends at once would only hide the cause.
         return delay if self._clock() + delay < self._deadline else None
 
     def _backoff(self) -> float:

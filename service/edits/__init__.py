@@ -1,1 +1,1 @@
-"""Edits in their forms outside the library: conditions as text, YAML files, messages. Neither torch nor calls here."""
+"""Edits as text conditions, YAML files and messages. Needs neither torch nor a server."""

@@ -3,9 +3,10 @@
     condition  ::= both ("or" both)*
     both       ::= one ("and" one)*
     one        ::= "(" condition ")" | FEATURE (">" | "<=") NUMBER ["max"]
-    FEATURE    ::= [DICTIONARY ":"] number; without a dictionary it is the edit's
+    FEATURE    ::= [DICTIONARY ":"] number
 
-`>` is above the threshold, `<=` at most at it. With `max` the threshold is in multiples of the recorded maximum.
+A feature without a dictionary belongs to the edit's dictionary. With `max` the threshold is in multiples of the
+feature's recorded maximum.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ FORM = "FEATURE > NUMBER or FEATURE <= NUMBER, joined by and, or and parentheses
 
 
 def parse_condition(text: str) -> Where:
-    """Reads a condition; ValueError says where it stops being one."""
+    """Reads a condition.
+
+    Raises:
+        ValueError: the text is no condition; the message says where.
+    """
     tokens, at = [], 0
     while text[at:].strip():
         match = _TOKEN.match(text, at)
@@ -36,11 +41,13 @@ def parse_condition(text: str) -> Where:
 
 
 class _Parser:
+    """A method for each rule of the grammar. `tokens` are those not yet read."""
+
     def __init__(self, text: str, tokens: list[str]) -> None:
         self.text, self.tokens = text, tokens
 
-    def error(self, what: str) -> ValueError:
-        return ValueError(f"{self.text!r} is no condition: {what}; expected {FORM}")
+    def error(self, problem: str) -> ValueError:
+        return ValueError(f"{self.text!r} is no condition: {problem}; expected {FORM}")
 
     def take(self) -> str:
         if not self.tokens:
@@ -48,18 +55,18 @@ class _Parser:
         return self.tokens.pop(0)
 
     def condition(self) -> Where:
-        parts = [self.both()]
+        alternatives = [self.both()]
         while self.tokens[:1] == ["or"]:
             self.take()
-            parts.append(self.both())
-        return parts[0] if len(parts) == 1 else AnyOf(tuple(parts))
+            alternatives.append(self.both())
+        return alternatives[0] if len(alternatives) == 1 else AnyOf(tuple(alternatives))
 
     def both(self) -> Where:
-        parts = [self.one()]
+        conditions = [self.one()]
         while self.tokens[:1] == ["and"]:
             self.take()
-            parts.append(self.one())
-        return parts[0] if len(parts) == 1 else AllOf(tuple(parts))
+            conditions.append(self.one())
+        return conditions[0] if len(conditions) == 1 else AllOf(tuple(conditions))
 
     def one(self) -> Where:
         token = self.take()
@@ -100,8 +107,7 @@ def format_condition(where: Where) -> str:
         sign, unit = ">" if where.comparison == "above" else "<=", " max" if where.unit == "max" else ""
         return f"{feature} {sign} {repr(where.threshold).removesuffix('.0')}{unit}"
     word = " or " if isinstance(where, AnyOf) else " and "
-    parts = (
-        format_condition(each) if isinstance(each, Condition) else f"({format_condition(each)})"
-        for each in where.conditions
+    return word.join(
+        format_condition(inner) if isinstance(inner, Condition) else f"({format_condition(inner)})"
+        for inner in where.conditions
     )
-    return word.join(parts)

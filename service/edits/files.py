@@ -1,4 +1,4 @@
-"""Edits in YAML: a list of edits, or a list of named sets of them (presets). An unknown key is an error.
+"""Edits in YAML: a list of edits, or a list of presets, which are named sets of edits. An unknown key is an error.
 
     - name: more-french
       description: What it is for.
@@ -34,7 +34,7 @@ from service.edits.conditions import parse_condition
 
 
 class EditFileError(ValueError):
-    """A file of edits that cannot be used; the message names the file, the place and what is wrong."""
+    """A file of edits is wrong; the message names the file, the place and the problem."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _After(_Model):
 
 
 class _Edit(_Model):
-    """One edit as a YAML mapping: where, one operation, and how."""
+    """One edit as a YAML mapping: a feature, one operation, and where it acts."""
 
     dictionary: StrictStr | None = None
     feature: StrictInt | StrictStr | None = None
@@ -93,19 +93,25 @@ class _Edit(_Model):
     where: StrictStr | None = None
 
     def to_edit(self) -> Edit:
-        """ValueError or InvalidEdit where the parts do not fit together."""
-        given = [name for name in _OPERATIONS if (own := getattr(self, name)) is not None and own is not False]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"expected one operation of {', '.join(_OPERATIONS)}, found {found}")
-        name = given[0]
+        """The library's edit.
+
+        Raises:
+            ValueError: there is not exactly one operation, or the feature is not named properly.
+            InvalidEdit: the values of the edit are wrong.
+        """
+        values = {name: getattr(self, name) for name in _OPERATIONS}
+        names = [name for name, value in values.items() if value is not None and value is not False]
+        if len(names) != 1:
+            present = " and ".join(names) or "none"
+            raise ValueError(f"expected one operation of {', '.join(_OPERATIONS)}, found {present}")
+        name = names[0]
         dictionary, feature = self._target(name)
         operation: Operation = name if name != "ablate" else f"ablate_{self.ablate}"  # type: ignore[assignment]
         reference = None
         if self.resample is not None:
             ids = self.resample.token_ids
             text = self.resample.text if self.resample.text is not None else ids
-            assert text is not None, "the model holds one of them"
+            assert text is not None, "the model has one of them"
             reference = Reference(text, self.resample.tokens)
         positions: Positions
         if isinstance(self.positions, _After):
@@ -116,7 +122,7 @@ class _Edit(_Model):
             dictionary,
             feature,
             operation,
-            value=getattr(self, name) if name in ("set", "add", "scale") else 0.0,
+            value=values[name] if name in ("set", "add", "scale") else 0.0,
             minimum=None if self.clamp is None else self.clamp.minimum,
             maximum=None if self.clamp is None else self.clamp.maximum,
             unit=self.unit,
@@ -131,15 +137,15 @@ class _Edit(_Model):
         feature, dictionary = self.feature, self.dictionary
         if operation == "replace":
             if feature is not None:
-                raise ValueError("feature does not belong to replace, which is of the whole dictionary")
+                raise ValueError("feature does not belong to replace, which replaces the whole dictionary's input")
             feature = 0
         if isinstance(feature, str):
-            named, _, number = feature.rpartition(":")
+            prefix, _, number = feature.rpartition(":")
             if not (number.isascii() and number.isdigit()):
                 raise ValueError(f"feature is {feature!r}, expected a number or DICTIONARY:NUMBER")
-            if named and dictionary is not None:
-                raise ValueError(f"dictionary is {dictionary!r}, but the feature names its own: {feature!r}")
-            dictionary, feature = named or dictionary, int(number)
+            if prefix and dictionary is not None:
+                raise ValueError(f"dictionary is {dictionary!r}, but the feature names one, too: {feature!r}")
+            dictionary, feature = prefix or dictionary, int(number)
         if feature is None:
             raise ValueError("feature is missing")
         if dictionary is None:
@@ -157,10 +163,11 @@ class _Preset(_Model):
 
 
 def read_presets(file: Path) -> tuple[Preset, ...]:
-    """The named sets of a file, in its order.
+    """The presets of a file, in its order.
 
-    EditFileError: it cannot be read, is no such list, has an unknown key, an edit that is wrong by itself, or a name
-    twice.
+    Raises:
+        EditFileError: the file cannot be read, is no list of presets, or has an unknown key, a wrong edit or a name
+            twice.
     """
     presets = tuple(_preset(item, f"{file}: [{i}]") for i, item in enumerate(_items(file)))
     names = [preset.name for preset in presets]
@@ -171,7 +178,7 @@ def read_presets(file: Path) -> tuple[Preset, ...]:
 
 
 def read_edits(file: Path) -> tuple[Edit, ...]:
-    """The edits of a file: a list of edits, or a list of one named set. EditFileError as `read_presets`."""
+    """The edits of a file: a list of edits, or a list of one preset. Raises EditFileError as `read_presets` does."""
     items = _items(file)
     if items and isinstance(items[0], Mapping) and "edits" in items[0]:
         presets = read_presets(file)
@@ -194,7 +201,7 @@ def _items(file: Path) -> Sequence[Any]:
 
 def _preset(item: Any, where: str) -> Preset:
     model = _validated(_Preset, item, where)
-    edits = tuple(_to_edit(each, f"{where}.edits[{i}]") for i, each in enumerate(model.edits))
+    edits = tuple(_to_edit(edit, f"{where}.edits[{i}]") for i, edit in enumerate(model.edits))
     return Preset(model.name, model.description, edits)
 
 
@@ -215,14 +222,14 @@ def _validated(model: type[Model], item: Any, where: str) -> Model:
     try:
         return model.model_validate(item)
     except ValidationError as error:
-        # An unknown key first: it is often the misspelt form of one that is then missing.
-        problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        # An unknown key first: it is often the misspelt form of a key that is then missing.
+        problem = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
         loc = problem["loc"]
         if "positions" in loc:
-            # A union: pydantic tells of every alternative, and names them in the place.
+            # A union: pydantic reports every alternative, and names it in the place.
             loc = loc[: loc.index("positions") + 1]
             problem["msg"] = "Expected all, prompt, generated, last, a list of positions, or a mapping with after"
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+        place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in loc)
         if problem["type"] == "extra_forbidden":
             raise EditFileError(f"{where}{place}: no such key") from None
         raise EditFileError(f"{where}{place}: {problem['msg']}, found {problem['input']!r}"[:500]) from None

@@ -1,4 +1,4 @@
-"""Between edits and their messages."""
+"""Edits to messages and back."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ _COMPARISONS: dict[Comparison, pb.Comparison.ValueType] = {
 
 
 def edit_message(edit: Edit) -> pb.Edit:
-    """Raises ValueError for an unknown operation or name, and for an edit that messages cannot express."""
+    """The message of an edit.
+
+    Raises:
+        ValueError: an operation or a name is unknown, or a message cannot express the edit.
+    """
     message = pb.Edit(dictionary=edit.dictionary, feature=edit.feature)
     unit = _named("unit", edit.unit, _UNITS)
     if edit.values is not None:
@@ -105,12 +109,12 @@ def _condition_message(where: Where) -> pb.Condition:
         if where.unit != "raw":
             message.unit = _named("unit", where.unit, _UNITS)
         return message
-    inner = pb.Conditions(conditions=[_condition_message(each) for each in where.conditions])
+    inner = pb.Conditions(conditions=[_condition_message(inner) for inner in where.conditions])
     return pb.Condition(any_of=inner) if isinstance(where, AnyOf) else pb.Condition(all_of=inner)
 
 
 def read_edit(message: pb.Edit) -> Edit:
-    """The edit of a message that is right by itself; unknown values of enums read as their defaults."""
+    """The edit of a valid message. Unknown values of enums become their defaults."""
     operation: Operation = "ablate_zero"
     value, minimum, maximum, unit, reference = 0.0, None, None, pb.UNIT_RAW, None
     match message.WhichOneof("operation"):
@@ -166,9 +170,9 @@ def read_condition(message: pb.Condition) -> Where:
     """The condition of a message."""
     match message.WhichOneof("combination"):
         case "all_of":
-            return AllOf(tuple(read_condition(each) for each in message.all_of.conditions))
+            return AllOf(tuple(read_condition(inner) for inner in message.all_of.conditions))
         case "any_of":
-            return AnyOf(tuple(read_condition(each) for each in message.any_of.conditions))
+            return AnyOf(tuple(read_condition(inner) for inner in message.any_of.conditions))
         case _:
             comparison = _name(message.comparison, _COMPARISONS, "above")
             unit = _name(message.unit, _UNITS, "raw")

@@ -71,12 +71,12 @@ class RunningService:
         return list(psutil.Process(self.process.pid).children(recursive=True))
 
     def replica_pids(self) -> list[int]:
-        return [each.pid for each in self.processes() if "ServeReplica" in " ".join(each.cmdline())]
+        return [process.pid for process in self.processes() if "ServeReplica" in " ".join(process.cmdline())]
 
-    def stop(self, how: signal.Signals = signal.SIGINT) -> int:
+    def stop(self, signal_number: signal.Signals = signal.SIGINT) -> int:
         """Signals the process (for Ctrl-C its whole group, as a terminal does); returns the exit code."""
         if self.process.poll() is None:
-            (os.killpg if how == signal.SIGINT else os.kill)(self.process.pid, how)
+            (os.killpg if signal_number == signal.SIGINT else os.kill)(self.process.pid, signal_number)
         return self.process.wait(60)
 
 

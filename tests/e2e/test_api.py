@@ -63,7 +63,7 @@ def test_reflection_lists_every_service(channel: grpc.Channel) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     reply = next(iter(stub.ServerReflectionInfo(iter([request]), timeout=20)))
-    assert {rpc.service for rpc in RPCS.values()} <= {each.name for each in reply.list_services_response.service}
+    assert {rpc.service for rpc in RPCS.values()} <= {service.name for service in reply.list_services_response.service}
 
 
 def test_features_equal_the_librarys_alone_and_among_64_calls(channel: grpc.Channel, tiny_model: TinyModel) -> None:

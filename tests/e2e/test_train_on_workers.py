@@ -92,7 +92,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_right(settings: dict[str, 
         assert poll(lambda: (workers_folder(config) / "latest.json").exists() or run.poll() is not None, timeout_s=120)
         assert run.poll() is None, run.communicate()
         processes = psutil.Process(run.pid).children(recursive=True)
-        victims = [each for each in processes if "RayTrainWorker" in " ".join(each.cmdline())]
+        victims = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
         assert len(victims) == 2
         victims[1].kill()
         out, err = run.communicate(timeout=180)
@@ -108,18 +108,18 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_right(settings: dict[str, 
     assert psutil.wait_procs(processes, timeout=60)[1] == []
     assert not workers_folder(config).exists()
 
-    found = weights(config.out)
+    trained = weights(config.out)
     workers = WorkerProcesses(2)
     try:
         undisturbed = workers.run(train_undisturbed, 2, config.model_copy(update={"out": tmp_path / "calm"}), 2)[0]
     finally:
         workers.close()
     for name, tensor in undisturbed.items():
-        assert torch.equal(found[name], tensor), f"{name} differs from a run that nobody disturbed"
+        assert torch.equal(trained[name], tensor), f"{name} differs from a run that nobody disturbed"
     alone = config.model_copy(update={"out": tmp_path / "alone"})
     run_training(alone)
     for name, tensor in weights(alone.out).items():
-        assert float((found[name] - tensor).abs().max() / tensor.abs().max()) < RELATIVE, name
+        assert float((trained[name] - tensor).abs().max() / tensor.abs().max()) < RELATIVE, name
 
 
 def test_what_cannot_be_trained_is_one_line_and_leaves_nothing(settings: dict[str, Any], tmp_path: Path) -> None:

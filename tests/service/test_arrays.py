@@ -19,17 +19,19 @@ def test_sparse_rows_both_ways(splits: list[int], indices: list[int], values: li
         np.array(splits, np.uint32), np.array(indices, np.uint32), np.array(values, np.float32)
     )
     assert packed.SerializeToString() == by_fields.SerializeToString()
-    found = arrays.unpack_sparse_rows(by_fields)
-    np.testing.assert_array_equal(found[0], np.array(splits, np.uint32))
-    np.testing.assert_array_equal(found[1], np.array(indices, np.uint32))
-    np.testing.assert_array_equal(found[2], np.array(values, np.float32))
+    unpacked = arrays.unpack_sparse_rows(by_fields)
+    np.testing.assert_array_equal(unpacked[0], np.array(splits, np.uint32))
+    np.testing.assert_array_equal(unpacked[1], np.array(indices, np.uint32))
+    np.testing.assert_array_equal(unpacked[2], np.array(values, np.float32))
 
 
 def test_fields_of_a_newer_client_are_passed_over() -> None:
     known = common_pb2.SparseRows(row_splits=[0, 1], indices=[3], values=[0.5])
     unknown = b"\xa8\x06\x07" + b"\xb2\x06\x02hi" + b"\xbd\x06abcd" + b"\xc1\x06abcdefgh" + b"\xcb\x06\xcc\x06"
-    found = arrays.unpack_sparse_rows(common_pb2.SparseRows.FromString(unknown + known.SerializeToString() + unknown))
-    assert [array.tolist() for array in found] == [[0, 1], [3], [0.5]]
+    unpacked = arrays.unpack_sparse_rows(
+        common_pb2.SparseRows.FromString(unknown + known.SerializeToString() + unknown)
+    )
+    assert [array.tolist() for array in unpacked] == [[0, 1], [3], [0.5]]
 
 
 @given(floats)

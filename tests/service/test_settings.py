@@ -35,10 +35,10 @@ def test_flags_win_over_the_environment_and_it_over_the_file(tmp_path: Path) -> 
 
 
 def test_dictionaries_of_several_flags_are_gathered() -> None:
-    def dictionaries(*flags: str) -> object:
+    def dictionaries(*line: str) -> object:
         parser, _ = _parser("serve")
-        given = given_settings(parser.parse_args(["serve", *flags]), ServeSettings)
-        return load_settings(flags=given, environment={}).dictionaries
+        flags = given_settings(parser.parse_args(["serve", *line]), ServeSettings)
+        return load_settings(flags=flags, environment={}).dictionaries
 
     assert dictionaries("--dictionaries", "a,b", "--dictionaries", "c", "d") == ("a", "b", "c", "d")
     assert dictionaries("--dictionaries", "builtin") == "builtin"
@@ -50,9 +50,9 @@ def test_every_setting_has_a_flag_a_variable_and_a_description() -> None:
     for name, info in setting_fields(ServeSettings):
         assert info.description, name
         text = "none" if info.default is None else str(info.default)
-        given = given_settings(parser.parse_args([flag_of(name), text]), ServeSettings)
-        assert given == {name: None if info.default is None else text}
-        assert load_settings(flags=given, environment={}) == ServeSettings(), name
+        flags = given_settings(parser.parse_args([flag_of(name), text]), ServeSettings)
+        assert flags == {name: None if info.default is None else text}
+        assert load_settings(flags=flags, environment={}) == ServeSettings(), name
         assert load_settings(environment={variable_of(name): text}) == ServeSettings(), name
 
 

@@ -20,4 +20,4 @@ async def value(result: Any) -> Any:
 
 
 async def items(stream: Any) -> list[Any]:
-    return [each async for each in stream] if hasattr(stream, "__aiter__") else list(stream)
+    return [item async for item in stream] if hasattr(stream, "__aiter__") else list(stream)

@@ -107,10 +107,10 @@ class FakeServer(
 
     def _extract(self, request: Any) -> Any:
         reply = feature_service_pb2.ExtractFeaturesResponse(request_id=request.request_id or "made-up", timing=TIMING)
-        for each in request.inputs:
-            if each.text == "wait":
+        for text_input in request.inputs:
+            if text_input.text == "wait":
                 self.hold.wait(30)
-            pieces = _pieces(each)
+            pieces = _pieces(text_input)
             entry = reply.results.add(n_tokens=len(pieces), truncated_tokens=3 if request.overflow == 2 else 0)
             if request.include_tokens:
                 entry.tokens.CopyFrom(_tokens(pieces))
@@ -171,12 +171,12 @@ class FakeServer(
                     for token in (i, i + 10):
                         chunk.top.add(token_ids=[token, 7], logprobs=[-0.5, -3], pieces=[b"<%d>" % token, b" x"])
                 if request.HasField("features") and i:
-                    told = chunk.features.add(first_position=position, token_ids=[i, i], pieces=[b"a", b" b"])
+                    features = chunk.features.add(first_position=position, token_ids=[i, i], pieces=[b"a", b" b"])
                     for name in request.features.dictionaries:
-                        found = told.dictionaries.add(dictionary=name)
-                        found.features.row_splits.extend([0, 2, 3])
-                        found.features.indices.extend([5, 9, 5])
-                        found.features.values.extend([2.5, 1.0, float(i)])
+                        rows = features.dictionaries.add(dictionary=name).features
+                        rows.row_splits.extend([0, 2, 3])
+                        rows.indices.extend([5, 9, 5])
+                        rows.values.extend([2.5, 1.0, float(i)])
                     position += 2
                 yield intervention_service_pb2.GenerateResponse(
                     request_id=request.request_id, chunk=chunk, sample=sample, unedited=unedited
@@ -216,13 +216,13 @@ class FakeServer(
 
     def GetDictionary(self, request: Any, context: Any) -> Any:
         self._record("GetDictionary", request, context)
-        found = [dictionary for dictionary in DICTIONARIES if dictionary.name == request.name]
-        if not found:
+        named = [dictionary for dictionary in DICTIONARIES if dictionary.name == request.name]
+        if not named:
             details = (error_details_pb2.ResourceInfo(resource_type="dictionary", resource_name=request.name),)
             message = f"no dictionary named '{request.name}'"
             fail(context, Failure(grpc.StatusCode.NOT_FOUND, message, details), request.request_id)
         reply = catalog_service_pb2.GetDictionaryResponse(
-            request_id=request.request_id, dictionary=found[0], evaluation={"nmse": 0.125, "loss_recovered": 0.9375}
+            request_id=request.request_id, dictionary=named[0], evaluation={"nmse": 0.125, "loss_recovered": 0.9375}
         )
         if request.name == "resid-mid":
             reply.provenance.code_version = "0.1.0"

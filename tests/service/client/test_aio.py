@@ -34,8 +34,8 @@ def test_all_dictionaries_are_asked_for_once(run: Run, fake: FakeServer):
 def test_stream_keeps_the_order(run: Run, fake: FakeServer):
     requests = [["a b", "c"], "d e f", [1, 2]]
     replies = run(lambda client: items(client.extract_features_stream(requests, "resid-mid", threshold=0.5)))
-    assert [[each.n_tokens for each in reply.inputs] for reply in replies] == [[2, 1], [3], [2]]
-    assert all(each.selection.threshold == 0.5 for each in fake.requests("ExtractFeaturesStream")[1:])
+    assert [[entry.n_tokens for entry in reply.inputs] for reply in replies] == [[2, 1], [3], [2]]
+    assert all(request.selection.threshold == 0.5 for request in fake.requests("ExtractFeaturesStream")[1:])
 
 
 def test_stream_of_an_iterable_that_fails(run: Run):

@@ -96,7 +96,7 @@ def test_dictionaries(run: Run):
         return listed, await value(client.get_dictionary("resid-mid")), await value(client.get_dictionary("resid-late"))
 
     listed, mid, late = run(script)
-    assert [(each.name, each.k, each.context_length) for each in listed] == [
+    assert [(dictionary.name, dictionary.k, dictionary.context_length) for dictionary in listed] == [
         ("resid-late", None, None),
         ("resid-mid", 8, 32),
     ]
@@ -178,13 +178,19 @@ def test_attributions():
     reply = causal_pb2.AttributeFeaturesResponse(
         metric=3.0, attributions=[attribution], n_active=8, totals={"d": 2.5}, target_id=11, position=2, timing=TIMING
     )
-    found = replies.read_attributions(reply)
-    assert found.attributions == (FeatureAttribution(FeatureId("d", 3), 2, 4.0, 0.5, 2.0, 1.5),)
-    assert (found.metric, found.n_active, found.totals, found.target_id, found.position) == (3.0, 8, {"d": 2.5}, 11, 2)
-    assert (found.pearson, found.spearman, found.foil_id, found.tokens) == (None, None, None, None)
+    result = replies.read_attributions(reply)
+    assert result.attributions == (FeatureAttribution(FeatureId("d", 3), 2, 4.0, 0.5, 2.0, 1.5),)
+    assert (result.metric, result.n_active, result.totals, result.target_id, result.position) == (
+        3.0,
+        8,
+        {"d": 2.5},
+        11,
+        2,
+    )
+    assert (result.pearson, result.spearman, result.foil_id, result.tokens) == (None, None, None, None)
     reply.pearson, reply.spearman, reply.foil_id = 0.0, 0.5, 0
-    found = replies.read_attributions(reply)
-    assert (found.pearson, found.spearman, found.foil_id) == (0.0, 0.5, 0)
+    result = replies.read_attributions(reply)
+    assert (result.pearson, result.spearman, result.foil_id) == (0.0, 0.5, 0)
 
 
 def test_contrasts():

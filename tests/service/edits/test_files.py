@@ -86,7 +86,7 @@ def test_named_sets(tmp_path: Path) -> None:
         ("[{feature: 'd:1'}]", r"\[0\]: expected one operation of set, .*, found none"),
         ("[{feature: 'd:1', set: 1, add: 2}]", "found set and add"),
         ("[{feature: 1, set: 1}]", "dictionary is missing"),
-        ("[{dictionary: e, feature: 'd:1', set: 1}]", "the feature names its own"),
+        ("[{dictionary: e, feature: 'd:1', set: 1}]", "the feature names one, too"),
         ("[{dictionary: d, set: 1}]", "feature is missing"),
         ("[{feature: 'd:x', set: 1}]", "expected a number or DICTIONARY:NUMBER"),
         ("[{feature: 'd:1', replace: true}]", "feature does not belong to replace"),

@@ -27,7 +27,7 @@ class ListDictionariesRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     def __init__(
         self,
         *,
@@ -78,7 +78,7 @@ class GetDictionaryRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     name: _builtins.str
     """The dictionary's name."""
     def __init__(
@@ -133,7 +133,7 @@ class GetDictionaryResponse(_message.Message):
 
     @_builtins.property
     def provenance(self) -> Global___Provenance:
-        """How it was made. Absent for files that do not say."""
+        """How it was made. Absent if its files do not say."""
 
     @_builtins.property
     def evaluation(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -157,7 +157,7 @@ Global___GetDictionaryResponse: _TypeAlias = GetDictionaryResponse  # noqa: Y015
 
 @_typing.final
 class Dictionary(_message.Message):
-    """A sparse autoencoder that is served."""
+    """A served sparse autoencoder."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -190,17 +190,17 @@ class Dictionary(_message.Message):
     normalizes_input: _builtins.bool
     """Whether each input row is normalised before encoding; DecodeFeatures then needs the input statistics."""
     has_statistics: _builtins.bool
-    """Whether largest and mean activations are known: UNIT_RECORDED_MAXIMUM and ABLATION_MEAN need them."""
+    """Whether the maxima and means of activations are recorded: UNIT_RECORDED_MAXIMUM and ABLATION_MEAN need them."""
     context_length: _builtins.int
-    """Tokens in a training context; later positions are outside what it was trained on. 0: unknown."""
+    """Tokens in a training context; it was not trained on later positions. 0: unknown."""
     normalization: _builtins.str
     """How each input row is normalised: "none", "layer_norm" (mean 0, standard deviation 1) or "constant_norm" (Euclidean
     norm sqrt(d_in)).
     """
     has_skip_connection: _builtins.bool
-    """Whether decoding needs the raw input of encoding too (a skip connection); DecodeFeatures refuses such a dictionary."""
+    """Whether decoding also needs the raw input (a skip connection); DecodeFeatures refuses such a dictionary."""
     transcoder: _builtins.bool
-    """Whether it decodes to another activation than it reads; it is then not edited and has no reconstruction error."""
+    """Whether it decodes to another activation than it reads; it then has no reconstruction error and cannot be edited."""
     def __init__(
         self,
         *,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CatalogServiceStub:
-    """What is served: dictionaries and where they came from.
+    """The served dictionaries, and how they were made.
     """
 
     def __init__(self, channel):
@@ -48,11 +48,11 @@ class CatalogServiceStub:
 
 
 class CatalogServiceServicer:
-    """What is served: dictionaries and where they came from.
+    """The served dictionaries, and how they were made.
     """
 
     def ListDictionaries(self, request, context):
-        """The dictionaries that are loaded.
+        """The loaded dictionaries.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +87,7 @@ def add_CatalogServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CatalogService:
-    """What is served: dictionaries and where they came from.
+    """The served dictionaries, and how they were made.
     """
 
     @staticmethod

@@ -27,29 +27,29 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CatalogServiceStub:
-    """What is served: dictionaries and where they came from."""
+    """The served dictionaries, and how they were made."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CatalogServiceAsyncStub: ...
     ListDictionaries: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.ListDictionariesRequest, _catalog_service_pb2.ListDictionariesResponse]
-    """The dictionaries that are loaded."""
+    """The loaded dictionaries."""
     GetDictionary: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.GetDictionaryRequest, _catalog_service_pb2.GetDictionaryResponse]
     """One dictionary in full."""
 
 @_typing.type_check_only
 class CatalogServiceAsyncStub(CatalogServiceStub):
-    """What is served: dictionaries and where they came from."""
+    """The served dictionaries, and how they were made."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListDictionaries: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.ListDictionariesRequest, _catalog_service_pb2.ListDictionariesResponse]  # type: ignore[assignment]
-    """The dictionaries that are loaded."""
+    """The loaded dictionaries."""
     GetDictionary: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.GetDictionaryRequest, _catalog_service_pb2.GetDictionaryResponse]  # type: ignore[assignment]
     """One dictionary in full."""
 
 class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What is served: dictionaries and where they came from."""
+    """The served dictionaries, and how they were made."""
 
     @_abc_1.abstractmethod
     def ListDictionaries(
@@ -57,7 +57,7 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _catalog_service_pb2.ListDictionariesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_catalog_service_pb2.ListDictionariesResponse, _abc.Awaitable[_catalog_service_pb2.ListDictionariesResponse]]:
-        """The dictionaries that are loaded."""
+        """The loaded dictionaries."""
 
     @_abc_1.abstractmethod
     def GetDictionary(

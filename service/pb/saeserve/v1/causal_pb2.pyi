@@ -40,7 +40,7 @@ class _AblationRankingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Ablat
     """Change of the first chosen token's logit, or of the token that follows if none is chosen."""
 
 class AblationRanking(_AblationRanking, metaclass=_AblationRankingEnumTypeWrapper):
-    """The figure over all predictions whose size sorts the features, largest first."""
+    """The figure over all predictions that features are sorted by, largest in size first."""
 
 ABLATION_RANKING_UNSPECIFIED: AblationRanking.ValueType  # 0
 """The same as ABLATION_RANKING_KL."""
@@ -122,7 +122,7 @@ class ScoreRequest(_message.Message):
     OVERFLOW_FIELD_NUMBER: _builtins.int
     INCLUDE_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     overflow: _common_pb2.Overflow.ValueType
     """What to do with inputs that are too long."""
     include_tokens: _builtins.bool
@@ -176,7 +176,7 @@ class ScoreResponse(_message.Message):
     """The request's id."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___InputScore]:
-        """One entry an input, in the order of the request."""
+        """One entry per input, in the order of the request."""
 
     @_builtins.property
     def logit_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -220,7 +220,7 @@ class InputScore(_message.Message):
     """Number of tokens that were dropped because of OVERFLOW_TRUNCATE."""
     @_builtins.property
     def tokens(self) -> _common_pb2.Tokens:
-        """The tokens, if asked for."""
+        """The tokens, if requested."""
 
     @_builtins.property
     def unedited(self) -> Global___TokenScores:
@@ -228,7 +228,7 @@ class InputScore(_message.Message):
 
     @_builtins.property
     def edited(self) -> Global___TokenScores:
-        """With the edits; absent without any."""
+        """With the edits; absent if there are none."""
 
     @_builtins.property
     def kl(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -318,13 +318,13 @@ class AblateFeaturesRequest(_message.Message):
     RANK_BY_FIELD_NUMBER: _builtins.int
     OVERFLOW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     single_tokens: _builtins.int
-    """So many tokens of each text on which a feature is strongest are also changed alone, which tells how far behind the
-    token its effect reaches (`by_distance`). 0: none.
+    """Each feature is also ablated on single tokens, this many of its strongest in each text, which shows how far behind
+    the token its effect reaches (`by_distance`). 0: none.
     """
     rank_by: Global___AblationRanking.ValueType
-    """What sorts the features."""
+    """What the features are sorted by."""
     overflow: _common_pb2.Overflow.ValueType
     """What to do with inputs that are too long."""
     @_builtins.property
@@ -341,11 +341,11 @@ class AblateFeaturesRequest(_message.Message):
 
     @_builtins.property
     def ablations(self) -> _containers.RepeatedScalarFieldContainer[_edits_pb2.Ablation.ValueType]:
-        """With what the features are replaced; each is a study of its own. None: ABLATION_ZERO."""
+        """What the features are set to; with several, each feature is ablated once for each. None: ABLATION_ZERO."""
 
     @_builtins.property
     def logit_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenChoice]:
-        """Tokens whose logits are followed."""
+        """Tokens whose change of logit is returned."""
 
     def __init__(
         self,
@@ -370,7 +370,9 @@ Global___AblateFeaturesRequest: _TypeAlias = AblateFeaturesRequest  # noqa: Y015
 
 @_typing.final
 class StrongestFeatures(_message.Message):
-    """Features by what they write on the texts: the sum over tokens of the length of their part of the reconstruction."""
+    """The features that contribute most to the texts' reconstruction: by the norm of a feature's contribution, summed over
+    tokens.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -380,7 +382,7 @@ class StrongestFeatures(_message.Message):
     """How many. At least 1."""
     @_builtins.property
     def dictionaries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Among those of these dictionaries."""
+        """Dictionaries to choose from."""
 
     def __init__(
         self,
@@ -417,13 +419,13 @@ class AblateFeaturesResponse(_message.Message):
     n_texts: _builtins.int
     """Number of texts."""
     n_targets: _builtins.int
-    """Predictions that a token follows, over all texts."""
+    """Predictions, over all texts, that a token of the text follows."""
     loss: _builtins.float
-    """Mean loss of them without ablation, in nats."""
+    """Their mean loss without ablation, in nats."""
     accuracy: _builtins.float
     """Share of them that are right without ablation."""
     n_variants: _builtins.int
-    """Changed copies of texts that were run."""
+    """Ablated copies of texts that were run."""
     @_builtins.property
     def effects(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureEffect]:
         """One entry for each feature and ablation, the largest effect first."""
@@ -464,7 +466,7 @@ Global___AblateFeaturesResponse: _TypeAlias = AblateFeaturesResponse  # noqa: Y0
 
 @_typing.final
 class FeatureEffect(_message.Message):
-    """What ablating one feature does. Changes are ablated - unedited."""
+    """What ablating one feature does. A change is ablated - unedited."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -481,7 +483,7 @@ class FeatureEffect(_message.Message):
     TEXT_KL_FIELD_NUMBER: _builtins.int
     BY_DISTANCE_FIELD_NUMBER: _builtins.int
     ablation: _edits_pb2.Ablation.ValueType
-    """With what it is replaced."""
+    """What it was set to."""
     active_tokens: _builtins.int
     """Tokens on which it is active."""
     active_texts: _builtins.int
@@ -491,7 +493,7 @@ class FeatureEffect(_message.Message):
     delta_loss_low: _builtins.float
     """Lower end of the 95 % bootstrap interval (over texts, seeded) of everywhere.delta_loss."""
     delta_loss_high: _builtins.float
-    """Its upper end."""
+    """Upper end of that interval."""
     @_builtins.property
     def feature(self) -> Global___FeatureKey:
         """The feature."""
@@ -556,7 +558,7 @@ class EffectFigures(_message.Message):
     n_tokens: _builtins.int
     """Tokens after which predictions were compared: what kl and delta_logits are means over."""
     n_targets: _builtins.int
-    """Those of them that a token follows: what the other figures are means over."""
+    """Those that a token of the text follows: what the other figures are means over."""
     delta_loss: _builtins.float
     """Nats; above 0: the text became less likely."""
     delta_accuracy: _builtins.float
@@ -590,7 +592,7 @@ Global___EffectFigures: _TypeAlias = EffectFigures  # noqa: Y015
 
 @_typing.final
 class DistanceEffect(_message.Message):
-    """Effect on the predictions that are made some tokens behind the changed token (0: on that token)."""
+    """Effect on predictions at a distance from the ablated token, in tokens (0: on that token)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -636,9 +638,9 @@ class AttributeFeaturesRequest(_message.Message):
     OVERFLOW_FIELD_NUMBER: _builtins.int
     INCLUDE_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     position: _builtins.int
-    """The logits after this token are meant, 0-based. Not set: the last."""
+    """The logits after this token are explained, 0-based. Not set: the last."""
     count: _builtins.int
     """How many pairs of a feature and a token to return and to ablate. 0: 20."""
     overflow: _common_pb2.Overflow.ValueType
@@ -651,7 +653,7 @@ class AttributeFeaturesRequest(_message.Message):
 
     @_builtins.property
     def dictionaries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of one or more dictionaries whose features are looked at."""
+        """Names of one or more dictionaries whose features are used."""
 
     @_builtins.property
     def target(self) -> Global___TokenChoice:
@@ -659,7 +661,7 @@ class AttributeFeaturesRequest(_message.Message):
 
     @_builtins.property
     def foil(self) -> Global___TokenChoice:
-        """A token whose logit is taken off. Not set: the target's logit alone is explained."""
+        """A token whose logit is subtracted. Not set: the target's logit alone is explained."""
 
     def __init__(
         self,
@@ -728,17 +730,17 @@ class AttributeFeaturesResponse(_message.Message):
     metric: _builtins.float
     """The metric without ablation: the target's logit, less the foil's if there is one."""
     n_active: _builtins.int
-    """Pairs of an active feature and a token that were looked at."""
+    """Pairs of an active feature and a token."""
     pearson: _builtins.float
     """Pearson correlation of `attribution` and `effect` over the returned pairs; absent where it is undefined."""
     spearman: _builtins.float
-    """Spearman correlation of the same."""
+    """Spearman correlation of the same figures."""
     target_id: _builtins.int
     """Id of the target."""
     foil_id: _builtins.int
     """Id of the foil, if there is one."""
     position: _builtins.int
-    """Position after which the logits are meant."""
+    """Position after which the logits are explained."""
     truncated_tokens: _builtins.int
     """Number of tokens that were dropped because of OVERFLOW_TRUNCATE."""
     @_builtins.property
@@ -747,11 +749,11 @@ class AttributeFeaturesResponse(_message.Message):
 
     @_builtins.property
     def totals(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Sum of the attributions of all of them, by dictionary."""
+        """Sum of the attributions of all these pairs, by dictionary."""
 
     @_builtins.property
     def tokens(self) -> _common_pb2.Tokens:
-        """The tokens up to `position`, if asked for."""
+        """The tokens up to `position`, if requested."""
 
     @_builtins.property
     def timing(self) -> _common_pb2.Timing:
@@ -814,7 +816,7 @@ class FeatureAttribution(_message.Message):
     attribution: _builtins.float
     """z dm/dz: to first order, how far the metric falls when the feature is set to zero on this token."""
     effect: _builtins.float
-    """How far it does fall: m(unedited) - m(ablated)."""
+    """How far it falls in fact: m(unedited) - m(ablated)."""
     @_builtins.property
     def feature(self) -> Global___FeatureKey:
         """The feature."""
@@ -854,17 +856,17 @@ class ContrastFeaturesRequest(_message.Message):
     VALIDATE_FIELD_NUMBER: _builtins.int
     OVERFLOW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     aggregation: _feature_service_pb2.Aggregation.ValueType
     """How the tokens of a text are combined: AGGREGATION_MAX (also if unspecified) or AGGREGATION_MEAN."""
     count: _builtins.int
-    """Return at most so many features. 0: 20."""
+    """Return at most this many features. 0: 20."""
     false_discovery_rate: _builtins.float
     """Return only features with at most this q-value. 0: all."""
     suggest: _builtins.int
-    """Suggest an edit towards set a that uses so many features. 0: none."""
+    """Suggest edits of this many features towards set a. 0: none."""
     validate: _builtins.bool
-    """Score the suggestion at several strengths on both sets, and suggest the strength that favours a most."""
+    """Score the suggested edits at several strengths on both sets, and suggest the strength that favours a most."""
     overflow: _common_pb2.Overflow.ValueType
     """What to do with inputs that are too long."""
     @_builtins.property
@@ -927,11 +929,11 @@ class ContrastFeaturesResponse(_message.Message):
 
     @_builtins.property
     def suggestion(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Edit]:
-        """Ready to be used as the edits of Generate or Score. Empty unless asked for, and where no feature differs."""
+        """Edits for Generate or Score. Empty if not requested, or if no feature differs."""
 
     @_builtins.property
     def trials(self) -> _containers.RepeatedCompositeFieldContainer[Global___SuggestionTrial]:
-        """With `validate`: each strength that was tried, on the texts that the features were found on."""
+        """With `validate`: each strength that was tried, on the texts that the features were chosen on."""
 
     @_builtins.property
     def truncated_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -991,7 +993,7 @@ class FeatureContrast(_message.Message):
     p_value: _builtins.float
     """Mann-Whitney, two-sided, normal approximation with corrections for ties and continuity."""
     q_value: _builtins.float
-    """Smallest false discovery rate at which the feature is found (Benjamini and Hochberg)."""
+    """Smallest false discovery rate at which the feature passes (Benjamini and Hochberg)."""
     @_builtins.property
     def feature(self) -> Global___FeatureKey:
         """The feature."""
@@ -1019,7 +1021,7 @@ Global___FeatureContrast: _TypeAlias = FeatureContrast  # noqa: Y015
 
 @_typing.final
 class SuggestionTrial(_message.Message):
-    """A suggestion at one strength, scored on both sets."""
+    """The suggested edits at one strength, scored on both sets."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1028,7 +1030,7 @@ class SuggestionTrial(_message.Message):
     B_FIELD_NUMBER: _builtins.int
     SHIFT_FIELD_NUMBER: _builtins.int
     shift: _builtins.float
-    """b.delta_loss - a.delta_loss: by how much it favours a, in nats a token."""
+    """b.delta_loss - a.delta_loss: how much the edits favour a, in nats per token."""
     @_builtins.property
     def edits(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.Edit]:
         """The edits."""
@@ -1072,7 +1074,7 @@ class SetScore(_message.Message):
     delta_loss_low: _builtins.float
     """Lower end of its 95 % bootstrap interval over texts."""
     delta_loss_high: _builtins.float
-    """Its upper end."""
+    """Upper end of that interval."""
     kl: _builtins.float
     """Mean KL(unedited || edited), in nats."""
     def __init__(

@@ -103,7 +103,7 @@ Global___TextInput: _TypeAlias = TextInput  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
-    """A list of token ids (a message of its own, so that it can stand in a oneof)."""
+    """A list of token ids (a message, so that a oneof can contain it)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -127,7 +127,7 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Tokens(_message.Message):
-    """The tokens of one input, in order; all arrays have one entry a token."""
+    """The tokens of one input, in order; all arrays have one entry per token."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -143,7 +143,7 @@ class Tokens(_message.Message):
 
     @_builtins.property
     def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """The bytes of each token. Joined they are the text; one alone need not be valid UTF-8."""
+        """The bytes of each token. Joined, they are the text; those of one token need not be valid UTF-8."""
 
     @_builtins.property
     def byte_starts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -251,7 +251,7 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class InputStatistics(_message.Message):
-    """Mean and scale that normalised one input row; decoding needs them to give back the input's units: mean + std * x.
+    """Mean and scale of normalised input rows. Decoding uses them to return to the input's units: mean + std * x.
     Empty for dictionaries that do not normalise their input.
     """
 
@@ -261,11 +261,11 @@ class InputStatistics(_message.Message):
     STD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One mean a row; 0 with the normalisation "constant_norm"."""
+        """One mean per row; 0 with the normalisation "constant_norm"."""
 
     @_builtins.property
     def std(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One standard deviation a row, without epsilon; with "constant_norm" the root mean square."""
+        """One standard deviation per row, without epsilon; with "constant_norm" the root mean square."""
 
     def __init__(
         self,
@@ -291,9 +291,9 @@ class Timing(_message.Message):
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
     TOTAL_MS_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
-    """Milliseconds between the request's arrival and the start of its computation. The longest, if it had several parts."""
+    """Milliseconds between the request's arrival and the start of its computation. The longest, if the request was split."""
     compute_ms: _builtins.float
-    """Milliseconds of the batches on the device that carried the request. The sum, if it had several parts."""
+    """Milliseconds of the batches that contained the request, on the device. The sum, if the request was split."""
     total_ms: _builtins.float
     """Milliseconds between the request's arrival in the replica and its reply."""
     def __init__(

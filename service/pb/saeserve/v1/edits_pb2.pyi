@@ -31,7 +31,7 @@ class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Unit.ValueType],
     UNIT_RAW: _Unit.ValueType  # 1
     """The dictionary's activation units."""
     UNIT_RECORDED_MAXIMUM: _Unit.ValueType  # 2
-    """Multiples of the feature's largest activation on the text that its statistics were taken on."""
+    """Multiples of the feature's recorded maximum: its largest activation on the text of its statistics."""
 
 class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
     """Units of strengths and thresholds."""
@@ -41,7 +41,7 @@ UNIT_UNSPECIFIED: Unit.ValueType  # 0
 UNIT_RAW: Unit.ValueType  # 1
 """The dictionary's activation units."""
 UNIT_RECORDED_MAXIMUM: Unit.ValueType  # 2
-"""Multiples of the feature's largest activation on the text that its statistics were taken on."""
+"""Multiples of the feature's recorded maximum: its largest activation on the text of its statistics."""
 Global___Unit: _TypeAlias = Unit  # noqa: Y015
 
 class _Ablation:
@@ -55,17 +55,17 @@ class _AblationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Ablation.Val
     ABLATION_ZERO: _Ablation.ValueType  # 1
     """Zero."""
     ABLATION_MEAN: _Ablation.ValueType  # 2
-    """The feature's mean activation over all tokens of the text that its statistics were taken on."""
+    """The feature's recorded mean: its mean activation over all tokens of the text of its statistics."""
 
 class Ablation(_Ablation, metaclass=_AblationEnumTypeWrapper):
-    """What an ablated feature is replaced with."""
+    """What an ablated feature is set to."""
 
 ABLATION_UNSPECIFIED: Ablation.ValueType  # 0
 """The same as ABLATION_ZERO."""
 ABLATION_ZERO: Ablation.ValueType  # 1
 """Zero."""
 ABLATION_MEAN: Ablation.ValueType  # 2
-"""The feature's mean activation over all tokens of the text that its statistics were taken on."""
+"""The feature's recorded mean: its mean activation over all tokens of the text of its statistics."""
 Global___Ablation: _TypeAlias = Ablation  # noqa: Y015
 
 class _ReferenceTokens:
@@ -77,31 +77,31 @@ class _ReferenceTokensEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refer
     REFERENCE_TOKENS_UNSPECIFIED: _ReferenceTokens.ValueType  # 0
     """The same as REFERENCE_TOKENS_LAST."""
     REFERENCE_TOKENS_LAST: _ReferenceTokens.ValueType  # 1
-    """The last."""
+    """Of the last token."""
     REFERENCE_TOKENS_ALIGNED: _ReferenceTokens.ValueType  # 2
-    """The token at the same position, counted from the start of each text. Tokens at positions that the reference does
-    not have are not edited.
+    """Of the token at the same position, counted from the start of each text. Tokens after the reference's end are not
+    edited.
     """
     REFERENCE_TOKENS_MEAN: _ReferenceTokens.ValueType  # 3
-    """The mean over all of them, those on which the feature does not fire counting as 0."""
+    """The mean over all tokens. Tokens on which the feature does not fire count as 0."""
     REFERENCE_TOKENS_MAX: _ReferenceTokens.ValueType  # 4
-    """The largest over all of them."""
+    """The largest over all tokens."""
 
 class ReferenceTokens(_ReferenceTokens, metaclass=_ReferenceTokensEnumTypeWrapper):
-    """Tokens of a reference text whose activation a feature takes."""
+    """Which activation of a reference text a feature is set to."""
 
 REFERENCE_TOKENS_UNSPECIFIED: ReferenceTokens.ValueType  # 0
 """The same as REFERENCE_TOKENS_LAST."""
 REFERENCE_TOKENS_LAST: ReferenceTokens.ValueType  # 1
-"""The last."""
+"""Of the last token."""
 REFERENCE_TOKENS_ALIGNED: ReferenceTokens.ValueType  # 2
-"""The token at the same position, counted from the start of each text. Tokens at positions that the reference does
-not have are not edited.
+"""Of the token at the same position, counted from the start of each text. Tokens after the reference's end are not
+edited.
 """
 REFERENCE_TOKENS_MEAN: ReferenceTokens.ValueType  # 3
-"""The mean over all of them, those on which the feature does not fire counting as 0."""
+"""The mean over all tokens. Tokens on which the feature does not fire count as 0."""
 REFERENCE_TOKENS_MAX: ReferenceTokens.ValueType  # 4
-"""The largest over all of them."""
+"""The largest over all tokens."""
 Global___ReferenceTokens: _TypeAlias = ReferenceTokens  # noqa: Y015
 
 class _PositionRange:
@@ -171,7 +171,7 @@ class _ComparisonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Comparison
     COMPARISON_ABOVE: _Comparison.ValueType  # 1
     """The activation is larger than the threshold."""
     COMPARISON_AT_MOST: _Comparison.ValueType  # 2
-    """The opposite: it is at most the threshold. With threshold 0: the feature does not fire."""
+    """The activation is at most the threshold. With threshold 0, the feature does not fire."""
 
 class Comparison(_Comparison, metaclass=_ComparisonEnumTypeWrapper):
     """How an activation is compared with a threshold."""
@@ -181,19 +181,22 @@ COMPARISON_UNSPECIFIED: Comparison.ValueType  # 0
 COMPARISON_ABOVE: Comparison.ValueType  # 1
 """The activation is larger than the threshold."""
 COMPARISON_AT_MOST: Comparison.ValueType  # 2
-"""The opposite: it is at most the threshold. With threshold 0: the feature does not fire."""
+"""The activation is at most the threshold. With threshold 0, the feature does not fire."""
 Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
 
 @_typing.final
 class Edit(_message.Message):
-    """One change of one feature: h' = h + decode(z') - decode(z), where z are the features of the activation h and z' the
-    same with this one changed: h' = h + std * (z' - z) * d, with d the feature's decoder direction and std the input's
-    standard deviation where the dictionary normalises. What the dictionary does not explain stays as it is
-    (error-preserving), unless the operation is `replace`.
+    """A change of one feature of the activation h at a site:
 
-    Several edits may be given at once, of several features, dictionaries and sites. At one site all of them, and their
-    conditions, read the activation as it was before any edit there; later sites see the earlier edits. Two edits that
-    could write one feature on the same token conflict, whatever their conditions are.
+      h' = h + decode(z') - decode(z) = h + std * (z' - z) * d
+
+    z are the features of h, and z' the same with this one changed. d is the feature's decoder direction, and std the
+    standard deviation of h if the dictionary normalises its input, else 1. The reconstruction error stays as it is,
+    unless the operation is `replace`.
+
+    A request can have edits of several features, dictionaries and sites. At one site all edits, and their conditions,
+    read the activation as it was before any edit there; later sites see the earlier edits. Two edits that could change
+    one feature on the same token conflict, whatever their conditions are.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -227,17 +230,17 @@ class Edit(_message.Message):
 
     @_builtins.property
     def clamp(self) -> Global___Clamp:
-        """z' = z, kept inside bounds."""
+        """z' = z, kept within bounds."""
 
     @_builtins.property
     def resample(self) -> Global___Resample:
-        """z' = what the feature has on a reference text."""
+        """z' = the feature's activation on a reference text."""
 
     @_builtins.property
     def replace(self) -> Global___Replace:
-        """The activation becomes the dictionary's reconstruction from all its features: h' = decode(z'), where z' holds the
-        changes that this dictionary's other edits make. What the dictionary does not explain is lost. Two replacements
-        on the same token at one site conflict, and so do a replacement and an edit of another dictionary there.
+        """h' = decode(z'): the activation becomes the reconstruction from all features, where z' has the changes of this
+        dictionary's other edits. The reconstruction error is lost. On one token at one site, two replacements conflict,
+        and so do a replacement and an edit of another dictionary.
         """
 
     @_builtins.property
@@ -246,7 +249,7 @@ class Edit(_message.Message):
 
     @_builtins.property
     def condition(self) -> Global___Condition:
-        """The edit acts only on tokens where this holds. Not set: on all of `positions`."""
+        """The edit acts only where this holds. Not set: on all of `positions`."""
 
     def __init__(
         self,
@@ -301,7 +304,7 @@ Global___Amount: _TypeAlias = Amount  # noqa: Y015
 
 @_typing.final
 class Clamp(_message.Message):
-    """Bounds of an activation; at least one must be set, and minimum <= maximum. Both are in the unit named."""
+    """Bounds of an activation; at least one must be set, and minimum <= maximum. Both are in `unit`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -338,14 +341,14 @@ Global___Clamp: _TypeAlias = Clamp  # noqa: Y015
 
 @_typing.final
 class Resample(_message.Message):
-    """The feature takes the activation that it has on a reference text, which runs once, unedited, before the request."""
+    """The feature is set to its activation on a reference text, which runs once, unedited, before the request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REFERENCE_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     tokens: Global___ReferenceTokens.ValueType
-    """Which of its tokens."""
+    """Which of its tokens to read."""
     @_builtins.property
     def reference(self) -> _common_pb2.TextInput:
         """The text, or its token ids. At least one token; must fit the context."""
@@ -443,10 +446,10 @@ Global___ExplicitPositions: _TypeAlias = ExplicitPositions  # noqa: Y015
 
 @_typing.final
 class AfterText(_message.Message):
-    """Tokens that follow a text, in the prompt or in what was generated: those whose first byte is at the end of an
-    occurrence of the text, or later. The text is sought in the bytes of all tokens, one after the other, so it may lie
-    across tokens and across the end of the prompt; where it ends inside a token, that token is not edited. A generated
-    token is edited if the text had appeared before it.
+    """Tokens that follow a text in the prompt or in the generated text: their first byte is at the end of an occurrence of
+    the text, or later. The text is searched for in the joined bytes of all tokens, so it may span tokens and the end of
+    the prompt. If it ends inside a token, that token is not edited. A generated token is edited if the text occurs
+    before it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -455,11 +458,11 @@ class AfterText(_message.Message):
     OCCURRENCE_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The text, 1 to 256 bytes. It is sought as it is: case and spaces count."""
+    """The text, 1 to 256 bytes. Case and spaces count."""
     occurrence: Global___Occurrence.ValueType
     """Which of its occurrences; they may overlap."""
     max_tokens: _builtins.int
-    """Edit only so many tokens after an occurrence. 0: all to the end of the sequence; not with OCCURRENCE_EACH."""
+    """Edit only this many tokens after an occurrence. 0: all to the end of the sequence; not with OCCURRENCE_EACH."""
     def __init__(
         self,
         *,
@@ -477,7 +480,7 @@ Global___AfterText: _TypeAlias = AfterText  # noqa: Y015
 
 @_typing.final
 class Condition(_message.Message):
-    """Holds on a token where a feature is above (or not above) a threshold, or where other conditions hold together."""
+    """Holds on tokens where a feature is above (or not above) a threshold, or where a combination of conditions holds."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -495,7 +498,7 @@ class Condition(_message.Message):
     dictionary: _builtins.str
     """Dictionary of the feature, at the site of the edit or an earlier one. Empty: the edit's dictionary."""
     comparison: Global___Comparison.ValueType
-    """How they are compared."""
+    """How the activation is compared with the threshold."""
     unit: Global___Unit.ValueType
     """Unit of the threshold."""
     @_builtins.property
@@ -529,9 +532,7 @@ Global___Condition: _TypeAlias = Condition  # noqa: Y015
 
 @_typing.final
 class Conditions(_message.Message):
-    """Conditions that are combined. Combinations may hold combinations: at most 4 inside one another, and at most 16
-    thresholds in one edit.
-    """
+    """Conditions that are combined. Combinations can be nested 4 deep. An edit has at most 16 thresholds."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -555,7 +556,7 @@ Global___Conditions: _TypeAlias = Conditions  # noqa: Y015
 
 @_typing.final
 class EditPreset(_message.Message):
-    """A named set of edits that the server keeps."""
+    """A named set of edits on the server."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

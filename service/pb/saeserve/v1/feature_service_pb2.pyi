@@ -29,15 +29,15 @@ class _AggregationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Aggregati
     AGGREGATION_UNSPECIFIED: _Aggregation.ValueType  # 0
     """The same as AGGREGATION_NONE."""
     AGGREGATION_NONE: _Aggregation.ValueType  # 1
-    """One row a token."""
+    """One row per token."""
     AGGREGATION_MAX: _Aggregation.ValueType  # 2
-    """One row an input: the largest activation over its tokens."""
+    """One row per input: the largest activation over its tokens."""
     AGGREGATION_MEAN: _Aggregation.ValueType  # 3
-    """One row an input: the mean over its tokens."""
+    """One row per input: the mean over its tokens."""
     AGGREGATION_SUM: _Aggregation.ValueType  # 4
-    """One row an input: the sum over its tokens."""
+    """One row per input: the sum over its tokens."""
     AGGREGATION_LAST: _Aggregation.ValueType  # 5
-    """One row an input: that of its last token."""
+    """One row per input: the activation on its last token."""
 
 class Aggregation(_Aggregation, metaclass=_AggregationEnumTypeWrapper):
     """How the tokens of an input are combined. A feature that does not fire on a token counts as 0 there."""
@@ -45,15 +45,15 @@ class Aggregation(_Aggregation, metaclass=_AggregationEnumTypeWrapper):
 AGGREGATION_UNSPECIFIED: Aggregation.ValueType  # 0
 """The same as AGGREGATION_NONE."""
 AGGREGATION_NONE: Aggregation.ValueType  # 1
-"""One row a token."""
+"""One row per token."""
 AGGREGATION_MAX: Aggregation.ValueType  # 2
-"""One row an input: the largest activation over its tokens."""
+"""One row per input: the largest activation over its tokens."""
 AGGREGATION_MEAN: Aggregation.ValueType  # 3
-"""One row an input: the mean over its tokens."""
+"""One row per input: the mean over its tokens."""
 AGGREGATION_SUM: Aggregation.ValueType  # 4
-"""One row an input: the sum over its tokens."""
+"""One row per input: the sum over its tokens."""
 AGGREGATION_LAST: Aggregation.ValueType  # 5
-"""One row an input: that of its last token."""
+"""One row per input: the activation on its last token."""
 Global___Aggregation: _TypeAlias = Aggregation  # noqa: Y015
 
 @_typing.final
@@ -71,7 +71,7 @@ class ExtractFeaturesRequest(_message.Message):
     INCLUDE_RECONSTRUCTION_ERROR_FIELD_NUMBER: _builtins.int
     OVERFLOW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     aggregation: Global___Aggregation.ValueType
     """How to combine the tokens of an input."""
     include_tokens: _builtins.bool
@@ -127,7 +127,7 @@ class FeatureSelection(_message.Message):
     """Features whose activation exceeds this value, which is at least 0 and finite."""
     @_builtins.property
     def features(self) -> Global___FeatureIds:
-        """These features only, where they fire."""
+        """Only these features, on tokens where they fire."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class ExtractFeaturesResponse(_message.Message):
     """The request's id."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___InputFeatures]:
-        """One entry an input, in the order of the request."""
+        """One entry per input, in the order of the request."""
 
     @_builtins.property
     def timing(self) -> _common_pb2.Timing:
@@ -206,7 +206,7 @@ Global___ExtractFeaturesResponse: _TypeAlias = ExtractFeaturesResponse  # noqa: 
 
 @_typing.final
 class InputFeatures(_message.Message):
-    """What one input gave."""
+    """The features of one input."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -220,11 +220,11 @@ class InputFeatures(_message.Message):
     """Number of tokens that were dropped because of OVERFLOW_TRUNCATE."""
     @_builtins.property
     def tokens(self) -> _common_pb2.Tokens:
-        """The tokens, if asked for."""
+        """The tokens, if requested."""
 
     @_builtins.property
     def dictionaries(self) -> _containers.RepeatedCompositeFieldContainer[Global___DictionaryFeatures]:
-        """One entry a dictionary, in the order of the request."""
+        """One entry per dictionary, in the order of the request."""
 
     def __init__(
         self,
@@ -255,11 +255,11 @@ class DictionaryFeatures(_message.Message):
     """The dictionary's name."""
     @_builtins.property
     def features(self) -> _common_pb2.SparseRows:
-        """One row a token, or a single row with aggregation."""
+        """One row per token, or a single row with aggregation."""
 
     @_builtins.property
     def reconstruction_error(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """If asked for: one number a token, |x - x'|^2 / |x|^2, with x' the reconstruction from all features that fire."""
+        """If requested: one number per token, |x - x'|^2 / |x|^2, with x' the reconstruction from all features that fire."""
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ class ExtractFeaturesStreamRequest(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request(self) -> Global___ExtractFeaturesRequest:
-        """One call's worth of work."""
+        """A request of ExtractFeatures."""
 
     def __init__(
         self,
@@ -335,7 +335,7 @@ class EncodeActivationsRequest(_message.Message):
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     SELECTION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     dictionary: _builtins.str
     """Name of the dictionary."""
     @_builtins.property
@@ -376,11 +376,11 @@ class EncodeActivationsResponse(_message.Message):
     """The request's id."""
     @_builtins.property
     def features(self) -> _common_pb2.SparseRows:
-        """One row an activation."""
+        """One row per activation."""
 
     @_builtins.property
     def input_statistics(self) -> _common_pb2.InputStatistics:
-        """What DecodeFeatures needs to give back the units of the input."""
+        """With these, DecodeFeatures returns to the input's units."""
 
     @_builtins.property
     def timing(self) -> _common_pb2.Timing:
@@ -415,7 +415,7 @@ class DecodeFeaturesRequest(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     INPUT_STATISTICS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     dictionary: _builtins.str
     """Name of the dictionary."""
     @_builtins.property

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class FeatureServiceStub:
-    """Reads the features of texts and moves between activations and features.
+    """Reads the features of texts, and converts between activations and features.
     """
 
     def __init__(self, channel):
@@ -58,7 +58,7 @@ class FeatureServiceStub:
 
 
 class FeatureServiceServicer:
-    """Reads the features of texts and moves between activations and features.
+    """Reads the features of texts, and converts between activations and features.
     """
 
     def ExtractFeatures(self, request, context):
@@ -69,22 +69,22 @@ class FeatureServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExtractFeaturesStream(self, request_iterator, context):
-        """The same for a stream of requests. Replies come in the order of the requests; many are in the works at once.
-        A request that is wrong ends the stream with its error.
+        """The same for a stream of requests. Many run at once; replies come in the order of the requests. A wrong request
+        ends the stream with its error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EncodeActivations(self, request, context):
-        """Encodes activations that the caller has.
+        """Encodes the caller's activations.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DecodeFeatures(self, request, context):
-        """Turns features back into activations.
+        """Decodes features to activations.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,7 +122,7 @@ def add_FeatureServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FeatureService:
-    """Reads the features of texts and moves between activations and features.
+    """Reads the features of texts, and converts between activations and features.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FeatureServiceStub:
-    """Reads the features of texts and moves between activations and features."""
+    """Reads the features of texts, and converts between activations and features."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,32 +36,32 @@ class FeatureServiceStub:
     ExtractFeatures: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.ExtractFeaturesRequest, _feature_service_pb2.ExtractFeaturesResponse]
     """Runs texts through the backbone and returns the features that fire on them."""
     ExtractFeaturesStream: _grpc.StreamStreamMultiCallable[_feature_service_pb2.ExtractFeaturesStreamRequest, _feature_service_pb2.ExtractFeaturesStreamResponse]
-    """The same for a stream of requests. Replies come in the order of the requests; many are in the works at once.
-    A request that is wrong ends the stream with its error.
+    """The same for a stream of requests. Many run at once; replies come in the order of the requests. A wrong request
+    ends the stream with its error.
     """
     EncodeActivations: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.EncodeActivationsRequest, _feature_service_pb2.EncodeActivationsResponse]
-    """Encodes activations that the caller has."""
+    """Encodes the caller's activations."""
     DecodeFeatures: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.DecodeFeaturesRequest, _feature_service_pb2.DecodeFeaturesResponse]
-    """Turns features back into activations."""
+    """Decodes features to activations."""
 
 @_typing.type_check_only
 class FeatureServiceAsyncStub(FeatureServiceStub):
-    """Reads the features of texts and moves between activations and features."""
+    """Reads the features of texts, and converts between activations and features."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ExtractFeatures: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.ExtractFeaturesRequest, _feature_service_pb2.ExtractFeaturesResponse]  # type: ignore[assignment]
     """Runs texts through the backbone and returns the features that fire on them."""
     ExtractFeaturesStream: _aio.StreamStreamMultiCallable[_feature_service_pb2.ExtractFeaturesStreamRequest, _feature_service_pb2.ExtractFeaturesStreamResponse]  # type: ignore[assignment]
-    """The same for a stream of requests. Replies come in the order of the requests; many are in the works at once.
-    A request that is wrong ends the stream with its error.
+    """The same for a stream of requests. Many run at once; replies come in the order of the requests. A wrong request
+    ends the stream with its error.
     """
     EncodeActivations: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.EncodeActivationsRequest, _feature_service_pb2.EncodeActivationsResponse]  # type: ignore[assignment]
-    """Encodes activations that the caller has."""
+    """Encodes the caller's activations."""
     DecodeFeatures: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.DecodeFeaturesRequest, _feature_service_pb2.DecodeFeaturesResponse]  # type: ignore[assignment]
-    """Turns features back into activations."""
+    """Decodes features to activations."""
 
 class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Reads the features of texts and moves between activations and features."""
+    """Reads the features of texts, and converts between activations and features."""
 
     @_abc_1.abstractmethod
     def ExtractFeatures(
@@ -77,8 +77,8 @@ class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_feature_service_pb2.ExtractFeaturesStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_feature_service_pb2.ExtractFeaturesStreamResponse], _abc.AsyncIterator[_feature_service_pb2.ExtractFeaturesStreamResponse]]:
-        """The same for a stream of requests. Replies come in the order of the requests; many are in the works at once.
-        A request that is wrong ends the stream with its error.
+        """The same for a stream of requests. Many run at once; replies come in the order of the requests. A wrong request
+        ends the stream with its error.
         """
 
     @_abc_1.abstractmethod
@@ -87,7 +87,7 @@ class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feature_service_pb2.EncodeActivationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feature_service_pb2.EncodeActivationsResponse, _abc.Awaitable[_feature_service_pb2.EncodeActivationsResponse]]:
-        """Encodes activations that the caller has."""
+        """Encodes the caller's activations."""
 
     @_abc_1.abstractmethod
     def DecodeFeatures(
@@ -95,6 +95,6 @@ class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feature_service_pb2.DecodeFeaturesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feature_service_pb2.DecodeFeaturesResponse, _abc.Awaitable[_feature_service_pb2.DecodeFeaturesResponse]]:
-        """Turns features back into activations."""
+        """Decodes features to activations."""
 
 def add_FeatureServiceServicer_to_server(servicer: FeatureServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

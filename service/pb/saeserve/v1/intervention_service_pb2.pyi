@@ -64,9 +64,9 @@ class Sampling(_message.Message):
     temperature: _builtins.float
     """0 takes the likeliest token; else logits are divided by it. Finite, in [0, 100]."""
     top_k: _builtins.int
-    """Only the k likeliest tokens can be chosen. 0: no limit."""
+    """Sample only among the k likeliest tokens. 0: no limit."""
     top_p: _builtins.float
-    """Only the smallest set of tokens with at least this probability can be chosen. 0 or 1: no limit."""
+    """Sample only from the smallest set of tokens with at least this probability. 0 or 1: no limit."""
     seed: _builtins.int
     """Seed of this sequence's own random numbers, which do not depend on what runs beside it. The same request gives the
     same text, unless rounding decides between two tokens: it differs between CPUs and with what runs beside it.
@@ -115,13 +115,13 @@ class GenerateRequest(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in every reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in every reply and in error details. If empty, the server makes one up. At most 128 characters."""
     max_new_tokens: _builtins.int
     """Upper bound of new tokens of a sequence. 0: the server's default. Prompt and new tokens together must fit the
     context, and for all sequences of the call the key-value cache (Limits.max_cache_tokens).
     """
     ignore_end_of_text: _builtins.bool
-    """Go on after an end-of-text token is sampled. Default: generation ends there, and the token is not returned."""
+    """Continue after an end-of-text token is sampled. Default: generation ends there, and the token is not returned."""
     overflow: _common_pb2.Overflow.ValueType
     """What to do with a prompt that leaves no room for a new token; truncation drops tokens from its start."""
     samples: _builtins.int
@@ -131,7 +131,7 @@ class GenerateRequest(_message.Message):
     compare: _builtins.bool
     """Also generate every sample without edits and presets, from the same seed, beside the edited ones."""
     top_logprobs: _builtins.int
-    """How many of the likeliest tokens to return at each token's place. 0: none."""
+    """How many of the likeliest tokens to return at each token's position. 0: none."""
     @_builtins.property
     def prompt(self) -> _common_pb2.TextInput:
         """At least one token."""
@@ -183,7 +183,7 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class WatchedFeatures(_message.Message):
-    """Features that Generate returns with the tokens: of every token that is run, as the edited model has them."""
+    """Features that Generate returns with the tokens: of every token that is run, in the edited model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -191,9 +191,9 @@ class WatchedFeatures(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
-    """The strongest of each, on each token. 0: 5."""
+    """How many of the strongest features of each dictionary to return on each token. 0: 5."""
     prompt: _builtins.bool
-    """Also of the prompt's tokens."""
+    """Also return the features of the prompt's tokens."""
     @_builtins.property
     def dictionaries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of dictionaries, without repeats; at least one."""
@@ -229,9 +229,9 @@ class GenerateResponse(_message.Message):
     request_id: _builtins.str
     """The request's id."""
     sample: _builtins.int
-    """Which of the samples it is about, 0-based."""
+    """Number of the sample, from 0."""
     unedited: _builtins.bool
-    """It is about the sequence without edits that `compare` asked for."""
+    """Whether this is a sequence without edits, as `compare` requests."""
     @_builtins.property
     def chunk(self) -> Global___GeneratedChunk:
         """New tokens."""
@@ -282,11 +282,11 @@ class GeneratedChunk(_message.Message):
 
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopTokens]:
-        """If asked for: one entry a token."""
+        """If requested: one entry per token."""
 
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenFeatures]:
-        """If asked for: features of tokens that were run since the last chunk. A token is run after it was sampled, so they
+        """If requested: features of tokens that were run since the last chunk. A token is run after it was sampled, so they
         come one chunk later, and the last token of a sequence has none. Those of the prompt come with sample 0 alone.
         """
 
@@ -309,7 +309,7 @@ Global___GeneratedChunk: _TypeAlias = GeneratedChunk  # noqa: Y015
 
 @_typing.final
 class TopTokens(_message.Message):
-    """The likeliest tokens at one place, likeliest first."""
+    """The likeliest tokens at one position, likeliest first."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -365,7 +365,7 @@ class TokenFeatures(_message.Message):
 
     @_builtins.property
     def dictionaries(self) -> _containers.RepeatedCompositeFieldContainer[_feature_service_pb2.DictionaryFeatures]:
-        """One entry a dictionary, in the order of the request, with one row a token."""
+        """One entry per dictionary, in the order of the request, with one row per token."""
 
     def __init__(
         self,
@@ -407,7 +407,7 @@ class GenerationFinish(_message.Message):
     seed: _builtins.int
     """The seed of the call, for all its samples."""
     stop: _builtins.str
-    """The stop string that was met, with FINISH_REASON_STOP."""
+    """The stop string that ended it, with FINISH_REASON_STOP."""
     @_builtins.property
     def timing(self) -> _common_pb2.Timing:
         """Where the time went."""

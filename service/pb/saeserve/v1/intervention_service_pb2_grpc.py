@@ -82,7 +82,7 @@ class InterventionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AblateFeatures(self, request, context):
-        """What taking features away, one at a time, does to the predictions on texts.
+        """How predictions on texts change when features are ablated, one at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,7 @@ class InterventionServiceStub:
     Score: _grpc.UnaryUnaryMultiCallable[_causal_pb2.ScoreRequest, _causal_pb2.ScoreResponse]
     """Log-probabilities of given texts, unedited and edited."""
     AblateFeatures: _grpc.UnaryUnaryMultiCallable[_causal_pb2.AblateFeaturesRequest, _causal_pb2.AblateFeaturesResponse]
-    """What taking features away, one at a time, does to the predictions on texts."""
+    """How predictions on texts change when features are ablated, one at a time."""
     AttributeFeatures: _grpc.UnaryUnaryMultiCallable[_causal_pb2.AttributeFeaturesRequest, _causal_pb2.AttributeFeaturesResponse]
     """Which features on which tokens drive a logit: gradient x activation, and exact ablation of the largest."""
     ContrastFeatures: _grpc.UnaryUnaryMultiCallable[_causal_pb2.ContrastFeaturesRequest, _causal_pb2.ContrastFeaturesResponse]
@@ -55,7 +55,7 @@ class InterventionServiceAsyncStub(InterventionServiceStub):
     Score: _aio.UnaryUnaryMultiCallable[_causal_pb2.ScoreRequest, _causal_pb2.ScoreResponse]  # type: ignore[assignment]
     """Log-probabilities of given texts, unedited and edited."""
     AblateFeatures: _aio.UnaryUnaryMultiCallable[_causal_pb2.AblateFeaturesRequest, _causal_pb2.AblateFeaturesResponse]  # type: ignore[assignment]
-    """What taking features away, one at a time, does to the predictions on texts."""
+    """How predictions on texts change when features are ablated, one at a time."""
     AttributeFeatures: _aio.UnaryUnaryMultiCallable[_causal_pb2.AttributeFeaturesRequest, _causal_pb2.AttributeFeaturesResponse]  # type: ignore[assignment]
     """Which features on which tokens drive a logit: gradient x activation, and exact ablation of the largest."""
     ContrastFeatures: _aio.UnaryUnaryMultiCallable[_causal_pb2.ContrastFeaturesRequest, _causal_pb2.ContrastFeaturesResponse]  # type: ignore[assignment]
@@ -86,7 +86,7 @@ class InterventionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _causal_pb2.AblateFeaturesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_causal_pb2.AblateFeaturesResponse, _abc.Awaitable[_causal_pb2.AblateFeaturesResponse]]:
-        """What taking features away, one at a time, does to the predictions on texts."""
+        """How predictions on texts change when features are ablated, one at a time."""
 
     @_abc_1.abstractmethod
     def AttributeFeatures(

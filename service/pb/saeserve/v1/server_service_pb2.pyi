@@ -27,7 +27,7 @@ class GetServerInfoRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Echoed in the reply and in error details. The server makes one up if it is empty. At most 128 characters."""
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     def __init__(
         self,
         *,
@@ -83,7 +83,7 @@ class GetServerInfoResponse(_message.Message):
     device: _builtins.str
     """Device of the replica that answered: "cpu", "cuda:0"."""
     cache_bytes: _builtins.int
-    """Bytes that the key-value cache of a replica takes: max_cache_tokens of every block's keys and values."""
+    """Bytes of a replica's key-value cache: the keys and values of max_cache_tokens tokens in every block."""
     @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the libraries that decide results, by name: "torch", "transformers", "ray"."""
@@ -98,7 +98,7 @@ class GetServerInfoResponse(_message.Message):
 
     @_builtins.property
     def limits(self) -> Global___Limits:
-        """What requests must keep to."""
+        """Limits of requests."""
 
     @_builtins.property
     def edit_presets(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.EditPreset]:
@@ -127,7 +127,7 @@ Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class Backbone(_message.Message):
-    """The language model that is served."""
+    """The served language model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -142,7 +142,7 @@ class Backbone(_message.Message):
     name: _builtins.str
     """Its name."""
     fingerprint: _builtins.str
-    """SHA-256 of the weights, as dictionaries name it."""
+    """SHA-256 of the weights, by which dictionaries refer to the model."""
     n_layers: _builtins.int
     """Number of transformer blocks."""
     d_model: _builtins.int
@@ -179,7 +179,7 @@ Global___Backbone: _TypeAlias = Backbone  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """Bounds of requests; settings of the server."""
+    """Limits of requests, from the server's settings."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -226,7 +226,7 @@ class Limits(_message.Message):
     max_edits: _builtins.int
     """Edits in one call, those of presets included."""
     max_edit_strength: _builtins.float
-    """Largest size of a strength in multiples of the recorded maximum, where it is known."""
+    """Largest absolute strength of an edit, in multiples of the recorded maximum, where that is known."""
     max_stop_strings: _builtins.int
     """Stop strings in one call."""
     max_stop_bytes: _builtins.int
@@ -246,7 +246,7 @@ class Limits(_message.Message):
     max_samples: _builtins.int
     """Samples of one Generate call."""
     max_top_logprobs: _builtins.int
-    """Likeliest tokens that a Generate call returns at each place."""
+    """Likeliest tokens that a Generate call returns at each position."""
     max_ablated_features: _builtins.int
     """Features in one AblateFeatures call."""
     max_variant_tokens: _builtins.int

@@ -60,7 +60,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
         "--unit",
         choices=("raw", "max"),
         default="raw",
-        help="unit of VALUE, MIN and MAX: the activation itself, or the feature's recorded maximum",
+        help="unit of VALUE, MIN and MAX: activation units, or multiples of the feature's recorded maximum",
     )
     group.add_argument(
         "--reference-tokens",
@@ -68,7 +68,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
         default="last",
         help="which tokens of the reference text --resample reads",
     )
-    group.add_argument("--dictionary", metavar="NAME", help="the dictionary of features without a name")
+    group.add_argument("--dictionary", metavar="NAME", help="the dictionary of features that are given by number only")
     group.add_argument(
         "--positions",
         type=_positions,

@@ -77,9 +77,7 @@ class EngineSettings(BaseModel):
         0, ge=0, description="CPU threads of the model thread's operations; 0 is torch's choice."
     )
     batch_lanes: int = Field(0, ge=0, description="Does nothing any more: torch's own threads run a batch.")
-    decode_threads: int = Field(
-        0, ge=0, description="Does nothing any more: torch_threads holds for all."
-    )
+    decode_threads: int = Field(0, ge=0, description="Does nothing any more: torch_threads holds for all.")
 
     @model_validator(mode="after")
     def _say_what_does_nothing(self) -> Self:

@@ -247,8 +247,8 @@ class Scheduler(Generic[Generation]):
     def _pop_batch(self, budget: int) -> list[Piece]:
         """Packs the next batch: the oldest work's rows, then rows of similar works until the next row does not fit.
 
-        budget 10; row sizes of the works, oldest first: [4, 3], [3], [4, 2]
-        batch  4 3 | 3          all of two works; the third waits
+        budget 12; row sizes of the works, oldest first: [4, 3], [9], [3, 2, 5]
+        batch  4 3 | 3 2    the third work is nearer in length than the second; its last row waits
         """
         self._generation_steps = 0
         budget = min(budget, self._settings.max_batch_tokens)

@@ -1,7 +1,7 @@
-"""The engine's checks of work before it is queued. They are cheap; what users are told is the callers' business.
+"""The engine's checks of work before it is queued. They are cheap. Messages to users are the callers' business.
 
-What would reach the device is refused here. Names, latents and sites are asked of the dictionaries themselves. Every
-check raises ValueError.
+Invalid work is refused here, before it reaches the device. The dictionaries themselves check names, latents and sites.
+Every check raises ValueError.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.engine.work import DecodeWork
 def check_rows(
     rows: Sequence[Sequence[int]], backbone: Backbone, *, at_least: int = 1, at_most: int = sys.maxsize
 ) -> None:
-    """One or more rows of tokens of the vocabulary. The context length bounds them as well as `at_most`."""
+    """There are rows, of `at_least` to `at_most` token ids each, and no more than the context length."""
     at_most = min(at_most, backbone.context_length)
     if not rows:
         raise ValueError("there are no rows")

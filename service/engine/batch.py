@@ -1,7 +1,7 @@
 """Runs batches of one kind of work on the backbone and the dictionaries (model thread only).
 
-Each kind has a class that holds what its rows need; slices of it are pieces of a work. A runner takes the pieces of a
-batch and returns a result for each.
+Each kind has a class that holds the rows of a work; a slice of it is a piece. A runner takes the pieces of a batch and
+returns one result a piece.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from service.engine.selection import RowRange, select
 from service.engine.work import Aggregation, Csr, DictionaryRows, Selection
 
 MAX_PADDED_ENTRIES = 1 << 22
-"""Entries of the padded features that decoding makes at once."""
+"""Most entries of padded features in one call of decode."""
 
 _RowFeatures = tuple[Csr, NDArray[np.float32] | None]
 """Features and reconstruction error of one row in one dictionary."""
@@ -64,7 +64,7 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Result of an Encoding: as EncodeResult."""
+    """Result of an Encoding. The fields are those of EncodeResult."""
 
     features: Csr
     mean: NDArray[np.float32] | None
@@ -97,14 +97,14 @@ class Scoring:
 
 
 Computations = tuple[Callable[[], Any], ...]
-"""Steps of a measurement: to begin a study, or to run variants of one."""
+"""Steps of a measurement. A step begins a study, or runs some of its variants."""
 
 
 def run_batch(backbone: Backbone, kind: str, pieces: Sequence[Any], readings: Readings) -> list[Any]:
-    """A result for each of the pieces, which are of one kind. What is encoded on the way is in `readings`.
+    """Runs pieces of one kind and returns one result a piece. Adds every encoding that it makes to `readings`.
 
     Raises:
-        NonFiniteActivations: some piece's activations cannot be encoded. Which one is not told.
+        NonFiniteActivations: the activations of a piece cannot be encoded. The error does not say which piece.
     """
     match kind:
         case "extract":
@@ -120,40 +120,49 @@ def run_batch(backbone: Backbone, kind: str, pieces: Sequence[Any], readings: Re
 
 
 def run_extract(
-    backbone: Backbone, parts: Sequence[Extraction], readings: Readings
+    backbone: Backbone, pieces: Sequence[Extraction], readings: Readings
 ) -> list[list[list[DictionaryRows]]]:
-    """One forward pass over all rows, up to the last site; then each dictionary on the tokens that asked for it.
+    """Runs one forward pass over all rows, up to the last site, then reads each dictionary on the rows that ask for it.
 
-    Returns, for each part, one list a row, of one entry a dictionary.
+    The rows are packed: those of all pieces follow one another in one tensor, without padding.
+
+        pieces   |    piece 0    |   piece 1    |
+        rows     |  0  |    1    | 0 |    1     |
+        tokens   |a b c|d e f g h|i j|k l m n o |    spans: [[(0, 3), (3, 8)], [(8, 10), (10, 15)]]
+
+    Returns results[piece][row], a list with one entry a dictionary.
     """
-    rows = list(chain.from_iterable(part.rows for part in parts))
-    # Dictionaries are told apart by identity: a name may be loaded anew while older requests still wait.
-    site_of = {dictionary: site for part in parts for _, dictionary, site in part.dictionaries}
+    rows = list(chain.from_iterable(piece.rows for piece in pieces))
+    # The key is the dictionary, not its name: a name may be loaded anew while older requests still wait.
+    site_of = {dictionary: site for piece in pieces for _, dictionary, site in piece.dictionaries}
     activations = backbone.forward(PackedTokens.from_rows(rows), capture=set(site_of.values())).activations
 
     ends = list(accumulate(map(len, rows)))
-    spans: list[list[tuple[int, int]]] = []  # of each part's rows in the packed batch
+    spans: list[list[tuple[int, int]]] = []
     row = 0
-    for part in parts:
+    for piece in pieces:
         spans.append(
-            [(end - len(tokens), end) for tokens, end in zip(part.rows, ends[row : row + len(part.rows)], strict=True)]
+            [
+                (end - len(tokens), end)
+                for tokens, end in zip(piece.rows, ends[row : row + len(piece.rows)], strict=True)
+            ]
         )
-        row += len(part.rows)
+        row += len(piece.rows)
 
-    found: list[dict[Dictionary, list[_RowFeatures]]] = [{} for _ in parts]
+    features: list[dict[Dictionary, list[_RowFeatures]]] = [{} for _ in pieces]
     for dictionary, site in site_of.items():
-        asking = [i for i, part in enumerate(parts) if any(asked is dictionary for _, asked, _ in part.dictionaries)]
-        outcome = _read_dictionary(
-            dictionary, activations[site], readings, [parts[i] for i in asking], [spans[i] for i in asking]
+        asking = [i for i, piece in enumerate(pieces) if any(d is dictionary for _, d, _ in piece.dictionaries)]
+        features_of_asking = _read_dictionary(
+            dictionary, activations[site], readings, [pieces[i] for i in asking], [spans[i] for i in asking]
         )
-        for i, per_row in zip(asking, outcome, strict=True):
-            found[i][dictionary] = per_row
+        for i, row_features in zip(asking, features_of_asking, strict=True):
+            features[i][dictionary] = row_features
     return [
         [
-            [DictionaryRows(name, *own[dictionary][row]) for name, dictionary, _ in part.dictionaries]
-            for row in range(len(part.rows))
+            [DictionaryRows(name, *piece_features[dictionary][row]) for name, dictionary, _ in piece.dictionaries]
+            for row in range(len(piece.rows))
         ]
-        for part, own in zip(parts, found, strict=True)
+        for piece, piece_features in zip(pieces, features, strict=True)
     ]
 
 
@@ -161,103 +170,114 @@ def _read_dictionary(
     dictionary: Dictionary,
     x: Tensor,
     readings: Readings,
-    parts: Sequence[Extraction],
+    pieces: Sequence[Extraction],
     spans: Sequence[Sequence[tuple[int, int]]],
 ) -> list[list[_RowFeatures]]:
-    """One dictionary on the packed activations x [N, width]: for each part, one entry a row."""
-    # Only the tokens that count are encoded: all of a row's, or its last.
-    wanted: list[tuple[int, int]] = []  # token ranges of x, one a row
-    ranges: list[RowRange] = []  # the same in the encoded tokens, as the selection sees them
-    errors: list[tuple[int, int] | None] = []  # the same, where the reconstruction error was asked for
+    """Reads one dictionary on the packed activations x [N, width]. `spans`: where the pieces' rows lie in x.
+
+    Returns features[piece][row].
+    """
+    # Encodes only the tokens that the result needs: all tokens of a row, or the last one alone. The encoded tokens are
+    # packed again. So a row has a span in x and one in the encoded tokens:
+    #     x         a b c|d e f g h     encoded spans (2, 3), (3, 8)
+    #     encoded   c|d e f g h         row ranges (0, 1), (1, 6): the first row has aggregation "last"
+    encoded_spans: list[tuple[int, int]] = []  # in x, one a row
+    ranges: list[RowRange] = []  # in the encoded tokens, one a row
+    error_spans: list[tuple[int, int] | None] = []  # in the encoded tokens; None: no reconstruction error asked for
     n = 0
-    for part, part_spans in zip(parts, spans, strict=True):
-        last = part.aggregation == "last"
-        combine = "none" if part.aggregation == "none" or part.aggregation == "last" else part.aggregation
-        for start, end in part_spans:
-            if last and not part.reconstruction_error:
+    for piece, row_spans in zip(pieces, spans, strict=True):
+        last = piece.aggregation == "last"
+        combine = "none" if piece.aggregation == "none" or piece.aggregation == "last" else piece.aggregation
+        for start, end in row_spans:
+            if last and not piece.reconstruction_error:
                 start = end - 1
-            wanted.append((start, end))
+            encoded_spans.append((start, end))
             stop = n + end - start
-            ranges.append(RowRange(stop - 1 if last else n, stop, part.selection, combine))
-            errors.append((n, stop) if part.reconstruction_error else None)
+            ranges.append(RowRange(stop - 1 if last else n, stop, piece.selection, combine))
+            error_spans.append((n, stop) if piece.reconstruction_error else None)
             n = stop
-    tokens = _tokens(wanted)
+    tokens = _tokens(encoded_spans)
     features = _encode(dictionary, x, tokens, readings)
     if n < len(x):
         x = x[torch.from_numpy(tokens).to(x.device)]
-    rows = zip(select(features, ranges), _reconstruction_errors(dictionary, x, features, errors), strict=True)
-    return [list(islice(rows, len(part.rows))) for part in parts]
+    rows = zip(select(features, ranges), _reconstruction_errors(dictionary, x, features, error_spans), strict=True)
+    return [list(islice(rows, len(piece.rows))) for piece in pieces]
 
 
 def _encode(dictionary: Dictionary, x: Tensor, tokens: Places, readings: Readings) -> SparseFeatures:
-    """The features of some tokens of x."""
+    """The features of x at `tokens`."""
     readings.want(dictionary, tokens)
     try:
         return readings.read(dictionary, x).rows(tokens)
     except ValueError as error:
-        # Shapes were checked before the work was queued; what is left is values out of range.
+        # Shapes were checked before the work was queued, so this error is about values out of range.
         raise NonFiniteActivations(str(error)) from error
 
 
 def _reconstruction_errors(
     dictionary: Dictionary, x: Tensor, features: SparseFeatures, spans: Sequence[tuple[int, int] | None]
 ) -> list[NDArray[np.float32] | None]:
-    """|x - x'|^2 / |x|^2 of every token in the spans. A token whose activation is 0 has error 0 or infinity."""
-    asked = [span for span in spans if span is not None]
-    if not asked:
+    """|x - x'|^2 / |x|^2 of every token, one array a span; None where the span is None.
+
+    Where x = 0 the error is 0 if x' = 0 too, else infinite.
+    """
+    present = [span for span in spans if span is not None]
+    if not present:
         return [None] * len(spans)
-    n = sum(end - start for start, end in asked)
+    n = sum(end - start for start, end in present)
     if n < len(x):
-        index = torch.from_numpy(_tokens(asked)).to(x.device)
+        index = torch.from_numpy(_tokens(present)).to(x.device)
         x, features = x[index], features[index]
     x = x.float()
-    size = x.square().sum(dim=1)
-    missed = (x - dictionary.decode(features).float()).square_().sum(dim=1)
-    error = torch.where(missed == 0, 0.0, missed / size).cpu().numpy()
-    found: list[NDArray[np.float32] | None] = []
+    squared_norm = x.square().sum(dim=1)
+    squared_error = (x - dictionary.decode(features).float()).square_().sum(dim=1)
+    relative_error = torch.where(squared_error == 0, 0.0, squared_error / squared_norm).cpu().numpy()
+    errors: list[NDArray[np.float32] | None] = []
     start = 0
     for span in spans:
         if span is None:
-            found.append(None)
+            errors.append(None)
         else:
             end = start + span[1] - span[0]
-            found.append(error[start:end])
+            errors.append(relative_error[start:end])
             start = end
-    return found
+    return errors
 
 
 def _tokens(spans: Sequence[tuple[int, int]]) -> Places:
+    """The places in the spans, one span after the other."""
     return np.concatenate([np.arange(start, end) for start, end in spans])
 
 
-def run_encode(parts: Sequence[Encoding], readings: Readings) -> list[Encoded]:
-    """Encodes the rows of all parts, which are of one dictionary, at once."""
-    dictionary = parts[0].dictionary
-    x = torch.from_numpy(np.concatenate([part.x for part in parts]))
+def run_encode(pieces: Sequence[Encoding], readings: Readings) -> list[Encoded]:
+    """Encodes the rows of all pieces at once. The pieces are of one dictionary."""
+    dictionary = pieces[0].dictionary
+    x = torch.from_numpy(np.concatenate([piece.x for piece in pieces]))
     features = _encode(dictionary, x.to(dictionary.device), np.arange(len(x)), readings)
-    ends = list(accumulate(len(part.x) for part in parts))
+    ends = list(accumulate(len(piece.x) for piece in pieces))
     spans = list(zip([0, *ends], ends, strict=False))
     rows = select(
-        features, [RowRange(start, end, part.selection) for (start, end), part in zip(spans, parts, strict=True)]
+        features, [RowRange(start, end, piece.selection) for (start, end), piece in zip(spans, pieces, strict=True)]
     )
     statistics = features.input_statistics
     if statistics is None:
-        return [Encoded(own, None, None) for own in rows]
+        return [Encoded(csr, None, None) for csr in rows]
     mean = statistics.mean.float().squeeze(1).cpu().numpy()
     std = statistics.std.float().squeeze(1).cpu().numpy()
-    return [Encoded(own, mean[start:end], std[start:end]) for own, (start, end) in zip(rows, spans, strict=True)]
+    return [Encoded(csr, mean[start:end], std[start:end]) for csr, (start, end) in zip(rows, spans, strict=True)]
 
 
-def _decode(part: Decoding) -> NDArray[np.float32]:
+def _decode(piece: Decoding) -> NDArray[np.float32]:
     """The reconstructions of one piece: float32 [n, d_in]."""
-    dictionary, csr = part.dictionary, part.features
+    dictionary, csr = piece.dictionary, piece.features
     splits = csr.row_splits.astype(np.int64)
     counts = np.diff(splits)
     n = len(counts)
-    mean = np.zeros(n, np.float32) if part.mean is None else part.mean
-    std = np.ones(n, np.float32) if part.std is None else part.std
+    mean = np.zeros(n, np.float32) if piece.mean is None else piece.mean
+    std = np.ones(n, np.float32) if piece.std is None else piece.std
     x = np.empty((n, dictionary.d_in), np.float32)
-    # Rows of similar size together: one long row must not pad thousands of short ones.
+    # Rows of similar size are decoded together, so that one long row does not pad thousands of short ones:
+    #     row_splits 0 2 3, indices 4 9 7   ->   padded indices [[4, 9], [7, -1]], used [[1, 1], [1, 0]]
     order = np.argsort(-counts, kind="stable")
     start = 0
     while start < n:
@@ -286,17 +306,17 @@ def _decode(part: Decoding) -> NDArray[np.float32]:
 
 
 def run_scores(backbone: Backbone, pieces: Sequence[Scoring]) -> list[list[TextScore]]:
-    """Scores the rows of all pieces at once: for each piece, an entry a row."""
+    """Scores the rows of all pieces at once. Returns scores[piece][row]."""
     dictionaries: dict[str, Dictionary] = {}
     for piece in pieces:
         dictionaries |= piece.dictionaries
-    # The same name stands for different dictionaries where one was loaded anew meanwhile.
+    # A name that was loaded anew stands for two dictionaries. Then the pieces run one by one.
     if any(dictionaries[name] is not named for piece in pieces for name, named in piece.dictionaries.items()):
         return [run_scores(backbone, [piece])[0] for piece in pieces]
     try:
         scores = iter(score_rows(backbone, [row for piece in pieces for row in piece.rows], dictionaries))
     except ValueError as error:
-        # Shapes and names were checked before the work was queued; what is left is values out of range.
+        # Shapes and names were checked before the work was queued, so this error is about values out of range.
         raise NonFiniteActivations(str(error)) from error
     return [[_text_score(next(scores)) for _ in piece.rows] for piece in pieces]
 
@@ -306,7 +326,7 @@ def run_computations(pieces: Sequence[Computations]) -> list[list[Any]]:
     try:
         return [[run() for run in piece] for piece in pieces]
     except ValueError as error:
-        raise NonFiniteActivations(str(error)) from error  # as of scores
+        raise NonFiniteActivations(str(error)) from error  # as for scores
 
 
 def _text_score(score: RowScore) -> TextScore:
@@ -318,7 +338,7 @@ def _text_score(score: RowScore) -> TextScore:
 
 
 def _token_scores(predictions: Predictions) -> TokenScores:
-    """Without the entry after the last token, where no token follows."""
+    """Drops the last entry: no token follows the last one."""
     loss, correct = predictions.loss[:-1].float().cpu().numpy(), predictions.correct[:-1].cpu().numpy()
     return TokenScores(
         loss=loss,

@@ -62,12 +62,12 @@ GIL_SWITCH_S = 0.0005
 
 @dataclass(slots=True, eq=False)
 class _AwaitedWork(Work):
-    """A work and where its results go."""
+    """A work and the future that gets its results."""
 
     future: asyncio.Future[tuple[list[Any], WorkTiming]] = field(kw_only=True)
     arrival: float = field(kw_only=True)
     number: int = field(kw_only=True)
-    """Tells the request from others, for whoever observes the engine."""
+    """Identifies the request to observers of the engine."""
     results: list[Any] = field(default_factory=list, init=False)
     """One a piece, in order."""
     queue_s: float = field(default=0.0, init=False)
@@ -79,7 +79,7 @@ class _BatchOutcome:
     kind: str
     pieces: list[Piece]
     results: list[Any]
-    """A result or an exception a piece."""
+    """One result or exception a piece."""
     begin: float
     seconds: float
 
@@ -88,7 +88,7 @@ class Engine:
     """Runs work on one backbone and its dictionaries. All methods are called on one event loop.
 
     Each kind of work raises, before it runs: EngineStopped, QueueFull, UnknownDictionary, ValueError (work that cannot
-    run); and after it ran: NonFiniteActivations, or whatever its own computation raised. One request's failure never
+    run); and after it ran: NonFiniteActivations, or whatever its computation raised. One request's failure never
     reaches another. Cancelling the awaiting task takes queued work out of the queue.
     """
 
@@ -142,7 +142,7 @@ class Engine:
         self._idle.set()
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Refuses new work, waits up to `drain_s` for what there is, and fails the rest with EngineStopped."""
+        """Refuses new work, waits up to `drain_s` for accepted work, and fails the rest with EngineStopped."""
         self._accepting = False
         if self._thread is None:
             return
@@ -225,7 +225,7 @@ class Engine:
         return DecodeResult(x, timing)
 
     async def generate(self, work: GenerateWork) -> AsyncIterator[GeneratedTokens | GenerationEnd]:
-        """Streams tokens of each sequence as they are sampled, and exactly one GenerationEnd of each.
+        """Streams the tokens of all sequences as they are sampled, and exactly one GenerationEnd a sequence.
 
         Work is queued when the iteration begins. Closing the iterator, or cancelling the task that awaits it, frees the
         slots before the next step. Besides the errors of the class: EditConflict and InvalidEdit (ValueErrors). A
@@ -298,7 +298,7 @@ class Engine:
     async def _run(
         self, kind: tuple[str, Hashable], content: Any, sizes: Sequence[int], *, under_way: bool = False
     ) -> tuple[list[Any], WorkTiming]:
-        """Queues the rows of one request and waits for their results, one for each piece that ran, in order.
+        """Queues the rows of one request and waits for their results, one a piece, in order.
 
         Args: as the fields of Work. `under_way`: a later round of a request that was admitted before.
         """
@@ -321,7 +321,7 @@ class Engine:
             self._idle.set()
 
     def _deliver_batch(self, outcome: _BatchOutcome) -> None:
-        """Hands the results of a batch to those who wait for them."""
+        """Hands the results of a batch to the works that wait for them."""
         waits = []
         for piece, result in zip(outcome.pieces, outcome.results, strict=True):
             work = piece.work
@@ -398,7 +398,7 @@ class Engine:
         return _BatchOutcome(kind, pieces, results, begin, seconds)
 
     def _run_pieces(self, kind: str, pieces: Sequence[Piece]) -> list[Any]:
-        """A result a piece. Errors as `run_batch`."""
+        """Runs pieces of one kind and returns one result a piece. Errors as `run_batch`."""
         readings = Readings()
         results = run_batch(self.backbone, kind, [piece.content for piece in pieces], readings)
         if self._observe is not None and readings.made:

@@ -1,4 +1,4 @@
-"""Ways in which the engine refuses or fails a piece of work."""
+"""Errors of work that the engine refuses, or that fails."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from sae_runtime.errors import UnknownDictionary as UnknownDictionary
 
 
 class QueueFull(Exception):
-    """Too much is waiting already; trying again later can succeed."""
+    """Too much work waits already. Trying again later can succeed."""
 
     def __init__(self, message: str, *, limit_name: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.limit_name = limit_name
         """The setting of EngineSettings that was reached."""
         self.retry_after_s = retry_after_s
-        """Seconds after which the queue should have room, by the current speed."""
+        """Seconds until the queue should have room, estimated from the current speed."""
 
 
 class EngineStopped(Exception):

@@ -1,4 +1,4 @@
-"""What becomes of work that fails on the device: alone where it can, in less memory, or the end of the replica."""
+"""Handles work that fails on the device: runs it again in smaller batches, or ends the replica."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Result = TypeVar("Result")
 def run_isolated(
     run: Callable[[Sequence[Item]], Sequence[Result | Exception]], items: Sequence[Item]
 ) -> list[Result | Exception]:
-    """Runs items together: a result or an exception for each of them.
+    """Runs items together and returns one result or exception an item.
 
     Items that fail together run again in halves. So only the culprit fails, and a batch that was too large for the
-    memory runs in two. Nothing of a failed run is kept while the next one runs.
+    memory runs as two. A failed run releases its tensors before the next run.
 
     Raises:
         DeviceLost: nothing will run on the device any more.
@@ -50,14 +50,16 @@ def _attempt(
 
 
 def raise_if_lost(error: BaseException) -> None:
-    """DeviceLost if the error says that the device is unusable: after an illegal access, or a fault of its hardware,
-    every later operation fails as well. Memory that ran out is no such error."""
+    """Raises DeviceLost if the error means that the device is unusable.
+
+    After an illegal access or a hardware fault every later operation fails as well. Out of memory is no such error.
+    """
     if isinstance(error, torch.AcceleratorError):
         raise DeviceLost(f"the device does not work any more: {error}") from error
 
 
 def release_tensors(error: BaseException) -> None:
-    """Lets go of what the functions that the error came through had in hand. Its lines stay for the log."""
+    """Clears the local variables of the error's traceback, which frees their memory. Its lines stay for the log."""
     cause: BaseException | None = error
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)

@@ -22,14 +22,14 @@ from service.engine.step import Row, RowResult, StepRunner
 from service.engine.work import GenerateWork, GenerationEnd
 
 PREFILL_S = 0.2
-"""How long a step with prompts in it should take at most, while other sequences decode and wait for it."""
+"""Most seconds that a step with prompts should take while other sequences decode, which wait for it."""
 PREFILL_STEPS = 4
-"""It may take this many times as long as a step without prompts, if that is more: most of what a short step takes is to
-read the weights, so that prompts in shorter ones would take more than a quarter longer in all."""
+"""Such a step may take this many times as long as one without prompts, if that is more. A step without prompts mostly
+reads the weights, and every step reads them again. In shorter steps a prompt would take over a quarter longer."""
 LEAST_PREFILL_TOKENS = 32
-"""Prompt tokens of a step whatever it takes: fewer would cost nearly as much."""
+"""Least prompt tokens of a step, however long they take. Fewer would take nearly as long."""
 OLDEST_SHARE = 4
-"""The oldest prompt gets one part in this many of the prompt tokens of a step, or more."""
+"""The oldest prompt gets at least 1 / OLDEST_SHARE of the prompt tokens of a step."""
 
 
 @dataclass(slots=True)
@@ -76,11 +76,11 @@ class RunningBatch:
         self._reserved = 0
         self._active: list[GeneratedSequence] = []
         self._next: GenerateRequest | None = None
-        """The request that waits for room; those behind it wait as well, so that it is never overtaken."""
+        """The request that waits for slots or cache. All behind it wait as well, so that none overtakes it."""
 
     @cached_property
     def _cache(self) -> KVCache:
-        """Made by the first step on the host, where it may be over a gigabyte that nobody ever generates with."""
+        """On the CPU it is made by the first step: it can take over a gigabyte, and perhaps nobody generates."""
         return self._backbone.new_cache(self._n_slots, self._max_tokens, self._cache_tokens)
 
     @property
@@ -90,18 +90,18 @@ class RunningBatch:
 
     @property
     def n_waiting(self) -> int:
-        """Requests that were taken from the queue and wait for room."""
+        """Requests that left the queue and wait for slots or cache."""
         return 0 if self._next is None else 1
 
     @property
     def reserved_tokens(self) -> int:
-        """Tokens of the cache that are spoken for."""
+        """Tokens of the cache that sequences reserve."""
         return self._reserved
 
     def sequence_tokens(self, work: GenerateWork) -> int:
-        """What each of the work's sequences reserves."""
-        wanted = len(work.prompt) + work.max_new_tokens
-        return min(math.ceil(wanted / RESERVATION_STEP) * RESERVATION_STEP, self._max_tokens)
+        """Tokens of the cache that one sequence of the work reserves."""
+        most_tokens = len(work.prompt) + work.max_new_tokens
+        return min(math.ceil(most_tokens / RESERVATION_STEP) * RESERVATION_STEP, self._max_tokens)
 
     def check_fits(self, work: GenerateWork) -> None:
         """ValueError, naming the setting, for work that does not fit even if nothing else runs."""
@@ -120,7 +120,7 @@ class RunningBatch:
         """Lets cancelled requests leave and waiting ones join, and runs one forward pass for all.
 
         Args:
-            next_waiting: takes the next of those that wait, or returns None.
+            next_waiting: takes the next request out of the queue, or returns None.
         """
         begin = self._clock()
         self._leave([sequence for sequence in self._active if sequence.request.cancelled])
@@ -143,7 +143,7 @@ class RunningBatch:
     # Coming and going
 
     def _join(self, next_waiting: Callable[[], GenerateRequest | None]) -> list[tuple[GenerateRequest, Event]]:
-        """Takes waiting requests in while there is room; the errors of those whose edits cannot be made ready."""
+        """Lets waiting requests join while they fit. Returns the errors of those whose edits cannot be prepared."""
         failed: list[tuple[GenerateRequest, Event]] = []
         while self._free_slots:
             request = self._next or next_waiting()
@@ -152,8 +152,8 @@ class RunningBatch:
             self._next = request
             if not request.cancelled:
                 size = self.sequence_tokens(request.work)
-                wanted = len(request.sequences)
-                if wanted > len(self._free_slots) or wanted * size > self._cache_tokens - self._reserved:
+                n_sequences = len(request.sequences)
+                if n_sequences > len(self._free_slots) or n_sequences * size > self._cache_tokens - self._reserved:
                     break
                 self._next = None
                 try:
@@ -182,7 +182,10 @@ class RunningBatch:
     # A step
 
     def _rows(self) -> list[Row]:
-        """Every sequence that decodes, and pieces of the prompts."""
+        """The rows of the next step: every sequence that decodes, with one token, and pieces of prompts.
+
+        Followers have no rows until the sequence that runs their prompt is done with it.
+        """
         following = {follower for sequence in self._active for follower in sequence.followers}
         prompts = [s for s in self._active if s.in_prompt and s not in following]
         budget = self._pace.budget(others_decode=any(not s.in_prompt for s in self._active))
@@ -195,11 +198,11 @@ class RunningBatch:
         ]
 
     def _run(self, rows: Sequence[Row]) -> list[RowResult | Exception]:
-        """A result a row, or why it failed. No row has advanced then, so that those which fail together run again."""
+        """A result or an error a row. A failed run advances no row, so that its rows can run again."""
         return run_isolated(self._run_together, rows) if rows else []
 
     def _run_together(self, rows: Sequence[Row]) -> list[RowResult | Exception]:
-        """As `_run`, but only edits that are out of range are told apart; what else fails is raised."""
+        """As `_run`, but returns only EditOutOfRange by row, as NonFiniteActivations. Raises all other errors."""
         try:
             return [*self._runner.run(rows, self._cache)]
         except EditOutOfRange as error:
@@ -209,7 +212,7 @@ class RunningBatch:
         return [failure if i in failed else next(results) for i in range(len(rows))]
 
     def _advance(self, row: Row, result: RowResult | Exception) -> list[tuple[GenerateRequest, Event]]:
-        """Takes one row's result into its sequences; what they deliver. Ended sequences leave."""
+        """Adds one row's result to its sequences and returns the events. Sequences that end leave."""
         sequence, request = row.sequence, row.sequence.request
         if sequence.slot < 0:  # another sequence of its request has failed in this step
             return []
@@ -249,18 +252,23 @@ class RunningBatch:
 
 
 class PrefillPace:
-    """How many prompt tokens a step may run beside sequences that decode, by the speed of the steps before."""
+    """How many prompt tokens a step may run beside sequences that decode. It follows the speed of the last steps.
+
+    tokens = speed * max(PREFILL_S, PREFILL_STEPS * plain_s), between LEAST_PREFILL_TOKENS and `most_tokens`
+
+    speed: prompt tokens a second of steps with prompts; plain_s: seconds of a step without prompts.
+    """
 
     def __init__(self, most_tokens: int) -> None:
         self._most_tokens = most_tokens
         self._budget = most_tokens
         self._tokens_per_s = 0.0
-        """Of steps with prompts; 0 before the first one."""
+        """Prompt tokens a second of steps with prompts; 0 before the first one."""
         self._plain_s = 0.0
-        """Of steps without."""
+        """Seconds of a step without prompts; 0 before the first one."""
 
     def budget(self, *, others_decode: bool) -> int:
-        """Prompt tokens of the next step. Where nothing decodes nobody waits for it, and it has all that it may."""
+        """Prompt tokens of the next step. If nothing decodes, nobody waits for it, and it runs as many as it may."""
         self._budget = self._most_tokens
         if others_decode:
             step_s = max(PREFILL_S, PREFILL_STEPS * self._plain_s)
@@ -268,7 +276,10 @@ class PrefillPace:
         return self._budget
 
     def note(self, tokens: int, seconds: float) -> None:
-        """A step ran that many prompt tokens. A few tell nothing: what they take is mostly what any step takes."""
+        """Notes that a step ran `tokens` prompt tokens in `seconds`.
+
+        A step with less than half of its budget says little of the speed, since most of its time is that of any step.
+        """
         if tokens == 0:
             self._plain_s = _running_mean(self._plain_s, seconds)
         elif 2 * tokens >= self._budget:
@@ -276,16 +287,18 @@ class PrefillPace:
 
 
 def _running_mean(mean: float, value: float) -> float:
-    """The mean of what was seen, the later the more; 0 is nothing yet."""
+    """Exponential moving average: each value weighs half as much as the one after it. 0 means no value yet."""
     return (mean + value) / 2 if mean else value
 
 
 def prompt_pieces(pending: Sequence[int], budget: int) -> list[int]:
-    """How many tokens of each prompt run next, of prompts with `pending` tokens left, the oldest first.
+    """How many tokens of each prompt run in the next step.
 
-    The prompt with the fewest tokens left goes first. So prompts that arrive together end one after the other, each as
-    early as it can, and a short one does not wait for a long one. The oldest always gets its share, so that no prompt
-    waits for ever.
+    `pending` is how many tokens of each prompt are left, the oldest prompt first. The oldest gets its share, so that no
+    prompt waits for ever. The rest of the budget goes to the prompts with the fewest tokens left. So a short prompt
+    does not wait for a long one, and prompts that arrive together end one after the other, each as early as it can.
+
+        budget 8, pending [20, 3, 9]   ->   share of the oldest: 2   then 3, 3   ->   [2, 3, 3]
     """
     pieces = [0] * len(pending)
     if not pending:

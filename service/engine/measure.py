@@ -98,7 +98,7 @@ class _Timer:
 
 @dataclass(slots=True)
 class Measurements:
-    """The part of the engine that measures effects. Belongs to its event loop."""
+    """The engine's measurements of effects. They run on its event loop."""
 
     backbone: Backbone
     dictionaries: Mapping[str, Dictionary]
@@ -286,8 +286,8 @@ class Measurements:
             selection = Selection("features", features=(contrast.feature.feature,))
             peaks: list[float] = []
             for rows in split_rows(work.a, BATCHES_AT_ONCE * self._budget):
-                asked = ExtractWork(tuple(rows), (contrast.feature.dictionary,), selection, aggregation="max")
-                extracted = await self._extract(asked, timer)
+                extract_work = ExtractWork(tuple(rows), (contrast.feature.dictionary,), selection, aggregation="max")
+                extracted = await self._extract(extract_work, timer)
                 peaks += [float(entry[0].features.values.max(initial=0.0)) for entry in extracted]
             edits.append(suggest_edit(contrast, peaks, maximum))
         return tuple(edits)
@@ -311,12 +311,12 @@ class Measurements:
     # Rounds
 
     async def _compute(self, kind: str, pieces: Sequence[tuple[int, Callable[[], Any]]], timer: _Timer) -> list[Any]:
-        """Results of pieces (their tokens, and what to run), a few in the queue at a time."""
+        """Runs pieces (tokens, function) with only a few in the queue at a time. Returns one result a piece."""
         results: list[Any] = []
         for at in range(0, len(pieces), BATCHES_AT_ONCE):
             chunk = pieces[at : at + BATCHES_AT_ONCE]
             sizes, runs = zip(*chunk, strict=True)
-            # Of a kind of its own: it shares batches with nobody.
+            # object() makes the kind unique, so that this work shares no batch with others.
             computed, timing = await self.run((kind, object()), runs, sizes, under_way=timer.under_way)
             timer.add(timing)
             results += chain.from_iterable(computed)
@@ -368,7 +368,7 @@ def _likeliest(backbone: Backbone, row: tuple[int, ...]) -> int:
 
 
 def _dense(rows: Sequence[Csr], active: Sequence[int]) -> torch.Tensor:
-    """Aggregated rows, one entry each, as [n, len(active)]."""
+    """The aggregated rows as a dense tensor [n, len(active)]. Every Csr has one row."""
     place = {latent: column for column, latent in enumerate(active)}
     dense = torch.zeros(len(rows), len(active))
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What causal measurements take and give: plain data, no torch."""
+"""Inputs and results of causal measurements: plain data, no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ScoreWork:
     rows: Rows
     """At least two tokens each."""
     edits: tuple[tuple[Edit, ...], ...] = ()
-    """The edits of each row, references resolved (see Engine.resolve_references); empty: no row has edits."""
+    """Edits by row, references resolved (see Engine.resolve_references). Empty: no row has edits."""
     logit_tokens: tuple[int, ...] = ()
     max_relative_change: float = math.inf
 
@@ -48,7 +48,7 @@ class AblateWork:
     rows: Rows
     """At least two tokens each."""
     features: tuple[FeatureId, ...] = ()
-    """Empty: the strongest."""
+    """Empty: the `strongest` features of `dictionaries`."""
     strongest: int = 0
     """How many of the strongest features of `dictionaries`, if no features are given."""
     dictionaries: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class AttributeWork:
     """The features behind a logit. See sae_runtime.causal.attribution."""
 
     row: tuple[int, ...]
-    """Up to the token after which the logits are meant."""
+    """Token ids. The logits are those after the last one."""
     dictionaries: tuple[str, ...]
     target: int | None = None
     """None: the likeliest token."""
@@ -102,7 +102,7 @@ class ContrastWork:
 @dataclass(frozen=True, slots=True, eq=False)
 class ContrastResult:
     features: list[FeatureContrast]
-    """All that were tested, the surest first."""
+    """All features that were tested, the surest first."""
     suggestion: tuple[Edit, ...]
     trials: list[SuggestionTrial]
     timing: WorkTiming

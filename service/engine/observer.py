@@ -1,4 +1,4 @@
-"""What the engine tells whoever counts."""
+"""What the engine reports to observers, such as metrics and statistics."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class ObservedReading:
     reading: Reading
     """The dictionary, the features as tensors on its device (T rows), and whether edits came before."""
     rows: NDArray[np.int64]
-    """[T], ascending: the row of the batch (a text, a sequence, a given activation) that each token is of."""
+    """[T], ascending: each token's row in the batch (a text, a sequence or a given activation)."""
     positions: NDArray[np.int64]
-    """[T]: where in its text each token is, from 0."""
+    """[T]: each token's position in its text, from 0."""
     requests: tuple[int, ...]
-    """For each row of the batch the number of its request, which is the same in all batches of the request."""
+    """By row of the batch: the number of its request. It is the same in all batches of the request."""
 
 
 FeatureObserver = Callable[[ObservedReading], None]
@@ -40,13 +40,13 @@ class EngineObserver(Protocol):
 
     @property
     def features(self) -> FeatureObserver | None:
-        """Takes what is read of texts, given activations and generations: once a reading, when its batch has succeeded.
+        """Takes the readings of texts, given activations and generations, one a call, after the batch succeeded.
 
-        None: nobody counts features. What it raises fails the batch.
+        None: nobody observes features. An exception that it raises fails the batch.
         """
 
     def batch_done(self, kind: str, items: int, tokens: int, seconds: float) -> None:
-        """One batch ran for `seconds`; `items` requests had a part in it."""
+        """One batch with pieces of `items` requests ran for `seconds`. For "generate", `items` are rows."""
 
     def waited(self, kind: str, seconds: float) -> None:
         """One request waited `seconds` from its arrival to its first batch."""
@@ -60,9 +60,13 @@ def observe_readings(
     lengths: Sequence[int],
     past: Sequence[int] | None = None,
 ) -> None:
-    """Tells of all readings of a batch.
+    """Calls `observe` with each reading of a batch.
 
-    For each row of the batch: its request, how many tokens it brings, and how many it had before (None: none).
+    `requests`, `lengths` and `past` have one entry a row: its request, its tokens in the batch, and its tokens before
+    those (None: 0 for all rows). With lengths [3, 2] and past [0, 7]:
+
+        row of token   0 0 0 1 1
+        position       0 1 2 7 8
     """
     row_of_token = np.arange(len(lengths)).repeat(lengths)
     starts = np.cumsum(lengths) - lengths - (0 if past is None else np.array(past))

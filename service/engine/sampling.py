@@ -16,12 +16,12 @@ FIRST_NUCLEUS_TOKENS = 256
 
 
 class RowSampler:
-    """The sampling options of one sequence, its own random numbers, one a token, and the tokens that it has."""
+    """The sampling options of one sequence, its random numbers (one a token), and its tokens for the penalty."""
 
     def __init__(self, options: SamplingOptions, sample: int = 0, tokens: Iterable[int] = ()) -> None:
         """`sample` is the sequence's number among those of one seed; `tokens` its prompt."""
         self.options = options
-        # On the host, so that a seed means the same on every device; torch's own generator there reads 32 bits of it.
+        # On the host, so that a seed means the same on every device. torch's generator reads only 32 bits of it.
         seed = np.random.SeedSequence(options.seed, spawn_key=(sample,)) if sample else options.seed
         self._generator = np.random.Generator(np.random.PCG64(seed))
         self._penalized = dict.fromkeys(tokens) if options.repetition_penalty != 1 else None
@@ -32,7 +32,7 @@ class RowSampler:
 
     @property
     def penalized(self) -> list[int]:
-        """Different tokens of the sequence; none without a repetition penalty."""
+        """The distinct tokens of the sequence; empty without a repetition penalty."""
         return list(self._penalized or ())
 
     def append(self, token: int) -> None:
@@ -42,13 +42,13 @@ class RowSampler:
 
 
 class SampledToken(NamedTuple):
-    """What one row has chosen."""
+    """The token that one row sampled."""
 
     id: int
     logprob: float
     """Log-probability of the token under the logits as they are, before penalty, temperature and cuts."""
     finite: bool
-    """False if a logit is NaN or infinite; the token means nothing then."""
+    """False if a logit is NaN or infinite. Then the token means nothing."""
     top: list[tuple[int, float]]
     """The likeliest tokens with their log-probabilities, as many as were asked for."""
 
@@ -56,12 +56,15 @@ class SampledToken(NamedTuple):
 def sample(
     logits: Tensor, samplers: Sequence[RowSampler], top_logprobs: Sequence[int] | None = None
 ) -> list[SampledToken]:
-    """Samples one token a row from `logits` [B, vocab], float32. `top_logprobs`: how many of the likeliest to tell.
+    """Samples one token a row from `logits` [B, vocab], float32. `top_logprobs`: likeliest tokens to return.
 
-    A row's token comes from its own logits and random numbers alone: it is the first token at which the cumulative
-    probability, in the order of token ids and in float64, exceeds a uniform number. Rounding differences between
-    batches then change a token only where that number falls within them, or, with cuts, where the tokens at the cut are
-    as near to each other. At temperature 0 they do only where the two largest logits are.
+    A row's token depends on its logits and its random number u alone, by inverse transform sampling in float64:
+
+        token = min { t : p[0] + ... + p[t] > u },   u uniform in [0, 1)
+
+    Logits of different batches differ by rounding. That changes a token only where u is within rounding of a cumulative
+    probability, or two tokens at a cut (top k, top p) are that near to each other. At temperature 0 it changes a token
+    only where the two largest logits are that near.
     """
     log_probabilities = logits.log_softmax(dim=1)
     finite = [True] * len(samplers) if all_finite(logits) else logits.isfinite().all(dim=1).tolist()
@@ -84,7 +87,7 @@ def _places_of_largest(scores: Tensor) -> Tensor:
 
 
 def _penalize(logits: Tensor, samplers: Sequence[RowSampler]) -> Tensor:
-    """The logits after each row's repetition penalty; the same tensor without any."""
+    """The logits after each row's repetition penalty; the same tensor if no row has one."""
     if all(sampler.options.repetition_penalty == 1 for sampler in samplers):
         return logits
     scores = logits.clone()
@@ -92,8 +95,8 @@ def _penalize(logits: Tensor, samplers: Sequence[RowSampler]) -> Tensor:
         if sampler.options.repetition_penalty != 1:
             tokens = torch.tensor(sampler.penalized, device=logits.device)
             penalty = sampler.options.repetition_penalty
-            found = logits[row, tokens]
-            scores[row, tokens] = torch.where(found < 0, found * penalty, found / penalty)
+            penalized = logits[row, tokens]
+            scores[row, tokens] = torch.where(penalized < 0, penalized * penalty, penalized / penalty)
     return scores
 
 
@@ -138,7 +141,7 @@ def _keep_top_k(weights: Tensor, limits: Sequence[int]) -> Tensor:
 
 
 def _keep_nucleus(weights: Tensor, shares: Sequence[float]) -> Tensor:
-    """Zeroes all but the smallest set of largest weights that has at least `shares[row]` of the sum; 1 keeps all."""
+    """Zeroes all but the fewest largest weights that make up at least `shares[row]` of the sum; 1 keeps all."""
     share = _column(shares, weights)
     needed = share * weights.sum(dim=1, keepdim=True)
     cut = share < 1

@@ -1,4 +1,4 @@
-"""What runs next: a bounded queue, cut into batches of a token budget, in fair turns with generation."""
+"""Chooses what runs next: a bounded queue, cut into batches of a token budget, in fair turns with generation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.engine.errors import EngineStopped, QueueFull
 from service.engine.settings import EngineSettings
 
 LOOK_AHEAD_BATCHES = 4
-"""How many batches' worth of tokens behind the oldest work are looked at for works of a similar length."""
+"""A batch looks for works of a similar length in this many batches' worth of tokens behind the oldest work."""
 
 Generation = TypeVar("Generation", bound=Hashable)
 
@@ -24,15 +24,15 @@ class Work:
     """The rows of one request. They leave the queue in order, in one batch or in several."""
 
     kind: tuple[str, Hashable]
-    """Works of the same kind can share a batch: what runs them, and what else must agree."""
+    """What runs the work, and what else must agree. Works of equal kind can share a batch."""
     content: Any
-    """What the batch needs, a row an entry: slices of it are pieces of the work."""
+    """What the batch needs, one entry a row. A slice of it is a piece of the work."""
     sizes: Sequence[int]
-    """Tokens of each row, which count against the budget. At least one row."""
+    """Tokens by row, which count against the budget. At least one row."""
     n_taken: int = field(default=0, init=False)
     """Rows that have left the queue."""
     tokens: int = field(init=False)
-    """Of the rows that wait."""
+    """Tokens of the rows that wait."""
     longest: int = field(init=False)
     """Tokens of the longest row. Works of similar lengths run together, since attention pads."""
 
@@ -62,7 +62,7 @@ class Piece:
 
     @property
     def content(self) -> Any:
-        """What the batch needs of the work."""
+        """The rows as the batch needs them."""
         return self.work.content[self.rows]
 
 
@@ -76,22 +76,24 @@ class Turn(Enum):
 class Scheduler(Generic[Generation]):
     """Queue between the event loop (`put`, `discard`) and the model thread (`next_turn`, `batch_finished`).
 
-    The oldest work always runs in the next batch, as many of its rows as fit the budget. Works of its kind that are
-    nearest to it in length fill what is left. So a work waits at most until those before it are done.
+    The oldest work always runs in the next batch, with as many of its rows as fit the budget. Works of its kind fill
+    the rest, those nearest to it in length first. So a work waits at most until the works before it are done.
 
-    An idle device starts at once. Only after a batch of several requests may the next one wait for company
-    (`batch_window_ms`). Much that waits runs as two batches (`split_batch_tokens`): the replies to one are made while
-    the other computes.
+    An idle device starts at once. Only after a batch of several requests may the next batch wait for more works
+    (`batch_window_ms`). A long queue runs as two batches (`split_batch_tokens`): the replies to one are made while the
+    other computes.
 
-    Generations wait in arrival order. Their turns alternate with batches (`generation_steps_per_batch`), which are
-    smaller then (`shared_batch_tokens`), so that streams go on.
+    Generations wait in arrival order. While any generates, a batch runs after every few generation steps
+    (`generation_steps_per_batch`), and it is smaller (`shared_batch_tokens`), so that streams go on. With 4 steps:
+
+        turns   step step step step batch step step step step batch ...
     """
 
     def __init__(self, settings: EngineSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._clock = clock
         self._changed = Condition()
-        # Ordered dictionaries as queues: what is cancelled leaves at once, wherever it stands.
+        # Ordered dictionaries as queues: cancelled work leaves at once, wherever it stands in the queue.
         self._works: OrderedDict[Work, None] = OrderedDict()
         self._work_tokens = 0
         self._generations: OrderedDict[Generation, int] = OrderedDict()
@@ -117,10 +119,10 @@ class Scheduler(Generic[Generation]):
         return len(self._works)
 
     def put(self, work: Work, *, under_way: bool = False) -> None:
-        """Queues a work. One that is `under_way` always fits: it is a later round of a request that was admitted.
+        """Queues a work. `under_way`: a later round of a request that was admitted before. It always fits.
 
         Raises:
-            QueueFull: it does not fit beside what waits.
+            QueueFull: the queue is too full for this work.
             EngineStopped: the queue is closed.
         """
         with self._changed:
@@ -130,7 +132,7 @@ class Scheduler(Generic[Generation]):
             self._changed.notify()
 
     def put_generation(self, generation: Generation, prompt_tokens: int, free_slots: int) -> None:
-        """Queues a generation; the first `free_slots` of those that wait do not count as waiting.
+        """Queues a generation. The first `free_slots` generations in the queue do not count as waiting.
 
         Raises:
             QueueFull, EngineStopped: as `put`.
@@ -161,20 +163,27 @@ class Scheduler(Generic[Generation]):
             )
 
     def discard(self, work: Work) -> None:
-        """Takes what still waits of a work out of the queue."""
+        """Takes the rows of a work that still wait out of the queue."""
         with self._changed:
             if work in self._works:
                 del self._works[work]
                 self._work_tokens -= work.tokens
 
     def discard_generation(self, generation: Generation) -> None:
-        """Takes a generation out of the queue if it still waits there, and wakes the model thread if it does not."""
+        """Takes a generation out of the queue. If it runs already, the model thread wakes and frees its slots."""
         with self._changed:
             self._prompt_tokens -= self._generations.pop(generation, 0)
             self._changed.notify()
 
     def next_turn(self, generating: Callable[[], bool]) -> list[Piece] | Turn:
-        """Waits for work and takes it. `generating` tells whether any generation holds a slot."""
+        """Waits until there is something to run and takes it. `generating`: whether a generation holds a slot.
+
+        waiting works   generations    turn
+        yes             none           a batch, once the window for more works is over
+        yes             yes            a generation step, or a small batch after enough steps
+        none            yes            a generation step
+        none            none           waits
+        """
         with self._changed:
             while True:
                 if self._closed:
@@ -204,7 +213,7 @@ class Scheduler(Generic[Generation]):
             return generation
 
     def batch_finished(self, batch: Sequence[Piece], seconds: float) -> None:
-        """Tells how the last batch went: the window and the estimate of QueueFull are based on it."""
+        """Notes size and time of the last batch, for the window and for the estimate in QueueFull."""
         tokens = sum(piece.tokens for piece in batch)
         with self._changed:
             self._last_batch_works, self._last_batch_tokens = len(batch), tokens
@@ -228,28 +237,33 @@ class Scheduler(Generic[Generation]):
         return self._last_batch_end + self._settings.batch_window_ms / 1000 - self._clock()
 
     def _budget(self) -> int:
-        """Tokens of the next batch, if nothing generates: half of what waits, or all if that would be too little."""
+        """Token budget of the next batch when nothing generates: half of a long queue, else max_batch_tokens."""
         split, waiting = self._settings.split_batch_tokens, self._work_tokens
-        # About as much as the last batch had is the other half of what was split then, which is not split again.
+        # A queue about as long as the last batch is the other half of a split, and is not split again.
         if split and waiting >= max(2 * split, 1.5 * self._last_batch_tokens):
             return waiting // 2
         return self._settings.max_batch_tokens
 
     def _pop_batch(self, budget: int) -> list[Piece]:
+        """Packs the next batch: the oldest work's rows, then rows of similar works until the next row does not fit.
+
+        budget 12; row sizes of the works, oldest first: [4, 3], [9], [3, 2, 5]
+        batch  4 3 | 3 2    the third work is nearer in length than the second; its last row waits
+        """
         self._generation_steps = 0
         budget = min(budget, self._settings.max_batch_tokens)
         oldest = next(iter(self._works))
         batch = [self._cut(oldest, budget)]
         left = budget - batch[0].tokens
-        for work in self._company(oldest, budget):
+        for work in self._similar_works(oldest, budget):
             if work.sizes[work.n_taken] > left:
                 break
             batch.append(self._cut(work, left))
             left -= batch[-1].tokens
         return batch
 
-    def _company(self, oldest: Work, budget: int) -> list[Work]:
-        """Works of the same kind, nearest in length first, older ones first among equals."""
+    def _similar_works(self, oldest: Work, budget: int) -> list[Work]:
+        """Other works of the oldest one's kind, nearest in length first. Among equals the older work comes first."""
         works, tokens = [], 0
         for work in self._works:
             if work is not oldest and work.kind == oldest.kind:
@@ -260,6 +274,7 @@ class Scheduler(Generic[Generation]):
         return sorted(works, key=lambda work: abs(work.longest - oldest.longest))
 
     def _cut(self, work: Work, budget: int) -> Piece:
+        """Cuts a piece off a work. A work without rows left leaves the queue."""
         piece = work.cut(budget)
         self._work_tokens -= piece.tokens
         if not work.tokens:

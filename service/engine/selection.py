@@ -16,19 +16,19 @@ from service.engine.work import Csr, Selection
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Rows [start, end) of a batch of features, and what is wanted of them."""
+    """Rows [start, end) of a batch of features, and the selection that applies to them."""
 
     start: int
     end: int
     selection: Selection
     combine: Literal["none", "max", "mean", "sum"] = "none"
-    """none: one row each; else one row for all of them, in which a silent feature counts as 0."""
+    """none: the range keeps its rows. Else they become one row, in which a silent latent counts as 0."""
 
 
 def select(features: SparseFeatures, ranges: Sequence[RowRange]) -> list[Csr]:
     """The rows of each range, in order. The ranges may overlap only where their selections are equal.
 
-    Rows keep the order of `features`, largest value first; combined rows have it as well.
+    All rows are sorted, largest value first: single rows as `features` has them, and combined rows too.
     """
     indices = features.indices.cpu().numpy()  # [n, k]
     values = features.values.float().cpu().numpy()  # [n, k]
@@ -45,56 +45,56 @@ def select(features: SparseFeatures, ranges: Sequence[RowRange]) -> list[Csr]:
     return [next(combined) if r.combine != "none" else everything[r.start : r.end] for r in ranges]
 
 
-def join_rows(parts: Sequence[Csr]) -> Csr:
-    """The rows of all parts, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
+def join_rows(pieces: Sequence[Csr]) -> Csr:
+    """The rows of all pieces, one after the other."""
+    if len(pieces) == 1:
+        return pieces[0]
     splits = [np.zeros(1, dtype=np.uint32)]
-    for part in parts:
-        splits.append(part.row_splits[1:] + splits[-1][-1])
+    for piece in pieces:
+        splits.append(piece.row_splits[1:] + splits[-1][-1])
     return Csr(
         np.concatenate(splits),
-        np.concatenate([part.indices for part in parts]),
-        np.concatenate([part.values for part in parts]),
+        np.concatenate([piece.indices for piece in pieces]),
+        np.concatenate([piece.values for piece in pieces]),
     )
 
 
 def join_arrays(arrays: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
-    """The arrays of a request's parts as one; None if there are none."""
-    given = [array for array in arrays if array is not None]
-    if len(given) > 1:
-        return np.concatenate(given)
-    return given[0] if given else None
+    """Joins the arrays of a request's pieces; None if no piece has one."""
+    present = [array for array in arrays if array is not None]
+    if len(present) > 1:
+        return np.concatenate(present)
+    return present[0] if present else None
 
 
 def _listed(
     indices: NDArray[np.int64], values: NDArray[np.float32], n_latents: int, ranges: Sequence[RowRange]
 ) -> NDArray[np.bool_]:
-    """Which entries [n, k] the selections leave."""
+    """A mask [n, k] of the entries that the selections keep."""
     listed: NDArray[np.bool_] = indices >= 0
-    kinds = {wanted.selection.kind for wanted in ranges}
+    kinds = {row_range.selection.kind for row_range in ranges}
     n, width = indices.shape
     if "top_k" in kinds:  # rows are sorted by value
         most = np.full(n, width)
-        for wanted in ranges:
-            if wanted.selection.kind == "top_k":
-                most[wanted.start : wanted.end] = wanted.selection.k
+        for row_range in ranges:
+            if row_range.selection.kind == "top_k":
+                most[row_range.start : row_range.end] = row_range.selection.k
         listed &= np.arange(width) < most[:, None]
     if "threshold" in kinds:
         above = np.full(n, -np.inf, dtype=np.float32)
-        for wanted in ranges:
-            if wanted.selection.kind == "threshold":
-                above[wanted.start : wanted.end] = wanted.selection.threshold
+        for row_range in ranges:
+            if row_range.selection.kind == "threshold":
+                above[row_range.start : row_range.end] = row_range.selection.threshold
         listed &= values > above[:, None]
     if "features" in kinds:
         tables: dict[tuple[int, ...], NDArray[np.bool_]] = {}
-        for wanted in ranges:
-            if wanted.selection.kind == "features":
-                chosen = wanted.selection.features
+        for row_range in ranges:
+            if row_range.selection.kind == "features":
+                chosen = row_range.selection.features
                 if chosen not in tables:
                     tables[chosen] = np.zeros(n_latents, dtype=np.bool_)
                     tables[chosen][list(chosen)] = True
-                rows = slice(wanted.start, wanted.end)
+                rows = slice(row_range.start, row_range.end)
                 listed[rows] &= tables[chosen][indices[rows]]  # the padding's -1 reads the last latent, and stays out
     return listed
 
@@ -105,7 +105,13 @@ def _combine(
     values: NDArray[np.float32],
     ranges: Sequence[RowRange],
 ) -> list[Csr]:
-    """One row for each range: sorts all their entries by (range, latent) and reduces equal neighbours."""
+    """One row a range. Sorts the entries of all ranges by (range, latent), then reduces neighbours with equal keys.
+
+    group    0 0 0 0 | 1 1     the range
+    latent   3 3 5 8 | 2 3
+    value    1 4 2 1 | 6 1
+    begins   0   2 3 | 4 5     with "sum": 5 2 1 | 6 1
+    """
     if not ranges:
         return []
     first = [int(splits[r.start]) for r in ranges]
@@ -127,10 +133,10 @@ def _combine(
         how = np.array([r.combine for r in ranges])[group]
         total = np.add.reduceat(value, begins)
         largest = np.maximum.reduceat(value, begins)
-        # A latent that is silent on some row is 0 there, which matters where listed values can be negative.
+        # A latent is 0 on the rows where it is silent. That matters for the maximum if all its values are negative.
         largest = np.where(n_present < n_rows, np.maximum(largest, 0), largest)
         result = np.where(how == "max", largest, np.where(how == "mean", total / n_rows, total))
-        group, latent, result = (part[result != 0] for part in (group, latent, result))
+        group, latent, result = (column[result != 0] for column in (group, latent, result))
         order = np.argsort(_by_value(group, result))
         group, latent, result = group[order], latent[order], result[order]
     else:
@@ -143,8 +149,10 @@ def _combine(
 
 
 def _by_value(group: NDArray[np.int64], value: NDArray[np.float64]) -> NDArray[np.int64]:
-    """A key that sorts by group, then by falling value as float32: one sort of integers is several times quicker than
-    np.lexsort."""
+    """A key that sorts by group, then by falling value: key = group * 2^33 - rising(float32(value)).
+
+    One sort of integers is several times faster than np.lexsort.
+    """
     bits = value.astype(np.float32).view(np.int32).astype(np.int64)
     # The bits of positive floats rise with them; those of negative floats fall, after the sign.
     rising = np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))

@@ -17,7 +17,7 @@ RESERVATION_STEP = 64
 """Reservations are multiples of this: rows at equal distances in the cache share an attention call."""
 
 Event = GeneratedTokens | GenerationEnd | Exception
-"""What a request delivers: tokens of its sequences, one end of each, or one error."""
+"""What a request delivers: tokens of its sequences, one end a sequence, or one error."""
 
 
 class GenerateRequest:
@@ -26,13 +26,13 @@ class GenerateRequest:
     def __init__(self, work: GenerateWork, deliver: Callable[[Event], None], number: int = 0) -> None:
         self.work = work
         self.number = number
-        """Tells it from other requests, for whoever observes the engine."""
+        """Identifies the request to observers of the engine."""
         self.deliver = deliver
         """Takes the events of this request, on the event loop."""
         self.cancelled = False
         self.arrival = time.monotonic()
         self.queue_s: float | None = None
-        """Seconds from arrival to the first step, once there was one."""
+        """Seconds from arrival to the first step; None before it."""
         self.compute_s = 0.0
         self.sequences: list[GeneratedSequence] = []
         for unedited in (True, False) if work.compare else (False,):
@@ -41,7 +41,7 @@ class GenerateRequest:
             first.followers = self.sequences[-work.samples + 1 :] if work.samples > 1 else []
 
     def prepare_edits(self, dictionaries: Mapping[str, Dictionary], backbone: Backbone) -> None:
-        """Makes the edits of all sequences ready."""
+        """Prepares the edits of all sequences but the unedited ones."""
         edits = self.work.edits
         if not edits:
             return
@@ -58,7 +58,7 @@ class GenerateRequest:
 
 
 class GeneratedSequence:
-    """The prompt and what was sampled after it."""
+    """One sequence: the prompt and the tokens sampled after it."""
 
     def __init__(self, request: GenerateRequest, sample: int, unedited: bool) -> None:
         work = request.work
@@ -69,9 +69,9 @@ class GeneratedSequence:
         """See GenerateRequest.prepare_edits."""
         self.slot = -1
         self.tokens = list(work.prompt)
-        """Prompt and what was sampled."""
+        """The prompt, then the sampled tokens."""
         self.past = 0
-        """How many of them are in the cache."""
+        """How many of `tokens` are in the cache."""
         self.followers: list[GeneratedSequence] = []
         """Other samples that wait until this one has run the prompt, and then start from a copy."""
         self.sampler = RowSampler(work.sampling, sample, work.prompt)
@@ -89,7 +89,7 @@ class GeneratedSequence:
         return self.past < len(self.request.work.prompt)
 
     def append(self, sampled: SampledToken, piece: bytes, *, is_end: bool, is_full: bool) -> list[Event]:
-        """Appends the next token. Returns what that delivers.
+        """Appends the next token and returns the events to deliver.
 
         Args:
             sampled: the token.
@@ -111,7 +111,7 @@ class GeneratedSequence:
                 tokens.top = [sampled.top]
             tokens.text = self.text.push(piece)
             if self.text.stopped_by is None and (is_full or self.n_generated >= work.max_new_tokens):
-                # What was held back may hold a stop string that ends in a cut character.
+                # The text held back may contain a stop string that ends in a cut character.
                 tokens.text += self.text.finish()
                 reason = "length"
             if self.text.stopped_by is not None:
@@ -122,7 +122,7 @@ class GeneratedSequence:
         return events
 
     def pop_features(self) -> list[Event]:
-        """The features of a piece of the prompt, to be delivered."""
+        """Takes the features that are not delivered yet, as an event without tokens."""
         if not self.features:
             return []
         tokens = GeneratedTokens(features=self.features, sample=self.sample, unedited=self.unedited)
@@ -143,7 +143,7 @@ class GeneratedSequence:
 
 
 class Mailbox:
-    """Events of one Generate request, on one event loop: a reader that fell behind gets a sequence's tokens at once."""
+    """Events of one Generate request, on one event loop. A slow reader gets all waiting tokens of a sequence as one."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -184,18 +184,18 @@ class TextStream:
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # Longest first, so that it is found first where several end at the same character.
+        # Longest first, so that the longest wins where several end at the same character.
         self._matchers = [_Matcher(text) for text in sorted(stop, key=len, reverse=True)]
         self._held = ""
         self.stopped_by: str | None = None
-        """The stop string that was met."""
+        """The stop string that ended the text."""
 
     def push(self, token: bytes) -> str:
-        """Takes the next token's bytes and returns the text that is certain now; never more after a stop string."""
+        """Takes the next token's bytes and returns the text that is certain now; empty after a stop string."""
         return self._release(self._decoder.decode(token))
 
     def finish(self) -> str:
-        """The end of the sequence: returns what was held back. A character that was cut becomes U+FFFD."""
+        """Ends the sequence and returns the text held back. A character that was cut becomes U+FFFD."""
         text = self._release(self._decoder.decode(b"", final=True))
         if self.stopped_by is None:
             text, self._held = text + self._held, ""

@@ -38,30 +38,30 @@ class Row:
 
     @property
     def sampling(self) -> list[GeneratedSequence]:
-        """The sequences that sample from the row's logits: none, its own, or all that share its prompt."""
+        """The sequences that sample from the row's logits: none, the row's sequence, or it and its followers."""
         return [self.sequence, *self.sequence.followers] if self.completes else []
 
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """What a step gave one row."""
+    """The result of one row of a step."""
 
     sampled: list[SampledToken]
-    """One for each of the row's `sampling`."""
+    """One token for each sequence of the row's `sampling`."""
     features: TokenFeatures | None
     """Of the row's tokens, where its request watches features."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """A dictionary whose features some of a step's requests watch."""
+    """A dictionary that a request of the step watches."""
 
     dictionary: Dictionary
     site: Site
     edited: bool
-    """Whether the step edits its site: features are those of the edited model."""
+    """Whether the step edits the site. Then the features are those of the edited model."""
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By row: first token to tell of and the row's end, as places in the packed batch."""
+    """By row: places [start, end) in the packed batch of the tokens whose features are returned."""
 
     @property
     def tokens(self) -> Places:
@@ -78,15 +78,14 @@ class StepRunner:
         self._dictionaries = dictionaries
         self._observe = observe
         self._edits = BatchEdits()
-        """Of the step before, and kept while the same sequences decode with the same edits."""
+        """Edits of the last step. They are kept while the same sequences decode with the same edits."""
 
     def run(self, rows: Sequence[Row], cache: KVCache) -> list[RowResult]:
-        """A result a row.
+        """Runs the rows in one forward pass and returns one result a row. An error leaves all sequences unchanged.
 
         Raises:
             EditOutOfRange: names the rows whose edits are too strong.
-            NonFiniteActivations: of some row.
-        None of the sequences has changed then.
+            NonFiniteActivations: the activations of a row cannot be edited or encoded.
         """
         sequences = [row.sequence for row in rows]
         packed = PackedTokens.from_rows(
@@ -118,7 +117,13 @@ class StepRunner:
         return list(map(RowResult, sampled, features))
 
     def _sample(self, rows: Sequence[Row], logits: Tensor) -> list[list[SampledToken]]:
-        """Samples from the rows' logits [B, vocab]; one list a row."""
+        """Samples from the rows' logits [B, vocab]. Returns one list a row.
+
+        The logits of a row repeat once for each of its sequences:
+
+            sampling   [[a], [], [b, b1, b2]]   row 1 is in the midst of its prompt; b1 and b2 follow b
+            index      [0, 2, 2, 2]
+        """
         sampling = [row.sampling for row in rows]
         index = [i for i, receivers in enumerate(sampling) for _ in receivers]
         if not index:
@@ -134,7 +139,7 @@ class StepRunner:
         watched: dict[str, _Watched] = {}
         start = 0
         for i, row in enumerate(rows):
-            order, first = row.sequence.request.work.features, _first_told(row)
+            order, first = row.sequence.request.work.features, _first_watched(row)
             for name in order.dictionaries if order and first < row.n else ():
                 if name not in watched:
                     dictionary = self._dictionaries[name]
@@ -148,7 +153,7 @@ class StepRunner:
 def _features(
     rows: Sequence[Row], watched: Mapping[str, _Watched], readings: Readings, activations: Mapping[Site, Tensor]
 ) -> list[TokenFeatures | None]:
-    """What each row's request watches, on the row's tokens of this step."""
+    """The features that the rows' requests watch, on this step's tokens; one entry a row."""
     by_row: list[dict[str, Csr]] = [{} for _ in rows]
     for name, dictionary in watched.items():
         try:
@@ -163,20 +168,20 @@ def _features(
             n += end - start
         for i, csr in zip(dictionary.spans, select(reading.rows(dictionary.tokens), ranges), strict=True):
             by_row[i][name] = csr
-    told: list[TokenFeatures | None] = []
+    token_features: list[TokenFeatures | None] = []
     for row, features in zip(rows, by_row, strict=True):
         sequence, order = row.sequence, row.sequence.request.work.features
         if not features or order is None:
-            told.append(None)
+            token_features.append(None)
             continue
-        first = sequence.past + _first_told(row)
+        first = sequence.past + _first_watched(row)
         tokens = tuple(sequence.tokens[first : sequence.past + row.n])
-        told.append(TokenFeatures(first, tokens, {name: features[name] for name in order.dictionaries}))
-    return told
+        token_features.append(TokenFeatures(first, tokens, {name: features[name] for name in order.dictionaries}))
+    return token_features
 
 
-def _first_told(row: Row) -> int:
-    """The first of the row's tokens whose features are told."""
+def _first_watched(row: Row) -> int:
+    """The first of the row's tokens whose features its request watches; row.n if there are none."""
     sequence = row.sequence
     watched = sequence.request.work.features
     if watched is None:
@@ -193,7 +198,7 @@ def _edit_function(edits: BatchEdits, readings: Readings) -> Callable[[Site, Ten
         except EditOutOfRange:
             raise
         except ValueError as error:
-            # The edits were checked before they were queued; what is left is activations that cannot be encoded.
+            # The edits were checked before they were queued, so this error is about activations that cannot be encoded.
             raise NonFiniteActivations(f"{site} cannot be edited: {error}") from error
 
     return edit

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: plain data, numpy arrays, no torch."""
+"""Inputs and results of the engine: plain data, numpy arrays, no torch."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class WorkTiming:
-    """Where the time of one piece of work went."""
+    """Where the time of one work went."""
 
     queue_s: float
-    """Seconds from arrival to the start of the computation; the longest, if it ran in parts."""
+    """Seconds from arrival to the start of the computation; the longest of its pieces."""
     compute_s: float
-    """Seconds of the batches that carried it, summed if it ran in parts."""
+    """Seconds of its batches, summed over its pieces."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,13 +90,13 @@ class DictionaryRows:
 @dataclass(frozen=True, slots=True, eq=False)
 class ExtractResult:
     inputs: list[list[DictionaryRows]]
-    """One entry a row of the work; in each, one entry a dictionary, in the order of the work."""
+    """inputs[row][dictionary], in the order of the work."""
     timing: WorkTiming
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodeWork:
-    """Features of activations that the caller has."""
+    """Features of given activations."""
 
     dictionary: str
     x: NDArray[np.float32]
@@ -145,7 +145,7 @@ class SamplingOptions:
     top_p: float = 0.0
     """Only the smallest set of tokens with at least this probability can be chosen; 0 or 1 is no limit."""
     seed: int = 0
-    """In [0, 2^64): seed of this sequence's own random numbers."""
+    """In [0, 2^64): seed of the sequence's random numbers."""
     repetition_penalty: float = 1.0
     """Positive. Before all else, logits of tokens that the sequence has already (prompt included) are divided by it
     where they are positive and multiplied where they are negative (Keskar et al. 2019, section 4.1)."""
@@ -153,14 +153,14 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True)
 class WatchedFeatures:
-    """Which features to tell with each token."""
+    """Which features to return with each token."""
 
     dictionaries: tuple[str, ...]
     """Names, without repeats."""
     top_k: int
     """The strongest k of each dictionary, at least 1."""
     prompt: bool = False
-    """Also of the prompt's tokens."""
+    """Whether to return those of the prompt's tokens as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +177,11 @@ class GenerateWork:
     """References resolved, see Engine.resolve_references."""
     ignore_end_of_text: bool = False
     samples: int = 1
-    """How many sequences; they run the prompt once. Sample i is the same whatever their number is."""
+    """How many sequences. They run the prompt once. Sample i is the same however many there are."""
     compare: bool = False
     """Also run every sample without the edits, with the same random numbers."""
     top_logprobs: int = 0
-    """How many of the likeliest tokens to tell at each place."""
+    """How many of the likeliest tokens to return at each place."""
     features: WatchedFeatures | None = None
     max_relative_change: float = math.inf
     """Edits that add more than this times the size of a token's activation (Euclidean norms) fail the request."""
@@ -208,7 +208,7 @@ class GeneratedTokens:
     """New tokens of a sequence and the text that they complete."""
 
     text: str = ""
-    """Whole characters only; what may yet become a stop string is held back."""
+    """Whole characters only. Text that may yet become a stop string is held back."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     """Of each token, under the edited model, before penalty, temperature and cuts."""
@@ -247,7 +247,7 @@ class GenerationEnd:
 
 @dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """What the engine has on its hands."""
+    """What waits and runs in the engine."""
 
     queued_items: int
     queued_tokens: int

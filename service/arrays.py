@@ -27,9 +27,9 @@ _EMPTY_UINTS: UintArray = np.zeros(0, np.uint32)
 _EMPTY_FLOATS: FloatArray = np.zeros(0, np.float32)
 
 
-def length_delimited(number: int, *parts: bytes) -> bytes:
+def length_delimited(number: int, *contents: bytes) -> bytes:
     """Wire bytes of one string, bytes, message or packed field; `number` below 16."""
-    return b"".join((bytes((number << 3 | _LENGTH_DELIMITED,)), _varint(sum(map(len, parts))), *parts))
+    return b"".join((bytes((number << 3 | _LENGTH_DELIMITED,)), _varint(sum(map(len, contents))), *contents))
 
 
 def varint_field(number: int, value: int) -> bytes:
@@ -97,10 +97,10 @@ def dictionary_features_bytes(
     reconstruction_error: NDArray[Any] | None,
 ) -> bytes:
     """Wire bytes of a DictionaryFeatures message; `reconstruction_error` is [n tokens] or None."""
-    parts = [length_delimited(1, name.encode()), length_delimited(2, sparse_rows_bytes(row_splits, indices, values))]
+    fields = [length_delimited(1, name.encode()), length_delimited(2, sparse_rows_bytes(row_splits, indices, values))]
     if reconstruction_error is not None:
-        parts.append(length_delimited(3, _little_endian(reconstruction_error, "<f4")))
-    return b"".join(parts)
+        fields.append(length_delimited(3, _little_endian(reconstruction_error, "<f4")))
+    return b"".join(fields)
 
 
 def unpack_reconstruction_error(features: feature_service_pb2.DictionaryFeatures) -> FloatArray:

@@ -28,9 +28,9 @@ _EMPTY_UINTS: UintArray = np.zeros(0, np.uint32)
 _EMPTY_FLOATS: FloatArray = np.zeros(0, np.float32)
 
 
-def length_delimited(number: int, *pieces: bytes) -> bytes:
-    """Wire bytes of a string, bytes, message or packed field, whose content is `pieces` joined; `number` below 16."""
-    return b"".join((bytes((number << 3 | _LENGTH_DELIMITED,)), _varint(sum(map(len, pieces))), *pieces))
+def length_delimited(number: int, *contents: bytes) -> bytes:
+    """Wire bytes of one string, bytes, message or packed field; `number` below 16."""
+    return b"".join((bytes((number << 3 | _LENGTH_DELIMITED,)), _varint(sum(map(len, contents))), *contents))
 
 
 def varint_field(number: int, value: int) -> bytes:

@@ -33,7 +33,7 @@ class DictionarySettings(BaseModel):
     path: str
     """A folder or file of any supported format, or the name of a builtin dictionary."""
     name: str | None = None
-    """The name to serve it under; its own if not given."""
+    """The name to serve it under; the dictionary's name if not given."""
     site: str | None = None
     """Where its activations are read, such as "8.resid_post_mlp"; needed where its files do not say."""
 
@@ -140,26 +140,26 @@ def load_model(settings: ReplicaSettings) -> tuple[Backbone, dict[str, Dictionar
     sources = list_builtin_dictionaries() if settings.dictionaries == "builtin" else settings.dictionaries
     dictionaries: dict[str, Dictionary] = {}
     for source in sources:
-        wanted = DictionarySettings(path=source) if isinstance(source, str) else source
-        name, dictionary = _load_dictionary(wanted, backbone)
+        entry = DictionarySettings(path=source) if isinstance(source, str) else source
+        name, dictionary = _load_dictionary(entry, backbone)
         if name in dictionaries:
             raise DictionaryFormatError(f"two dictionaries are named {name!r}; give one of them another name")
         dictionaries[name] = dictionary
     return backbone, dictionaries
 
 
-def _load_dictionary(wanted: DictionarySettings, backbone: Backbone) -> tuple[str, Dictionary]:
+def _load_dictionary(entry: DictionarySettings, backbone: Backbone) -> tuple[str, Dictionary]:
     from dataclasses import replace
 
     from sae_runtime import load_dictionary
     from sae_runtime.dictionary.formats import check_backbone
 
-    dictionary = load_dictionary(wanted.path, dtype=backbone.dtype, device=backbone.device)
-    name = wanted.name or dictionary.name or Path(wanted.path).stem
-    dictionary = replace(dictionary, name=name, site=wanted.site or dictionary.site)
+    dictionary = load_dictionary(entry.path, dtype=backbone.dtype, device=backbone.device)
+    name = entry.name or dictionary.name or Path(entry.path).stem
+    dictionary = replace(dictionary, name=name, site=entry.site or dictionary.site)
     try:
         dictionary.require_site()
     except ValueError as error:
-        raise DictionaryFormatError(f"{wanted.path}: {error}") from None
+        raise DictionaryFormatError(f"{entry.path}: {error}") from None
     check_backbone(dictionary, backbone)
     return name, dictionary.with_fast_encoder()

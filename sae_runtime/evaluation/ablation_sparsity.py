@@ -81,14 +81,14 @@ def ablation_sparsity(
             channels = torch.zeros(len(drawn), x.shape[1], device=x.device)
             channels[torch.arange(len(drawn)), drawn] = centred[0, drawn]
             components = (centred @ strongest.T).T * strongest
-            for name, part in (("channel", channels), ("component", components)):
-                without = to_outer(inner - part, features.input_statistics)
+            for name, removed in (("channel", channels), ("component", components)):
+                without = to_outer(inner - removed, features.input_statistics)
                 deltas[name] = without - to_outer(inner, features.input_statistics)
         changed = _changed_logits(backbone, site, window, at, torch.cat(list(deltas.values())), tokens_per_pass)
-        parts = changed.split([len(part) for part in deltas.values()])
-        for name, effect in zip(deltas, parts, strict=True):
-            found = [effect_sparsity(change) for change in effect]
-            effects[name].append([sparsity for sparsity in found if sparsity is not None])
+        by_kind = changed.split([len(kind_deltas) for kind_deltas in deltas.values()])
+        for name, changes in zip(deltas, by_kind, strict=True):
+            sparsities = [effect_sparsity(change) for change in changes]
+            effects[name].append([sparsity for sparsity in sparsities if sparsity is not None])
         if progress is not None:
             progress.reach(done)
     return effects
@@ -139,9 +139,9 @@ def _changed_logits(
 ) -> Tensor:
     """[m, horizon, vocab], the logits from token `at` on with each delta added there, less those without any."""
     rows = max(1, tokens_per_pass // len(window) - 1)
-    parts = []
+    differences = []
     for chunk in deltas.split(rows):
-        # The unchanged row runs in the same batch, so that rounding is as alike as can be.
+        # The unchanged row runs in the same batch, so that rounding differs as little as possible.
         packed = PackedTokens.from_rows([window] * (len(chunk) + 1))
         places = torch.arange(1, len(chunk) + 1, device=chunk.device) * len(window) + at
 
@@ -151,5 +151,5 @@ def _changed_logits(
         logits = backbone.forward(packed, edit=edit, edit_sites=[site], logits="all").logits
         assert logits is not None
         tail = logits.view(len(chunk) + 1, len(window), -1)[:, at:].cpu()
-        parts.append(tail[1:] - tail[:1])
-    return torch.cat(parts) if parts else torch.zeros(0, len(window) - at, backbone.vocab_size)
+        differences.append(tail[1:] - tail[:1])
+    return torch.cat(differences) if differences else torch.zeros(0, len(window) - at, backbone.vocab_size)

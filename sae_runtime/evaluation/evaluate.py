@@ -291,8 +291,8 @@ class _Run:
                 progress=self._stage("single splice", len(chosen), "positions"),
             )
             figures |= {"single_splice_positions": len(chosen)}
-            parts = {"delta_ce": spliced.delta_ce, "kl": spliced.divergence, "later_kl": spliced.later_divergence}
-            for name, values in parts.items():
+            costs = {"delta_ce": spliced.delta_ce, "kl": spliced.divergence, "later_kl": spliced.later_divergence}
+            for name, values in costs.items():
                 figures |= with_interval(f"single_splice_{name}", values, seed=self.seed, resamples=s.resamples)
         return figures
 

@@ -101,7 +101,7 @@ def describe(name: str) -> str:
         KeyError: there is no such figure.
     """
     exact = [meaning for pattern, meaning in _PATTERNS if pattern.pattern == name]
-    found = exact or [meaning for pattern, meaning in _PATTERNS if pattern.fullmatch(name)]
-    if not found:
+    meanings = exact or [meaning for pattern, meaning in _PATTERNS if pattern.fullmatch(name)]
+    if not meanings:
         raise KeyError(name)
-    return found[0]
+    return meanings[0]

@@ -29,7 +29,7 @@ def nearest_cosines(
         latents: int64 [m]; all of them if not given.
 
     Returns:
-        float32 [m], NaN for a row without length; such rows are nobody's neighbour either.
+        float32 [m], NaN for a zero row; a zero row is no other row's neighbour.
     """
     rows = decoder.float()
     norms = torch.linalg.vector_norm(rows, dim=1)
@@ -38,14 +38,14 @@ def nearest_cosines(
     tile = max(1, _TILE_ELEMENTS // len(rows))
     nearest = []
     for start in range(0, len(chosen), tile):
-        part = chosen[start : start + tile]
-        cosines = rows[part] @ rows.T  # (tile, n)
-        cosines[torch.arange(len(part)), part] = -torch.inf
+        tile_latents = chosen[start : start + tile]
+        cosines = rows[tile_latents] @ rows.T  # (tile, n)
+        cosines[torch.arange(len(tile_latents)), tile_latents] = -torch.inf
         cosines[:, norms == 0] = -torch.inf
         best = cosines.amax(1)
-        nearest.append(torch.where((norms[part] > 0) & best.isfinite(), best, torch.nan).cpu())
+        nearest.append(torch.where((norms[tile_latents] > 0) & best.isfinite(), best, torch.nan).cpu())
         if progress is not None:
-            progress.reach(start + len(part))
+            progress.reach(start + len(tile_latents))
     return torch.cat(nearest).clamp(-1, 1).numpy()
 
 

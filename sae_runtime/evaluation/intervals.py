@@ -12,7 +12,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:
-    """A stream of its own for each purpose, so that more draws for one do not change another."""
+    """A separate random stream for each purpose: more draws for one do not change another."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 

@@ -32,11 +32,11 @@ Mask = npt.NDArray[np.bool_]
 KEPT = 0.5
 """Share of the activation that a suffix or a replacement must keep."""
 CANDIDATES_PER_LATENT = 8
-"""Latents whose activations are recorded for each one that is wanted: not all of them fire often enough."""
+"""Latents recorded for each latent to explain; not all of them fire often enough."""
 
 
 class ActivationRecorder:
-    """Records where some latents fire; memory grows with how often those do."""
+    """Records where randomly drawn latents fire. Memory grows with the number of their activations."""
 
     def __init__(self, n_latents: int, n_wanted: int, seed: int) -> None:
         order = generator(seed, "n2g latents").permutation(n_latents)
@@ -81,15 +81,15 @@ class Firings:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was found about one latent, and how well it predicts text that it was not built from."""
+    """The patterns of one latent, and how well they predict its activations on text they were not built from."""
 
     latent: int
     patterns: tuple[Pattern, ...]
-    """Different ones, in the order found."""
+    """Distinct, in order of discovery."""
     n_examples: int
-    """Activations that patterns were sought for."""
+    """Activations searched for patterns."""
     n_unexplained: int
-    """Those without a suffix within the longest allowed that keeps half of the activation."""
+    """Examples in which no suffix up to the maximum length keeps half of the activation."""
     n_predicted: int
     n_active: int
     n_both: int
@@ -116,9 +116,9 @@ class _Example:
     latent: int
     value: float
     context: list[int]
-    """Tokens up to and with the one that fires, within its row and the longest allowed."""
+    """The token that fires and those before it in its row, up to the maximum length."""
     length: int | None = None
-    """Of the shortest suffix that keeps half of the activation."""
+    """Length of the shortest suffix that keeps half of the activation."""
 
 
 @torch.no_grad()
@@ -149,14 +149,15 @@ def explain_latents(
     examples = [_examples(f, sample, n_examples, length, seed) for f in chosen]
     flat = [example for of_latent in examples for example in of_latent]
     _find_shortest_suffixes(read, flat, length, progress)
-    patterns = _generalise(read, [example for example in flat if example.length is not None])
-    found: dict[int, list[Pattern]] = {f.latent: [] for f in chosen}
-    for latent, pattern in patterns:
-        if pattern not in found[latent]:
-            found[latent].append(pattern)
+    generalised = _generalise(read, [example for example in flat if example.length is not None])
+    patterns: dict[int, list[Pattern]] = {f.latent: [] for f in chosen}
+    for latent, pattern in generalised:
+        if pattern not in patterns[latent]:
+            patterns[latent].append(pattern)
     scored = ~sample.fit & (sample.document >= 0)
     return [
-        _score(f, tuple(found[f.latent]), each, sample, scored) for f, each in zip(chosen, examples, strict=True)
+        _score(f, tuple(patterns[f.latent]), of_latent, sample, scored)
+        for f, of_latent in zip(chosen, examples, strict=True)
     ], len(eligible)
 
 
@@ -196,7 +197,7 @@ def n2g_figures(
 
 
 class _Reader:
-    """The activation of one latent on the last token of a text behind end-of-text, for many texts together."""
+    """Reads one latent's activation on the last token of each text, with end-of-text put before the text."""
 
     def __init__(
         self, backbone: Backbone, dictionary: Dictionary, site: Site, end_of_text: int, tokens_per_pass: int
@@ -207,16 +208,16 @@ class _Reader:
     def __call__(self, texts: Sequence[Sequence[int]], latents: Sequence[int]) -> npt.NDArray[np.float32]:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # rows of like length attend faster
         rows = [[self.end_of_text, *texts[i]] for i in order]
-        wanted = torch.tensor([latents[i] for i in order])
+        ordered_latents = torch.tensor([latents[i] for i in order])
         values = np.zeros(len(texts), np.float32)
         done = 0
         for packed in packed_passes(rows, self._tokens_per_pass):
             x = self._backbone.forward(packed, capture=[self._site]).activations[self._site]
             features = self._dictionary.encode(x[packed.row_ends.to(x.device)].float())
-            part = slice(done, done + len(packed.lengths))
-            mine = features.indices == wanted[part, None].to(features.indices.device)
-            values[order[part]] = (features.values.float() * mine).sum(1).cpu().numpy()
-            done = part.stop
+            pass_rows = slice(done, done + len(packed.lengths))
+            is_latent = features.indices == ordered_latents[pass_rows, None].to(features.indices.device)
+            values[order[pass_rows]] = (features.values.float() * is_latent).sum(1).cpu().numpy()
+            done = pass_rows.stop
         return values
 
 

@@ -37,13 +37,13 @@ class NgramTrie:
             ids: [N] tokens.
             row_start: [N], where each token's row begins.
         """
-        found = np.zeros(len(ids), bool)
+        ends_match = np.zeros(len(ids), bool)
         # (node, tokens that match so far, how many tokens back the next one is)
         open_: list[tuple[_Node, npt.NDArray[np.int64], int]] = [(self._root, np.arange(len(ids)), 0)]
         while open_:
             node, tokens, back = open_.pop()
             if node.ends:
-                found[tokens] = True
+                ends_match[tokens] = True
             inside = tokens[tokens - back >= row_start[tokens]]
             if len(inside) == 0:
                 continue
@@ -52,4 +52,4 @@ class NgramTrie:
                 matching = inside if token is None else inside[before == token]
                 if len(matching):
                     open_.append((child, matching, back + 1))
-        return found
+        return ends_match

@@ -16,7 +16,7 @@ from sae_runtime.evaluation.splice import slug
 Integers = npt.NDArray[np.int64]
 
 MIN_EXAMPLES = 20
-"""Least examples of each class in each split; a task with fewer is left out."""
+"""Minimum examples of each class in each split; a task with fewer is left out."""
 
 TOKEN_RULES: dict[str, Callable[[str], bool]] = {
     "equals_sign": lambda text: "=" in text,
@@ -146,12 +146,12 @@ def _balanced(
 ) -> Task | None:
     """Equally many examples of both classes in each split, or None where there are too few."""
     rng = generator(seed, f"probe {name}")
-    parts = []
+    examples_and_labels = []
     for split in (fit, ~fit):
         classes = [np.flatnonzero(positive & split), np.flatnonzero(negative & split)]
         size = min(max_examples, *map(len, classes))
         if size < MIN_EXAMPLES:
             return None
         drawn = np.concatenate([np.sort(rng.permutation(members)[:size]) for members in classes])
-        parts += [drawn, np.arange(2 * size) < size]
-    return Task(name, level, *parts)
+        examples_and_labels += [drawn, np.arange(2 * size) < size]
+    return Task(name, level, *examples_and_labels)

@@ -83,24 +83,30 @@ def probe_figures(
     figures: dict[str, Any] = {}
     losses: dict[str, list[float]] = {source: [] for source in examples}
     for number, task in enumerate(tasks, 1):
-        found = {source: best_probe(of_level[task.level], task) for source, of_level in examples.items()}
-        best = found["latent"]
+        probes = {source: best_probe(of_level[task.level], task) for source, of_level in examples.items()}
+        best = probes["latent"]
         figures |= {
             f"probe_{task.name}_latent": best.column,
             f"probe_{task.name}_loss": best.loss,
             f"probe_{task.name}_accuracy": best.accuracy,
             f"probe_{task.name}_fit_loss": best.fit_loss,
             f"probe_{task.name}_n_examples": len(task.score),
-            **{f"probe_{task.name}_{name}_loss": each.loss for name, each in found.items() if name != "latent"},
+            **{
+                f"probe_{task.name}_{source}_loss": probe.loss for source, probe in probes.items() if source != "latent"
+            },
         }
-        for source, each in found.items():
-            losses[source].append(each.loss)
+        for source, probe in probes.items():
+            losses[source].append(probe.loss)
         if progress is not None:
             progress.reach(number)
     if tasks:
         figures |= {
             "probe_tasks": [task.name for task in tasks],
             "probe_loss_mean": float(np.mean(losses["latent"])),
-            **{f"probe_{name}_loss_mean": float(np.mean(each)) for name, each in losses.items() if name != "latent"},
+            **{
+                f"probe_{source}_loss_mean": float(np.mean(of_tasks))
+                for source, of_tasks in losses.items()
+                if source != "latent"
+            },
         }
     return figures

@@ -1,7 +1,7 @@
-"""What replacing activations by reconstructions costs the model, in parts.
+"""What replacing activations by reconstructions costs the model.
 
-Of all tokens replaced at once (`sae_runtime.figures.held_out`): intervals, by position in the row, by kind of text, and
-beside the baselines. And of one token of a row replaced alone (`splice_single_tokens`).
+With all tokens replaced at once (`sae_runtime.figures.held_out`): intervals, figures by position in the row and by kind
+of text, and figures of the baselines. With one token of a row replaced: `splice_single_tokens`.
 """
 
 from __future__ import annotations
@@ -78,8 +78,11 @@ def position_figures(tokens: SplicedTokens, sample: TextSample) -> dict[str, Any
     last = int(sample.position.max())
     starts = [0, *(2**i for i in range(last.bit_length()))]
     ends = [*starts[1:], last + 1]
-    parts = [_part(tokens, (sample.position >= a) & (sample.position < b)) for a, b in zip(starts, ends, strict=True)]
-    lists = {f"position_{name}": [part[name] for part in parts] for name in parts[0]}
+    ranges = [
+        _subset_figures(tokens, (sample.position >= a) & (sample.position < b))
+        for a, b in zip(starts, ends, strict=True)
+    ]
+    lists = {f"position_{name}": [figures[name] for figures in ranges] for name in ranges[0]}
     return {"position_start": starts, "position_end": ends, **plain(lists)}
 
 
@@ -92,8 +95,8 @@ def kind_figures(tokens: SplicedTokens, sample: TextSample) -> dict[str, Any]:
     l0 = tokens.density.l0
     for number, kind in enumerate(sample.kinds):
         kept = sample.kind == number
-        part = {"n_tokens": int(kept.sum()), "l0": float(l0[kept].mean()), **_part(tokens, kept)}
-        figures |= {f"kind_{slug(kind)}_{name}": value for name, value in part.items()}
+        of_kind = {"n_tokens": int(kept.sum()), "l0": float(l0[kept].mean()), **_subset_figures(tokens, kept)}
+        figures |= {f"kind_{slug(kind)}_{name}": value for name, value in of_kind.items()}
     return plain(figures)
 
 
@@ -102,10 +105,12 @@ def baseline_figures(tokens: SplicedTokens, names: list[str]) -> dict[str, Any]:
     measured = ~np.isnan(tokens.error[names[0]])
     figures: dict[str, Any] = {"baseline_n_tokens": int(measured.sum())}
     for name in names:
-        part = _part(tokens, measured, name)
-        figures |= {f"baseline_{name}_{key}": value for key, value in part.items() if key != "ce_clean"}
-    part = _part(tokens, measured)
-    figures |= {f"baseline_dictionary_{key}": part[key] for key in ("nmse", "delta_ce", "loss_recovered", "kl")}
+        of_baseline = _subset_figures(tokens, measured, name)
+        figures |= {f"baseline_{name}_{key}": value for key, value in of_baseline.items() if key != "ce_clean"}
+    of_dictionary = _subset_figures(tokens, measured)
+    figures |= {
+        f"baseline_dictionary_{key}": of_dictionary[key] for key in ("nmse", "delta_ce", "loss_recovered", "kl")
+    }
     return plain(figures)
 
 
@@ -115,7 +120,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^0-9a-z]+", "_", plain).strip("_") or "unnamed"
 
 
-def _part(tokens: SplicedTokens, kept: Mask, name: str = "spliced") -> dict[str, Any]:
+def _subset_figures(tokens: SplicedTokens, kept: Mask, name: str = "spliced") -> dict[str, Any]:
     deviation = tokens.deviation[kept].sum()
     nmse = tokens.error[name][kept].sum() / deviation if deviation else np.nan
     return {"nmse": nmse, **tokens.losses(kept, name)}

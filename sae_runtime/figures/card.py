@@ -151,9 +151,9 @@ def _kinds(f: Mapping[str, Any]) -> str:
 
 
 def _single_tokens(f: Mapping[str, Any]) -> str:
-    parts = []
+    paragraphs = []
     if "single_splice_positions" in f:
-        parts.append(
+        paragraphs.append(
             f"Replacing one token's activation alone ({f['single_splice_positions']} tokens): ΔCE of the next token "
             f"{_interval(f, 'single_splice_delta_ce')}, KL at the token {_interval(f, 'single_splice_kl')}, at the "
             f"{f['ablation_horizon'] - 1} later ones {_interval(f, 'single_splice_later_kl')} nats."
@@ -164,12 +164,12 @@ def _single_tokens(f: Mapping[str, Any]) -> str:
             for name, label in (("channel", "One coordinate"), ("component", "One principal component"))
             if f"ablation_{name}_sparsity_mean" in f
         )
-        parts.append(
+        paragraphs.append(
             f"Ablating one active latent at one token ({f['ablation_latent_n_effects']} latents at "
             f"{f['ablation_positions']} tokens) changes the next {f['ablation_horizon']} tokens' logits with sparsity "
             f"(L1/L2)² / size of {_interval(f, 'ablation_latent_sparsity_mean')}; 1 is spread evenly. {others}"
         )
-    return "## Single tokens and latents\n\n" + "\n\n".join(parts).rstrip() if parts else ""
+    return "## Single tokens and latents\n\n" + "\n\n".join(paragraphs).rstrip() if paragraphs else ""
 
 
 def _probes(f: Mapping[str, Any]) -> str:

@@ -189,14 +189,14 @@ def splice_tokens(
         if progress is not None:
             progress.reach(density.n_tokens)
     return SplicedTokens(
-        cross_entropy={name: joined(parts) for name, parts in ce.items()},
-        divergence={name: joined(parts) for name, parts in kl.items()},
-        error={name: joined(parts) for name, parts in error.items()},
+        cross_entropy={name: joined(passes) for name, passes in ce.items()},
+        divergence={name: joined(passes) for name, passes in kl.items()},
+        error={name: joined(passes) for name, passes in error.items()},
         residual=residual.numpy(),
         offset=offset.numpy(),
         inner_offset=inner_offset.numpy(),
         density=density,
-        **{name: joined(parts) for name, parts in others.items()},
+        **{name: joined(passes) for name, passes in others.items()},
     )
 
 
@@ -236,17 +236,17 @@ def next_token_loss(log_probabilities: Tensor, packed: PackedTokens) -> Tensor:
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) of each row [N], nats; never below 0, which rounding could bring about."""
-    parts = [
+    """KL(p ‖ q) of each row [N], nats. Negative values, from rounding, become 0."""
+    chunks = [
         (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
         for p, q in zip(log_p.split(_ROWS_AT_ONCE), log_q.split(_ROWS_AT_ONCE), strict=True)
     ]
-    return torch.cat(parts).clamp_min(0).cpu()
+    return torch.cat(chunks).clamp_min(0).cpu()
 
 
-def joined(parts: list[Tensor]) -> Array:
-    """Tensors [n] of some passes as one array."""
-    return torch.cat(parts).numpy() if parts else np.zeros(0)
+def joined(passes: list[Tensor]) -> Array:
+    """The tensors [n] of all passes as one array."""
+    return torch.cat(passes).numpy() if passes else np.zeros(0)
 
 
 def plain(figures: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
 from sae_runtime.edits import Edit, InvalidEdit, check_edits
 from sae_runtime.model.backbone import Backbone
-from service.engine.work import DecodeWork
+from service.engine.work import DecodeWork, GenerateWork
 
 
 def check_rows(
@@ -26,6 +26,20 @@ def check_rows(
         if not at_least <= len(row) <= at_most:
             raise ValueError(f"a row has {len(row)} tokens, expected {at_least} to {at_most}")
         check_tokens(row, backbone)
+
+
+def check_generation(
+    work: GenerateWork, backbone: Backbone, dictionaries: Mapping[str, Dictionary], max_tokens: int
+) -> None:
+    """Sequences of at most `max_tokens` tokens each, prompt and new ones. UnknownDictionary for those they watch."""
+    if work.max_new_tokens < 1 or work.samples < 1 or not work.sampling.repetition_penalty > 0:
+        raise ValueError("max_new_tokens, samples and repetition_penalty must be positive")
+    check_rows([work.prompt], backbone, at_most=max_tokens - 1)
+    if work.stop and not backbone.has_tokenizer:
+        raise ValueError("stop strings need a backbone with a tokenizer")
+    for name in work.features.dictionaries if work.features else ():
+        find_dictionary(name, dictionaries).require_site()
+    check_row_edits(work.edits, dictionaries, len(work.prompt), backbone)
 
 
 def check_row_edits(

@@ -20,7 +20,7 @@ from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
 from sae_runtime.dictionary.readings import Readings
 from sae_runtime.edits import Edit
 from sae_runtime.model.backbone import Backbone
-from service.engine.admission import check_features, check_row_edits, check_rows
+from service.engine.admission import check_features, check_generation, check_rows
 from service.engine.batch import Decoding, Encoded, Encoding, Extraction, run_batch
 from service.engine.errors import DeviceLost, EngineStopped
 from service.engine.failures import run_isolated
@@ -232,7 +232,8 @@ class Engine:
         sequence that fails ends all of its request's.
         """
         self._check_accepting()
-        self._check_generation(work)
+        check_generation(work, self.backbone, self.dictionaries, self._max_sequence_tokens)
+        self._running.check_fits(work)
         mailbox = Mailbox()
         request = GenerateRequest(work, mailbox.deliver, next(self._numbers))
         free_slots = self.settings.max_concurrent_generations - self._running.n_active
@@ -280,18 +281,6 @@ class Engine:
     def _check_accepting(self) -> None:
         if not self.ready:
             raise EngineStopped("the engine is not running")
-
-    def _check_generation(self, work: GenerateWork) -> None:
-        """ValueError or UnknownDictionary for work that cannot run."""
-        if work.max_new_tokens < 1 or work.samples < 1 or not work.sampling.repetition_penalty > 0:
-            raise ValueError("max_new_tokens, samples and repetition_penalty must be positive")
-        check_rows([work.prompt], self.backbone, at_most=self._max_sequence_tokens - 1)
-        if work.stop and not self.backbone.has_tokenizer:
-            raise ValueError("stop strings need a backbone with a tokenizer")
-        for name in work.features.dictionaries if work.features else ():
-            find_dictionary(name, self.dictionaries).require_site()
-        check_row_edits(work.edits, self.dictionaries, len(work.prompt), self.backbone)
-        self._running.check_fits(work)
 
     # Event loop
 

@@ -30,7 +30,7 @@ class EditReader:
         self._checks = EditChecks(rpc, violations)
         self._edits: list[Edit] = []
         self._fields: list[str] = []
-        """Of each edit, its name in the request."""
+        """The field of each edit in the request, such as "edits[2]"."""
         self._references: dict[int, common_pb2.TextInput] = {}
         """The reference texts, by edit."""
         self._resolved: tuple[Edit, ...] | None = None
@@ -38,7 +38,7 @@ class EditReader:
     def read(self, messages: Sequence[pb.Edit], presets: Sequence[str] = ()) -> bool:
         """Whether there are edits, in the named presets or in the request; presets come first.
 
-        RpcError NOT_FOUND for presets that there are not.
+        RpcError NOT_FOUND for unknown presets.
         """
         named = self._named(presets)
         count = len(messages) + sum(len(preset.edits) for preset in named)
@@ -63,11 +63,11 @@ class EditReader:
         if not self._violations.check_at_most("presets", len(names), "max_edits"):  # every preset has one at least
             return []
         presets = self._rpc.model.presets
-        found = {name: presets.get(name) for name in names}
-        if unknown := [name for name, preset in found.items() if preset is None]:
+        by_name = {name: presets.get(name) for name in names}
+        if unknown := [name for name, preset in by_name.items() if preset is None]:
             raise preset_not_found(unknown, presets.names)
         self._violations.check_distinct("presets", names, shown)
-        return [preset for preset in found.values() if preset is not None]
+        return [preset for preset in by_name.values() if preset is not None]
 
     async def finish(self, prompt_length: int) -> tuple[Edit, ...]:
         """The edits for a prompt of that many tokens, their references resolved.

@@ -45,7 +45,7 @@ class Violation(NamedTuple):
 
 
 class RpcError(Exception):
-    """An error that the client is told about, with google.rpc messages that say more."""
+    """An error sent to the client, with google.rpc messages as details."""
 
     def __init__(self, code: grpc.StatusCode, message: str, *details: Message) -> None:
         super().__init__(message)
@@ -92,7 +92,7 @@ def preset_not_found(names: Sequence[str], known: Sequence[str]) -> RpcError:
 
 
 def features_not_found(features: Sequence[tuple[str, int, int]]) -> RpcError:
-    """NOT_FOUND with one ResourceInfo a feature; each is a dictionary, a feature, and how many the dictionary has."""
+    """NOT_FOUND with one ResourceInfo a feature, given as (dictionary, feature, n_latents)."""
     message = "; ".join(
         f"feature {feature} is outside 0..{n_latents - 1} of {shown(name)}" for name, feature, n_latents in features
     )

@@ -33,15 +33,15 @@ class ServedModel:
     """Edits that requests can name."""
 
     def require(self, names: Iterable[str]) -> None:
-        """RpcError NOT_FOUND unless there is a dictionary of every name; names all that are missing."""
+        """Raises RpcError NOT_FOUND, with all missing names, unless every name is a loaded dictionary."""
         unknown = list(dict.fromkeys(name for name in names if name not in self.dictionaries))
         if unknown:
             raise dictionary_not_found(unknown, list(self.dictionaries))
 
     def require_features(self, features: Sequence[FeatureId]) -> None:
-        """RpcError NOT_FOUND for features that their dictionary, which is loaded, does not have."""
+        """Raises RpcError NOT_FOUND for features outside their dictionaries, which must be loaded."""
         sized = [(name, feature, self.dictionaries[name].n_latents) for name, feature in features]
-        if unknown := [each for each in sized if each[1] >= each[2]]:
+        if unknown := [(name, feature, size) for name, feature, size in sized if feature >= size]:
             raise features_not_found(unknown)
 
     def require_ablatable(self, names: Sequence[str], where: str) -> None:
@@ -55,8 +55,8 @@ class ServedModel:
 
     def require_statistics(self, names: Iterable[str], what: str, where: str) -> None:
         """RpcError FAILED_PRECONDITION at `where` for loaded dictionaries without the statistics `what` needs."""
-        found = (lacks_statistics(self.dictionaries[name], what, where) for name in dict.fromkeys(names))
-        if violations := [violation for violation in found if violation is not None]:
+        checked = (lacks_statistics(self.dictionaries[name], what, where) for name in dict.fromkeys(names))
+        if violations := [violation for violation in checked if violation is not None]:
             raise failed_precondition(violations, LACKS_STATISTICS)
 
 

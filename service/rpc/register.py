@@ -91,7 +91,7 @@ def build_handlers(runtime: ServiceRuntime) -> Handlers:
     wrapper = CallWrapper(runtime.readiness, runtime.metrics, runtime.note_load)
     handlers: dict[str, UnaryHandler | StreamHandler] = {}
     for rpc in RPCS.values():
-        (method,) = (getattr(each, rpc.name) for each in objects if hasattr(each, rpc.name))
+        (method,) = (getattr(service, rpc.name) for service in objects if hasattr(service, rpc.name))
         always = rpc.service == HEALTH_SERVICE
         if rpc.streams_replies:
             handlers[rpc.name] = wrapper.stream(rpc.name, method, always=always)

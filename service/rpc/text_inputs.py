@@ -147,12 +147,12 @@ class TextInputReader:
                 return None
         refused = read.overflow in (common_pb2.OVERFLOW_UNSPECIFIED, common_pb2.OVERFLOW_ERROR)
         if row is not None and row.truncated and refused:
-            found = len(row.ids) + row.truncated
-            violations.add(field, f"has {found} tokens, more than {read.limit_name} = {read.max_tokens}")
+            n_tokens = len(row.ids) + row.truncated
+            violations.add(field, f"has {n_tokens} tokens, more than {read.limit_name} = {read.max_tokens}")
         return row
 
     async def _read_text(self, text: str, field: str, read: _Reading, violations: Violations) -> TokenRow | None:
-        # Characters are at most as many as bytes: a cheap test first, as the text may have any length.
+        # A text has at least as many bytes as characters. Counting characters is cheap, so a long text fails early.
         limit = self._limits.max_text_bytes
         if len(text) > limit or len(text.encode()) > limit:
             violations.add(field, f"has more bytes than max_text_bytes = {limit}")
@@ -192,7 +192,7 @@ class TextInputReader:
         """The ids of the field `logit_tokens`; can be used if there were no violations."""
         if not violations.check_at_most("logit_tokens", len(messages), "max_logit_tokens"):
             return ()
-        tokens = tuple(self.read_token(each, f"logit_tokens[{i}]", violations) for i, each in enumerate(messages))
+        tokens = tuple(self.read_token(message, f"logit_tokens[{i}]", violations) for i, message in enumerate(messages))
         if not violations:
             violations.check_distinct("logit_tokens", tokens, lambda token: f"token {token}")
         return tokens

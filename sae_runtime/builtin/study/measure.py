@@ -98,17 +98,17 @@ class Study:
             value, at = (float(z.max()), int(z.argmax()))
             if value > best[0]:
                 before, token, after = row[max(0, at - 8) : at], row[at : at + 1], row[at + 1 : at + 5]
-                parts = [self.backbone.text_tokenizer.decode(ids) for ids in (before, token, after)]
-                best = (value, f"{parts[0]}[{parts[1]}]{parts[2]}")
+                before_text, token_text, after_text = map(self.backbone.text_tokenizer.decode, (before, token, after))
+                best = (value, f"{before_text}[{token_text}]{after_text}")
         return best[1].replace("\n", "⏎").replace("|", "\\|").replace("`", "'")
 
     def attributions(self, n: int) -> tuple[int, float, float]:
         """Over the last tokens of n texts: how many had a correlation, and the medians of Pearson and Spearman."""
         rows = self.texts.others()[:n]
-        found = []
+        correlations = []
         for row in rows:
             study = AttributionStudy(self.backbone, self.dictionaries, row[:-1], Target(row[-1]), count=20)
             report = study.report(study.run(study.attributions))
             if report.pearson is not None and report.spearman is not None:
-                found.append((report.pearson, report.spearman))
-        return len(found), median(p for p, _ in found), median(s for _, s in found)
+                correlations.append((report.pearson, report.spearman))
+        return len(correlations), median(p for p, _ in correlations), median(s for _, s in correlations)

@@ -75,15 +75,18 @@ def speed_table(study: Study, rounds: int = 3) -> str:
     cases.append((large, "GPT-2 small's shape, 32,768 latents", _random_dictionary(large, study.seed), large_rows, 8))
     lines = table_head("model and dictionary", "site", "variants", "one by one", "shared and batched", "ratio")
     for backbone, name, dictionary, texts, n_features in cases:
-        found = [speed(backbone, {"dictionary": dictionary}, texts, n_features) for _ in range(rounds)]
-        alone, together = median(seconds for _, seconds, _ in found), median(seconds for _, _, seconds in found)
-        ratios = sorted(one_by_one / shared for _, one_by_one, shared in found)
+        measurements = [speed(backbone, {"dictionary": dictionary}, texts, n_features) for _ in range(rounds)]
+        alone, together = (
+            median(seconds for _, seconds, _ in measurements),
+            median(seconds for _, _, seconds in measurements),
+        )
+        ratios = sorted(one_by_one / shared for _, one_by_one, shared in measurements)
         lines.append(
             table_row(
                 [
                     name,
                     f"{dictionary.site}",
-                    f"{found[0][0]}",
+                    f"{measurements[0][0]}",
                     f"{alone:.2f} s",
                     f"{together:.2f} s",
                     f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",

@@ -26,8 +26,8 @@ def table_head(*columns: str) -> list[str]:
 
 
 def tables(study: Study) -> str:
-    """All of them, for every question in turn."""
-    found = table_head(
+    """All tables of the study, as Markdown."""
+    features = table_head(
         "kind", "set a", "set b", "texts", "at q ≤ 0.05", "chosen", "feature", "AUC", "effect size", "example"
     )
     ablated = table_head(
@@ -38,7 +38,7 @@ def tables(study: Study) -> str:
     for question in QUESTIONS:
         case = _Case.of(study, question)
         for how, contrast in case.chosen(study).items():
-            found.append(case.found_row(study, how, contrast))
+            features.append(case.feature_row(study, how, contrast))
             for row, reach_row in case.ablation_rows(study, contrast):
                 ablated.append(row)
                 reach += reach_row
@@ -48,7 +48,7 @@ def tables(study: Study) -> str:
         [
             "### Features found",
             "",
-            *found,
+            *features,
             "",
             "### Ablated to zero, on the other half",
             "",
@@ -96,7 +96,7 @@ class _Case:
         most_causal = study.most_causal(self.contrasts, self.a.find[:TEXTS_TO_CHOOSE])
         return {"surest": self.towards_a[0], f"largest effect of the {CANDIDATES} surest": most_causal}
 
-    def found_row(self, study: Study, how: str, contrast: FeatureContrast) -> str:
+    def feature_row(self, study: Study, how: str, contrast: FeatureContrast) -> str:
         return table_row(
             [
                 self.question.kind,

@@ -117,17 +117,17 @@ class Texts:
         self, belongs: Belongs, pieces: Callable[[dict[str, Any]], list[str]], keep: Callable[[str], bool]
     ) -> Halves:
         """Windows of the documents' pieces; a document is wholly in one half, parallel texts by their passage."""
-        found: dict[bool, list[Row]] = {True: [], False: []}
+        halves: dict[bool, list[Row]] = {True: [], False: []}
         for document in self._documents:
             if not belongs(document):
                 continue
             # By the passage and not the document: its translations say the same.
             key = f"{self._seed}/{document.get('group', document['id'])}"
             rows = [row for piece in pieces(document) if keep(piece) for row in self._windows(piece)]
-            found[random.Random(key).random() < 0.5] += rows
-        for rows in found.values():
+            halves[random.Random(key).random() < 0.5] += rows
+        for rows in halves.values():
             random.Random(self._seed).shuffle(rows)
-        return Halves(found[True][:MOST_TEXTS], found[False][:MOST_TEXTS])
+        return Halves(halves[True][:MOST_TEXTS], halves[False][:MOST_TEXTS])
 
     def _windows(self, text: str) -> list[Row]:
         ids = self._backbone.encode_text(text).ids

@@ -86,7 +86,7 @@ class GenerateRpc(ModelRpc):
             self.model.require(features.dictionaries)
         work = GenerateWork(
             prompt=prompt.ids,
-            max_new_tokens=min(self._wanted_tokens(request), room),
+            max_new_tokens=min(self._max_new_tokens(request), room),
             sampling=sampling,
             stop=stop,
             edits=await edit_reader.finish(len(prompt.ids)),
@@ -103,14 +103,14 @@ class GenerateRpc(ModelRpc):
             raise invalid_argument([Violation("max_new_tokens", str(error))]) from error
         return prompt, work
 
-    def _wanted_tokens(self, request: pb.GenerateRequest) -> int:
+    def _max_new_tokens(self, request: pb.GenerateRequest) -> int:
         return request.max_new_tokens or min(self.limits.default_new_tokens, self.limits.max_new_tokens)
 
     async def _read_prompt(self, request: pb.GenerateRequest, violations: Violations) -> TokenRow | None:
-        # Truncation makes room for the tokens that are wanted; without it a prompt must leave room for one.
+        # Truncation leaves room for all the new tokens. Without it, a prompt must leave room for one.
         longest = self.engine.max_sequence_tokens - 1
         if request.overflow == common_pb2.OVERFLOW_TRUNCATE:
-            longest = max(1, longest + 1 - self._wanted_tokens(request))
+            longest = max(1, longest + 1 - self._max_new_tokens(request))
         return await self.reader.read_one(
             request.prompt if request.HasField("prompt") else None,
             "prompt",

@@ -109,14 +109,15 @@ class Engine:
         for dictionary in self.dictionaries.values():
             if dictionary.site is not None:
                 dictionary.site_in(backbone)
-        self._max_sequence_tokens = min(
+        self.max_sequence_tokens = min(
             settings.max_sequence_tokens or sys.maxsize, settings.max_cache_tokens, backbone.context_length
         )
+        """Prompt and new tokens of one generation together; a prompt must be shorter."""
         if backbone.device.type != "cpu":
             settings = settings.model_copy(update={"split_batch_tokens": 0})
         self._scheduler: Scheduler[GenerateRequest] = Scheduler(settings)
         self._running = RunningBatch(
-            backbone, self.dictionaries, settings, self._max_sequence_tokens, observe=self._observe
+            backbone, self.dictionaries, settings, self.max_sequence_tokens, observe=self._observe
         )
         self._measurements = Measurements(backbone, self.dictionaries, settings, self._run, self.extract)
         self._works: set[_AwaitedWork] = set()
@@ -157,11 +158,6 @@ class Engine:
     def ready(self) -> bool:
         """Whether work is accepted: started, not draining, and the model thread alive."""
         return self._accepting and self._thread is not None and self._thread.is_alive()
-
-    @property
-    def max_sequence_tokens(self) -> int:
-        """Prompt and new tokens of one generation together; a prompt must be shorter."""
-        return self._max_sequence_tokens
 
     def check_fits(self, work: GenerateWork) -> None:
         """ValueError, naming the setting, for work that does not fit the slots or the key-value cache."""
@@ -232,7 +228,7 @@ class Engine:
         sequence that fails ends all of its request's.
         """
         self._check_accepting()
-        check_generation(work, self.backbone, self.dictionaries, self._max_sequence_tokens)
+        check_generation(work, self.backbone, self.dictionaries, self.max_sequence_tokens)
         self._running.check_fits(work)
         mailbox = Mailbox()
         request = GenerateRequest(work, mailbox.deliver, next(self._numbers))

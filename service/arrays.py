@@ -156,7 +156,7 @@ def pack_tokens(tokens: TokenizedText, pieces: list[bytes]) -> common_pb2.Tokens
 
 def _packed_fields(message: common_pb2.SparseRows | common_pb2.InputStatistics) -> dict[int, memoryview]:
     """The packed fields of a message that has no other kind, by number."""
-    # Fields that a newer client added would come along otherwise, in any wire type.
+    # Otherwise fields added by a newer client would come along, in any wire type.
     message.DiscardUnknownFields()
     data = memoryview(message.SerializeToString())
     fields: dict[int, memoryview] = {}

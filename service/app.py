@@ -21,10 +21,10 @@ from service.rpc.register import RPCS
 from service.settings import AppSettings
 
 START_FAILURE = "saeserve-start-failure: "
-"""Stands before the message of what kept a replica from starting, in the text that Ray makes of it."""
+"""Precedes the message of a replica's start-up error in Ray's text of it."""
 
 SERVICER_FUNCTIONS = ("service.rpc.register.add_services",)
-"""Import paths for gRPCOptions.grpc_servicer_functions: what makes the ingress accept our services and health."""
+"""Import paths for gRPCOptions.grpc_servicer_functions: they make the ingress accept our services and health."""
 
 
 def _delegates_rpcs(cls: type) -> type:
@@ -61,7 +61,7 @@ class FeatureServer:
     async def __init__(self, settings: AppSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         _share_metrics(settings.metrics_dir)
         try:
-            # Here, because they bring torch, which the process that deploys does not need, and read that folder's name.
+            # Imported here: they load torch, which the deploying process does not need, and read that folder's name.
             from service.replica import ServiceRuntime
             from service.rpc.register import build_handlers
 
@@ -72,7 +72,7 @@ class FeatureServer:
             raise RuntimeError(START_FAILURE + message) from error
 
     async def check_health(self) -> None:
-        """Ray Serve replaces a replica for which this fails."""
+        """Raises if the replica is broken; Ray Serve then replaces it."""
         if not self.runtime.ready:
             raise RuntimeError("the engine does not run")
 

@@ -157,7 +157,7 @@ def pack_tokens(tokens: TokenizedText, pieces: list[bytes]) -> common_pb2.Tokens
 
 def _packed_fields(message: common_pb2.SparseRows | common_pb2.InputStatistics) -> dict[int, memoryview]:
     """The fields of a message that has only packed fields, by number."""
-    # Without the fields of newer clients, which can have any wire type.
+    # Otherwise fields added by a newer client would come along, in any wire type.
     message.DiscardUnknownFields()
     data = memoryview(message.SerializeToString())
     fields: dict[int, memoryview] = {}

@@ -102,18 +102,18 @@ class ServiceRuntime:
         return runtime
 
     async def open(self) -> None:
-        """Starts the engine; calls are taken from now on."""
+        """Starts the engine and accepts calls."""
         await self.engine.start()
         self.metrics.loaded({name: str(dictionary.site) for name, dictionary in self.model.dictionaries.items()})
         self.readiness.set("serving")
 
     @property
     def ready(self) -> bool:
-        """Whether calls are taken and the engine can run them."""
+        """Whether calls are accepted and the engine can run them."""
         return self.readiness.serving and self.engine.ready
 
     def begin_drain(self) -> None:
-        """New calls are refused from now on, health says NOT_SERVING; running ones go on."""
+        """Refuses new calls and sets health to NOT_SERVING; running calls go on."""
         self.readiness.set("draining")
 
     async def stop(self, drain_s: float = 0.0) -> None:

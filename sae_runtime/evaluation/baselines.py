@@ -75,7 +75,7 @@ class Baselines:
     directions: Tensor
     """[n_latents, d], random unit rows; encoder and decoder of the random dictionary."""
     scale: float
-    """What its latents are multiplied with: the least-squares factor for the reconstruction."""
+    """Factor of the random dictionary's latents: least squares on the reconstruction."""
 
     def mean(self, x: Tensor, statistics: InputStatistics | None) -> Tensor:
         """The mean activation in place of every row."""
@@ -98,7 +98,7 @@ class Baselines:
         return to_outer(decoded * self.scale + self.inner_mean, statistics)
 
     def components_for(self, nmse: float) -> int:
-        """How many principal components reach an NMSE (of normalised activations); d if none fewer does."""
+        """Fewest principal components that reach an NMSE (of normalised activations); at most d."""
         left = 1 - self.explained.cumsum(0) / self.explained.sum()
         return min(int((left > nmse).sum()) + 1, len(self.explained))
 

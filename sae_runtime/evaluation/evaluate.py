@@ -67,7 +67,7 @@ def evaluate(
 
 
 def complete_settings(settings: EvaluationSettings, dictionary: Dictionary) -> EvaluationSettings:
-    """Fills what was not given from how the dictionary was trained: figures are comparable on rows of the same kind."""
+    """Fills missing settings from the dictionary's training: figures are comparable only on rows of the same kind."""
     provenance = dictionary.manifest.provenance if dictionary.manifest else None
     trained = provenance.config if provenance else {}
     defaults = {"seed": 0, "context_length": None, "rows": "packed", "prepend_end_of_text": False}
@@ -298,6 +298,6 @@ class _Run:
 
 
 def _token_text(backbone: Backbone) -> Any:
-    """Text of a token; a part of a character shows U+FFFD, a special token nothing."""
+    """Text of a token. An incomplete character becomes U+FFFD, a special token the empty string."""
     special = encode_texts(backbone)[1]
     return lambda token: "" if token == special else backbone.token_bytes(token).decode("utf-8", "replace")

@@ -16,7 +16,7 @@ from sae_runtime.progress import ProgressMeter
 _TILE_ELEMENTS = 1 << 23  # cosines that exist at once, 32 MB
 _BINS = 40
 CLOSE = 0.9
-"""A latent with a neighbour above this cosine is all but a copy."""
+"""A latent with a neighbour above this cosine is almost a copy of it."""
 
 
 def nearest_cosines(

@@ -1,4 +1,4 @@
-"""Random choices and confidence intervals that depend on the seed and on what they are for, and on nothing else."""
+"""Random choices and confidence intervals that depend only on the seed and their purpose."""
 
 from __future__ import annotations
 

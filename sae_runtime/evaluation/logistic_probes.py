@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 RIDGE = 1e-4
-"""Penalty RIDGE / 2 · (w · largest value)² per example: keeps separable tasks finite, changes others hardly."""
+"""Penalty RIDGE / 2 · (w · largest value)² per example: keeps separable tasks finite and hardly changes others."""
 _ITERATIONS = 60
 _TOLERANCE = 1e-7  # of the gradient, per example
 _HALVINGS = 30
@@ -98,7 +98,7 @@ def fit_probes(examples: SparseExamples, labels: npt.NDArray[np.bool_]) -> Probe
         moving = size > 0
         if not moving.any():
             break
-        # Converged columns leave, so that the last few slow ones are cheap.
+        # Converged columns are dropped, so that the last slow ones are cheap.
         kept = moving[group]
         number = np.cumsum(moving) - 1
         value, label, group = value[kept], label[kept], number[group[kept]]
@@ -137,7 +137,7 @@ class _Problem:
         self._zero_positives = n_positive - self._sum(label)
 
     def newton_step(self, w: Floats, b: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-        """Gradients for w and b, and the steps that are to be taken away from them."""
+        """Gradients for w and b, and the steps to subtract from w and b."""
         p = _sigmoid(w[self._group] * self._value + b[self._group])
         p_zero = _sigmoid(b)
         miss, slope = p - self._label, p * (1 - p)

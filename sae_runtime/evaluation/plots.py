@@ -23,7 +23,7 @@ class MissingPlotLibrary(ImportError):
 
 
 def draw_plots(figures: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG pictures by file name, of the figures that are there.
+    """PNG pictures by file name, of the figures that are given.
 
     Raises:
         MissingPlotLibrary: matplotlib cannot be imported.

@@ -59,7 +59,7 @@ class Chunks:
 
 
 def cut_chunks(sample: TextSample, length: int) -> Chunks:
-    """Runs of exactly `length` tokens; what is left of a document at the end of a row is in no chunk."""
+    """Runs of exactly `length` tokens; a shorter rest of a document at the end of a row is in no chunk."""
     of_token = np.full(sample.n_tokens, -1, np.int64)
     boundary = np.flatnonzero(np.diff(sample.document) | np.diff(sample.row)) + 1
     starts = np.concatenate([[0], boundary])

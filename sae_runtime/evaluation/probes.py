@@ -55,12 +55,12 @@ class ExampleBuilder:
 
 @dataclass(frozen=True)
 class BestProbe:
-    """The column whose probe fits best, and what it is worth on the other split."""
+    """The column whose probe fits best, and its loss and accuracy on the other split."""
 
     column: int
     fit_loss: float
     loss: float
-    """Nats on the split that nothing was fitted on; ln 2 is chance, as the classes are balanced."""
+    """Nats on the split not used for fitting; ln 2 is chance, as the classes are balanced."""
     accuracy: float
 
 

@@ -149,7 +149,7 @@ def splice_single_tokens(
     tokens_per_pass: int = 2_048,
     progress: ProgressMeter | None = None,
 ) -> SingleSplices:
-    """Replaces the activation at `position` of each window and no other. All are of one length, over `position`."""
+    """Replaces only the activation at `position` of each window. All windows have one length, above `position`."""
     delta, divergence, later = [], [], []
     for packed in packed_passes(windows, tokens_per_pass):
         length = packed.lengths[0]
@@ -174,7 +174,7 @@ def splice_single_tokens(
 def choose_windows(
     rows: Sequence[Sequence[int]], length: int, n_windows: int, seed: int, purpose: str
 ) -> list[list[int]]:
-    """The beginnings, `length` tokens long, of rows drawn without repeats; fewer where too few rows are that long."""
+    """The first `length` tokens of rows drawn without repeats; fewer rows where too few are that long."""
     fitting = [i for i, row in enumerate(rows) if len(row) >= length]
     drawn = generator(seed, purpose).permutation(len(fitting))[:n_windows]
     return [list(rows[fitting[i]][:length]) for i in sorted(drawn.tolist())]

@@ -47,7 +47,7 @@ _MAIN = (
 
 
 def describe_dictionary(dictionary: Dictionary, backbone: str) -> dict[str, Any]:
-    """The figures that say what was measured and not how good it is."""
+    """The figures that describe the measurement, not the quality."""
     return {
         "dictionary": dictionary.name,
         "site": dictionary.site,
@@ -61,7 +61,7 @@ def describe_dictionary(dictionary: Dictionary, backbone: str) -> dict[str, Any]
 
 
 def density_figures_of(statistics: LatentStatistics) -> dict[str, Any]:
-    """What a card says of densities, as a DensityCounter has it that saw the statistics' tokens."""
+    """The density figures of a card, as a DensityCounter gives them on the statistics' tokens."""
     fired = (statistics.firing_rate.double() * statistics.n_tokens).round().long().numpy()
     return {"feature_tokens": statistics.n_tokens, **density_figures(fired, statistics.n_tokens)}
 

@@ -44,7 +44,7 @@ class SplicedTokens:
     """Figures of each token, in the order of the rows; float64 [N]."""
 
     cross_entropy: dict[str, Array]
-    """By replacement ("clean" is none), nats that predicting the next token costs; NaN at the last token of a row."""
+    """By replacement ("clean" is none), loss of the next token, nats; NaN at the last token of a row."""
     divergence: dict[str, Array]
     """By replacement, KL(clean ‖ replaced) of the next-token distributions, nats."""
     error: dict[str, Array]
@@ -88,7 +88,7 @@ class SplicedTokens:
             "l0": self.density.l0.mean(),
             "dead_fraction": (self.density.fired == 0).mean(),
             "dense_fraction": (self.density.fired > DENSE * n).mean(),
-            # Centred residuals: what a constant offset costs counts for NMSE, not here.
+            # Centred residuals: the cost of a constant offset counts in the NMSE, not here.
             "variance_explained": 1 - _ratio(error - np.square(self.residual).sum() / n, deviation),
             **self.losses(np.ones(n, bool)),
         }
@@ -221,14 +221,14 @@ def held_out_figures(
 
 
 def log_probabilities(backbone: Backbone, packed: PackedTokens, site: Site, replacement: Tensor) -> Tensor:
-    """Of the next token [N, vocab], with `replacement` [N, d] in place of the site's activations."""
+    """Log probabilities [N, vocab] of the next token, with `replacement` [N, d] in place of the site's activations."""
     result = backbone.forward(packed, edit=lambda _, x: replacement.to(x), edit_sites=[site], logits="all")
     assert result.logits is not None
     return result.logits.float().log_softmax(-1)
 
 
 def next_token_loss(log_probabilities: Tensor, packed: PackedTokens) -> Tensor:
-    """Nats [N] that each token's successor costs; NaN at the last token of a row."""
+    """Loss [N] of each token's successor, nats; NaN at the last token of a row."""
     targets = packed.ids.roll(-1).to(log_probabilities.device)
     loss = F.nll_loss(log_probabilities, targets, reduction="none").double()
     loss[packed.row_ends.to(loss.device)] = torch.nan

@@ -44,7 +44,7 @@ class Undecodable:
 
 
 def tolerant_deserializer(message_class: type[Message]) -> Callable[[bytes], Message | Undecodable]:
-    """Parses requests; left to itself grpc would answer INTERNAL to bytes that cannot be parsed."""
+    """Parses requests. Without it, grpc would answer INTERNAL to bytes that cannot be parsed."""
 
     def deserialize(data: bytes) -> Message | Undecodable:
         try:
@@ -62,7 +62,7 @@ class Call:
         self.arrived = time.perf_counter()
         self._submitted = self.arrived
         self.request_id = uuid.uuid4().hex
-        """The client's, once `identify` has read it."""
+        """The client's id, once `identify` has read it."""
 
     def identify(self, request: Message | Undecodable) -> None:
         """Takes over the request's id.
@@ -83,11 +83,11 @@ class Call:
         self.request_id = request_id
 
     def submit(self) -> None:
-        """To be called when the request has been read, as its work is given to the engine."""
+        """Marks that the request has been read; to be called before the engine gets its work."""
         self._submitted = time.perf_counter()
 
     def timing(self, work: WorkTiming) -> common_pb2.Timing:
-        """The timing of a reply: what the engine took, and what passed before it had the work."""
+        """The timing of a reply: the engine's time, and the time before the engine had the work."""
         now = time.perf_counter()
         return common_pb2.Timing(
             queue_ms=1000 * (self._submitted - self.arrived + work.queue_s),
@@ -100,7 +100,7 @@ State = Literal["starting", "serving", "draining"]
 
 
 class Readiness:
-    """Whether a replica takes calls: a state that can be waited on. All methods belong to one event loop."""
+    """Whether a replica takes calls, as a state to wait on. Use all methods from one event loop."""
 
     def __init__(self) -> None:
         self._state: State = "starting"
@@ -115,7 +115,7 @@ class Readiness:
         return self._state == "serving"
 
     def set(self, state: State) -> None:
-        """Changes the state and wakes those who wait."""
+        """Changes the state and wakes all waiters."""
         self._state = state
         self._changed.set()
         self._changed = asyncio.Event()
@@ -128,7 +128,7 @@ class Readiness:
 
 
 class CallWrapper:
-    """Makes handlers of methods. One for all RPCs of a replica."""
+    """Wraps methods into handlers. A replica has one for all its RPCs."""
 
     def __init__(self, readiness: Readiness, metrics: Metrics, note_load: Callable[[], None]) -> None:
         """`note_load` is called as calls end, to keep the load that metrics show fresh."""
@@ -197,7 +197,7 @@ class CallWrapper:
 
 
 async def cancelled_together(tasks: list[asyncio.Task[Any]]) -> None:
-    """Cancels tasks and waits until they are gone."""
+    """Cancels tasks and waits until they have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

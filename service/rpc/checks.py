@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Violations:
-    """What is wrong with one request, so far. False while there is nothing."""
+    """The violations of one request so far. False while there are none."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -43,28 +43,28 @@ class Violations:
         return self.check_limit(field, count, limit_name, "has {} entries")
 
     def check_count(self, field: str, count: int, limit_name: str) -> bool:
-        """Whether a list has one entry at least, and at most as many as a limit of `Limits` allows."""
+        """Whether a list has at least one entry, and at most as many as a limit of `Limits` allows."""
         if count == 0:
             self.add(field, "is empty; at least one is needed")
         return count > 0 and self.check_at_most(field, count, limit_name)
 
     def check_enum(self, field: str, value: int, known: Collection[int]) -> None:
-        """That an enum field has a value of the enum: proto3 lets any number through."""
+        """Checks that an enum field has a value of the enum: proto3 lets any number through."""
         if value not in known:
             self.add(field, f"{value} is not a value of this enum")
 
     def check_range(self, field: str, value: float, most: float) -> None:
-        """That a number is in [0, most]."""
+        """Checks that a number is in [0, most]."""
         if not (math.isfinite(value) and 0 <= value <= most):
             self.add(field, f"is {value}, expected a number in 0..{most:g}")
 
     def check_threshold(self, field: str, value: float) -> None:
-        """That a number can be a threshold of activations."""
+        """Checks that a number can be a threshold of activations."""
         if not (math.isfinite(value) and value >= 0):
             self.add(field, f"is {value}, expected a finite number, at least 0")
 
     def check_distinct(self, field: str, values: Sequence[Any], described: Callable[[Any], str]) -> None:
-        """That a list has no value twice."""
+        """Checks that a list has no value twice."""
         seen = set()
         for place, value in enumerate(values):
             if value in seen:
@@ -73,12 +73,12 @@ class Violations:
             seen.add(value)
 
     def check_dictionary_name(self, name: str, field: str) -> None:
-        """That a dictionary is named; whether it is loaded is another question."""
+        """Checks that a dictionary is named, not that it is loaded."""
         if not name:
             self.add(field, "is empty, expected a dictionary's name")
 
     def check_dictionary_names(self, names: Sequence[str], field: str = "dictionaries") -> None:
-        """That one or more dictionaries are named, none twice; whether they are loaded is another question."""
+        """Checks that one or more dictionaries are named, none twice, not that they are loaded."""
         if not self.check_count(field, len(names), "max_dictionaries"):
             return
         for place, name in enumerate(names):
@@ -87,7 +87,7 @@ class Violations:
         self.check_distinct(field, names, shown)
 
     def check_feature(self, feature: int, dictionary: Dictionary | None, field: str) -> None:
-        """That a dictionary, where it is known, has a feature."""
+        """Checks that a dictionary, where it is known, has a feature."""
         if dictionary is not None and feature >= dictionary.n_latents:
             of = f"0..{dictionary.n_latents - 1} of {shown(dictionary.name)}"
             self.add(field, f"feature {feature} is outside {of}")

@@ -1,4 +1,4 @@
-"""What is wrong with the messages of edits, each by itself."""
+"""Checks of the edit messages of a request, one by one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class EditChecks:
-    """Checks the edits of one request. A dictionary that is not loaded is not a fault of this kind."""
+    """Checks the edits of one request. Does not check that dictionaries are loaded."""
 
     def __init__(self, rpc: ModelRpc, violations: Violations) -> None:
         self._dictionaries = rpc.model.dictionaries
@@ -26,7 +26,7 @@ class EditChecks:
         self._has_tokenizer = rpc.reader.has_tokenizer
         self._violations = violations
         self.lacking: list[Violation] = []
-        """Statistics that edits need and their dictionaries lack: a fault of what is loaded, not of the request."""
+        """Missing statistics that edits need: a precondition, as the request itself is valid."""
 
     def check(self, message: pb.Edit, field: str) -> None:
         self._violations.check_dictionary_name(message.dictionary, f"{field}.dictionary")

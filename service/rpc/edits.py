@@ -21,7 +21,7 @@ class EditReader:
     """Reads the edits of one request, collecting what is wrong with them.
 
     `read` looks at the messages. `finish`, to be awaited when the rest of the request has been read, looks at the edits
-    together and gives them as the engine takes them for one prompt; a request with several prompts awaits it for each.
+    together and returns them as the engine takes them for one prompt. With several prompts, await it once a prompt.
     """
 
     def __init__(self, rpc: ModelRpc, violations: Violations) -> None:
@@ -100,7 +100,7 @@ class EditReader:
     # Reference texts
 
     async def _resolve(self) -> tuple[Edit, ...]:
-        """The edits with every resample as the set that it comes to; can be used if there are no violations."""
+        """The edits with every resample replaced by the set it amounts to; valid only without violations."""
         rows = await self._read_references()
         if self._violations:
             return ()

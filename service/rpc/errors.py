@@ -130,7 +130,7 @@ def unavailable(message: str, retry_after_s: float = 1.0) -> RpcError:
 
 
 def as_rpc_error(error: Exception, request_id: str) -> RpcError:
-    """The mapping from errors of the engine and the library; what it does not know becomes INTERNAL and is logged."""
+    """Maps errors of the engine and the library. Any other error becomes INTERNAL and is logged."""
     if isinstance(error, RpcError):
         return error
     if isinstance(error, QueueFull):
@@ -147,7 +147,7 @@ def as_rpc_error(error: Exception, request_id: str) -> RpcError:
 
 @contextmanager
 def out_of_range(field: str) -> Iterator[None]:
-    """Activations that are not finite are the fault of what `field` asked for: RpcError INVALID_ARGUMENT."""
+    """Turns an error about activations that are not finite into RpcError INVALID_ARGUMENT at `field`."""
     try:
         yield
     except NonFiniteActivations as error:
@@ -201,5 +201,5 @@ def shortened(text: str, limit: int = 80) -> str:
 
 
 def shown(text: str) -> str:
-    """The text in quotes, for messages: cut, and with characters escaped that would upset a terminal."""
+    """The text in quotes, for messages: cut, and with control characters escaped."""
     return repr(shortened(text))

@@ -25,7 +25,7 @@ from service.rpc.model import ModelRpc
 from service.rpc.text_inputs import TokenRow
 
 STREAM_WINDOW: Final = 16
-"""Requests of one ExtractFeaturesStream that are in the works at once; the next ones wait in the connection."""
+"""Requests of one ExtractFeaturesStream handled at once; further ones wait in the connection."""
 
 _AGGREGATIONS: dict[int, Aggregation] = {
     pb.AGGREGATION_UNSPECIFIED: "none",
@@ -133,7 +133,7 @@ class FeatureRpc(ModelRpc):
                 try:
                     response = await task
                 finally:
-                    # An error ends the stream and names the request that it is about.
+                    # An error ends the stream and names its request.
                     call.request_id = inner.request_id
                     running.discard(task)
                 yield pb.ExtractFeaturesStreamResponse(response=response)

@@ -40,7 +40,7 @@ class HealthRpc:
             state = await self._readiness.wait_beyond(state)
             if known:
                 yield self._now()
-        # A stream that stayed would hold up the drain; the client watches on at another replica.
+        # An open stream would delay the drain; the client can watch another replica.
         raise unavailable("the server is draining")
 
     def _now(self) -> health_pb2.HealthCheckResponse:

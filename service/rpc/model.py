@@ -1,4 +1,4 @@
-"""The model that a replica serves, as handlers ask it: which dictionaries and features there are, what they lack."""
+"""The model that a replica serves, and checks of the dictionaries and features that a request names."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ServedModel:
             raise features_not_found(unknown)
 
     def require_ablatable(self, names: Sequence[str], where: str) -> None:
-        """RpcError NOT_FOUND for dictionaries that are not loaded, FAILED_PRECONDITION at `where` for transcoders."""
+        """Raises RpcError NOT_FOUND for dictionaries not loaded, FAILED_PRECONDITION at `where` for transcoders."""
         self.require(names)
         reason = "is a transcoder: it decodes to another site than it reads, so its features cannot be taken away"
         transcoders = [name for name in names if self.dictionaries[name].transcoder]
@@ -54,14 +54,14 @@ class ServedModel:
             raise failed_precondition(violations, IS_TRANSCODER)
 
     def require_statistics(self, names: Iterable[str], what: str, where: str) -> None:
-        """RpcError FAILED_PRECONDITION at `where` for loaded dictionaries without the statistics `what` needs."""
+        """Raises RpcError FAILED_PRECONDITION at `where` for dictionaries without the statistics `what` needs."""
         checked = (lacks_statistics(self.dictionaries[name], what, where) for name in dict.fromkeys(names))
         if violations := [violation for violation in checked if violation is not None]:
             raise failed_precondition(violations, LACKS_STATISTICS)
 
 
 def lacks_statistics(dictionary: Dictionary, what: str, where: str) -> Violation | None:
-    """What a FAILED_PRECONDITION says of a dictionary without the statistics that `what` needs."""
+    """The violation of a dictionary without the statistics that `what` needs; None if it has them."""
     if dictionary.statistics is not None:
         return None
     return Violation(where, f"{what} needs statistics, which dictionary {shown(dictionary.name)} lacks")
@@ -69,7 +69,7 @@ def lacks_statistics(dictionary: Dictionary, what: str, where: str) -> Violation
 
 @dataclass(frozen=True, eq=False)
 class ModelRpc:
-    """What handlers of RPCs that run the model work with."""
+    """Base of the handlers of RPCs that run the model."""
 
     engine: Engine
     model: ServedModel

@@ -68,7 +68,7 @@ Handlers = Mapping[str, UnaryHandler | StreamHandler]
 
 
 def build_handlers(runtime: ServiceRuntime) -> Handlers:
-    """The handlers of every RPC in RPCS, for one replica."""
+    """A handler for every RPC in RPCS, for one replica."""
     # Here, because they bring torch, which the processes that only register services (Ray Serve's proxies) do not need.
     from service.rpc.catalog import CatalogRpc
     from service.rpc.feature import FeatureRpc

@@ -18,7 +18,7 @@ class ServerRpc:
 
     def __init__(self, model: ServedModel, limits: Limits, engine_settings: EngineSettings) -> None:
         backbone = model.backbone
-        # Nothing of this changes while the replica lives.
+        # None of this changes while the replica runs.
         self._info = pb.GetServerInfoResponse(
             version=installed_version("saeserve") or "",
             library_versions={name: version for name in _LIBRARIES if (version := installed_version(name))},

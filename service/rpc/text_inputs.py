@@ -219,7 +219,7 @@ class TextInputReader:
     # Tokens in replies
 
     def check_include_tokens(self, asked: bool, violations: Violations) -> None:
-        """That tokens, if asked for, can be described."""
+        """Checks that tokens, if requested, can be described."""
         if asked and not self._has_tokenizer:
             violations.add("include_tokens", "the backbone has no tokenizer")
 

@@ -23,9 +23,9 @@ from sae_runtime.edits import Edit
 from sae_runtime.model.backbone import Backbone
 
 TOKENS_PER_BATCH = 4_096
-"""Of the variants of an ablation that go through the model together."""
+"""Tokens of the ablation variants that go through the model together."""
 CANDIDATES = 24
-"""Features, the surest, among which the one with the largest effect is looked for."""
+"""Number of surest features among which the one with the largest effect is chosen."""
 
 
 class Study:
@@ -59,7 +59,7 @@ class Study:
         return set_score(losses, self.seed)
 
     def most_causal(self, contrasts: Sequence[FeatureContrast], a: Sequence[Row]) -> FeatureContrast:
-        """Of the surest features of a the one whose ablation raises its loss most, on the finding half."""
+        """The feature whose ablation raises the loss on a most, among its surest features, on the finding half."""
         surest = [c for c in contrasts if c.auc > 0.5 and c.q_value <= 0.05][:CANDIDATES]
         features = [contrast.feature for contrast in surest]
         study = AblationStudy(self.backbone, self.dictionaries, a, features)
@@ -89,7 +89,7 @@ class Study:
         return tried[best], best
 
     def example(self, feature: FeatureId, rows: Sequence[Row]) -> str:
-        """The tokens around the strongest activation, that token in brackets."""
+        """The tokens around the strongest activation, with its token in brackets."""
         dictionary = self.dictionaries[feature.dictionary]
         best = (0.0, "")
         for row in rows:

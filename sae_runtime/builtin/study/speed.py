@@ -54,7 +54,7 @@ def speed(
 def _log_probabilities(
     backbone: Backbone, row: Row, edits: Sequence[Edit], dictionaries: Mapping[str, Dictionary]
 ) -> torch.Tensor:
-    """Of the next token after each of the row's, [T, vocab], from one whole forward."""
+    """Log probabilities [T, vocab] of the next token after each token of the row, from one whole forward."""
     batch = BatchEdits([BatchRow(RowEdits(edits, dictionaries, len(row)), 0, len(row), row)])
     packed = PackedTokens.from_rows([row])
     logits = backbone.forward(packed, edit=batch.apply, edit_sites=batch.sites, logits="all").logits
@@ -63,7 +63,7 @@ def _log_probabilities(
 
 
 def speed_table(study: Study, rounds: int = 3) -> str:
-    """Medians over rounds, each of which measures both ways one after the other."""
+    """Medians over rounds. Every round measures both ways, one after the other."""
     rows = study.texts.others()[:24]
     generator = random.Random(study.seed)
     large = Backbone.random_gpt2_small(study.seed)

@@ -10,9 +10,9 @@ from sae_runtime.builtin.study.texts import QUESTIONS, Halves, Question, Row
 from sae_runtime.causal.report import FeatureContrast
 
 TEXTS_TO_CHOOSE = 40
-"""Texts of a set, at most, on which the feature with the largest effect and the strengths of edits are chosen."""
+"""Most texts of a set used to choose the feature with the largest effect and the strengths of edits."""
 TOGETHER = 8
-"""Features that an edit of several sets."""
+"""Number of features that a joint edit sets."""
 
 
 def table_row(cells: Sequence[str]) -> str:
@@ -113,7 +113,7 @@ class _Case:
         )
 
     def ablation_rows(self, study: Study, contrast: FeatureContrast) -> Iterator[tuple[str, list[str]]]:
-        """For each set of texts its row of ablations, and for set a that of the reach as well."""
+        """The ablation row of each set of texts; for set a also the reach row."""
         named = f"{self.question.kind}, {_name(contrast)}"
         for title, rows in (("a", self.a.measure), ("b", self.b.measure), ("other kinds", self.others)):
             effect = study.ablate(contrast.feature, rows)

@@ -14,7 +14,7 @@ from sae_runtime.builtin import HELD_OUT
 from sae_runtime.model.backbone import Backbone
 
 WINDOW = 64
-"""Tokens of a text, at most."""
+"""Most tokens of a text."""
 MOST_TEXTS = 80
 """Texts of a set, in each half."""
 
@@ -116,7 +116,7 @@ class Texts:
     def halves(
         self, belongs: Belongs, pieces: Callable[[dict[str, Any]], list[str]], keep: Callable[[str], bool]
     ) -> Halves:
-        """Windows of the documents' pieces; a document is wholly in one half, parallel texts by their passage."""
+        """Windows of the documents' pieces. A document, with its translations, is wholly in one half."""
         halves: dict[bool, list[Row]] = {True: [], False: []}
         for document in self._documents:
             if not belongs(document):

@@ -12,7 +12,7 @@ from service.rpc.model import ModelRpc
 from service.rpc.text_inputs import TokenRow
 
 DEFAULT_COUNT = 20
-"""Attributions, where the request does not say."""
+"""Default number of attributions."""
 
 
 class AttributeRpc(ModelRpc):

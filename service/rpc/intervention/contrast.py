@@ -16,7 +16,7 @@ from service.rpc.model import ModelRpc
 from service.rpc.text_inputs import TokenRow
 
 DEFAULT_COUNT = 20
-"""Features, where the request does not say."""
+"""Default number of features."""
 _AGGREGATIONS: dict[int, Literal["max", "mean"]] = {
     feature_service_pb2.AGGREGATION_UNSPECIFIED: "max",
     feature_service_pb2.AGGREGATION_MAX: "max",

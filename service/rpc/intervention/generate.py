@@ -29,7 +29,7 @@ from service.rpc.text_inputs import TokenRow
 MAX_TEMPERATURE = 100.0
 MAX_REPETITION_PENALTY = 100.0
 DEFAULT_TOP_K = 5
-"""Features of each token and dictionary, where the request does not say."""
+"""Default number of features of each token and dictionary."""
 
 _FINISH_REASONS = {
     "length": pb.FINISH_REASON_LENGTH,
@@ -168,7 +168,7 @@ class GenerateRpc(ModelRpc):
 
 
 def _read_sampling(message: pb.Sampling, violations: Violations) -> SamplingOptions:
-    """Without the message the likeliest token is taken: a temperature of 0."""
+    """The sampling of a request; without the message, a temperature of 0 (the likeliest token)."""
     violations.check_range("sampling.temperature", message.temperature, MAX_TEMPERATURE)
     violations.check_range("sampling.top_p", message.top_p, 1)
     violations.check_range("sampling.repetition_penalty", message.repetition_penalty, MAX_REPETITION_PENALTY)

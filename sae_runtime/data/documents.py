@@ -62,7 +62,7 @@ class DocumentFile:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells this file from another of the same name."""
+        """Distinguishes this file from another of the same name."""
         return {"name": self.name, "bytes": self.size, "modified": self.path.stat().st_mtime_ns}
 
     def share_read(self) -> float:
@@ -114,9 +114,9 @@ class DocumentFile:
             columns = file.schema_arrow.names
             if self.text_field not in columns:
                 raise ValueError(f"{self.path} has columns {', '.join(columns)}; expected a column `{self.text_field}`")
-            wanted = [column for column in (self.text_field, "kind") if column in columns]
+            columns_to_read = [column for column in (self.text_field, "kind") if column in columns]
             number = 0
-            for batch in file.iter_batches(batch_size=256, columns=wanted):
+            for batch in file.iter_batches(batch_size=256, columns=columns_to_read):
                 for record in batch.to_pylist():
                     number += 1
                     self._share = number / file.metadata.num_rows
@@ -125,10 +125,10 @@ class DocumentFile:
 
 
 def document_of(text: Any, kind: str, text_field: str, where: str) -> Document:
-    """A document of a record's text.
+    """A document from the text of a record.
 
     Raises:
-        ValueError: the text is no string; `where` says where it was found.
+        ValueError: the text is not a string; the message begins with `where`.
     """
     if not isinstance(text, str):
         raise ValueError(f"{where}: `{text_field}` is {type(text).__name__}, expected a string")

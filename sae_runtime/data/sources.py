@@ -27,7 +27,7 @@ class DocumentSource(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells this source from another of the same name."""
+        """Distinguishes this source from another of the same name."""
         ...
 
     def share_read(self) -> float:

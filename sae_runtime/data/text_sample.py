@@ -66,10 +66,10 @@ class TextSample:
         return np.arange(self.n_tokens) - self.row_start
 
     def labels(self, document: int) -> dict[str, str]:
-        """Those of a document's fields that tasks are made from."""
-        found = self.documents[document]
-        labels = {name: found.labels[name] for name in TASK_LABELS if name in found.labels}
-        return labels | {"kind": found.kind}
+        """The fields of a document that tasks are made from."""
+        record = self.documents[document]
+        labels = {name: record.labels[name] for name in TASK_LABELS if name in record.labels}
+        return labels | {"kind": record.kind}
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -105,14 +105,14 @@ def read_sample(
     """At least `n_tokens` tokens in whole rows, or all there is: a seeded mixture of the documents of all files.
 
     `paths` may be one token folder instead (see `saeserve tokenize`): then the documents are its held-out ones, which
-    have no text and no labels but the folder's name, and rows are as long as it says unless told otherwise.
+    have no text and no label but the folder's name. The default row length is then the folder's.
 
     The rows are those that the training job evaluates on for the same seed (`held_out_rows`).
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: no row of two tokens, or a context length over the backbone's; or no tokenizer; a folder that is no
-            token folder, of another tokenizer, or beside other paths.
+        FileNotFoundError: a file or folder is missing.
+        ValueError: no row of two tokens, or a context length over the backbone's; or no tokenizer; a folder that is not
+            a token folder, is of another tokenizer, or stands beside other paths.
     """
     folder = _token_folder(paths, backbone)
     length = context_length or (backbone.context_length if folder is None else folder.manifest.context_length)
@@ -168,8 +168,8 @@ def _fit_split(
     """Half of the documents of every combination of labels, in a seeded order; a lone document is split by rows."""
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for number in sorted(set(document.tolist()) - {-1}):
-        found = documents[number]
-        groups[(found.kind, *(found.labels.get(name) for name in TASK_LABELS))].append(number)
+        record = documents[number]
+        groups[(record.kind, *(record.labels.get(name) for name in TASK_LABELS))].append(number)
     in_fit = np.zeros(len(documents) + 1, bool)  # the last entry is that of no document
     lone = np.zeros(len(documents) + 1, bool)
     order = random.Random(seed)

@@ -46,19 +46,19 @@ class Communicator(Protocol):
 
     @property
     def shard_rank(self) -> int:
-        """This worker's part of the latents, 0 to n_shards - 1."""
+        """The shard of latents that this worker holds, 0 to n_shards - 1."""
         ...
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """Replaces a tensor, in place, by its sum over the replicas, and gives it back. Not differentiable."""
+        """Replaces a tensor, in place, by its sum over the replicas, and returns it. Not differentiable."""
         ...
 
     def max_over_data(self, tensor: Tensor) -> Tensor:
-        """Replaces a tensor, in place, by its largest values over the replicas, and gives it back."""
+        """Replaces a tensor, in place, by its elementwise maximum over the replicas, and returns it."""
         ...
 
     def min_over_data(self, tensor: Tensor) -> Tensor:
-        """Replaces a tensor, in place, by its least values over the replicas, and gives it back."""
+        """Replaces a tensor, in place, by its elementwise minimum over the replicas, and returns it."""
         ...
 
     def gather_over_data(self, tensor: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ class Communicator(Protocol):
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         """Sum over the shards of a replica; leaves its argument as it is.
 
-        Differentiable: every shard goes on from the sum to the same loss, so each part's gradient is the sum's. (What
-        all shards hold alike and each uses for its own latents needs its gradient summed as well: by the caller.)
+        Differentiable: all shards compute the same loss from the sum, so the gradient of a summand is that of the sum.
+        The caller sums the gradient of a tensor that all shards hold alike and use for different latents.
         """
         ...
 
@@ -78,7 +78,7 @@ class Communicator(Protocol):
         ...
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Replaces a tensor, in place, on all workers by that of worker 0, and gives it back."""
+        """Replaces a tensor, in place, on all workers by that of worker 0, and returns it."""
         ...
 
 

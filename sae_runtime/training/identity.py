@@ -1,4 +1,4 @@
-"""What of a run's settings decides the weights: for the manifest, for a run that goes on, for the runs of a sweep."""
+"""The settings that decide the weights of a run: for the manifest, for resumed runs and for sweeps."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ ONLY_HOW = frozenset(
         "wandb_project",
     }
 )
-"""Settings of where things lie, how fast a run is and what it reports: of no account to the weights."""
+"""Settings for paths, speed and reports. They do not change the weights."""
 
 FREE_ON_RESUME = ONLY_HOW | {"micro_batch_tokens", "storage_dtype", "evaluation_tokens", "statistics_tokens"}
-"""Settings that may differ between a run and its continuation: they do not change the weights, but by rounding."""
+"""Settings that may differ between a run and its continuation. They change the weights by rounding at most."""
 
 
 def recorded_settings(config: TrainingConfig) -> dict[str, Any]:
-    """What a manifest records: every setting that decides the dictionary, files by their names only."""
+    """The settings that a manifest records: all that decide the dictionary, with paths cut to file names."""
     settings = config.model_dump(mode="json", exclude=set(ONLY_HOW))
     return settings | {"data": [p.name for p in config.data], "held_out": [p.name for p in config.held_out]}
 
 
 def run_identity(config: TrainingConfig, backbone: Backbone) -> dict[str, Any]:
-    """What must be equal for a run to go on from a checkpoint, as JSON values."""
+    """The JSON values that must equal those of a checkpoint for a run to continue from it."""
     settings = config.model_dump(mode="json", exclude=set(FREE_ON_RESUME))
     return {"settings": settings, "backbone": backbone.fingerprint}
 
 
-def check_identity(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    """Makes sure that a checkpoint belongs to this run.
+def check_identity(saved: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    """Checks that a checkpoint belongs to this run.
 
     Raises:
         ValueError: it does not; names the backbones' fingerprints, or the first settings that differ.
     """
-    if found == expected:
+    if saved == expected:
         return
-    if found.get("backbone") != expected["backbone"]:
-        difference = f"its backbone has fingerprint {found.get('backbone')}, this one {expected['backbone']}"
+    if saved.get("backbone") != expected["backbone"]:
+        difference = f"its backbone has fingerprint {saved.get('backbone')}, this one {expected['backbone']}"
     else:
-        theirs, ours = found.get("settings", {}), expected["settings"]
+        theirs, ours = saved.get("settings", {}), expected["settings"]
         names = [name for name in ours if name not in theirs or theirs[name] != ours[name]]
         shown = (f"{name} was {theirs.get(name)!r}, is {ours[name]!r}" for name in names[:3])
         difference = ", ".join(shown) or "unknown settings"

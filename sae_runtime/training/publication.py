@@ -28,12 +28,12 @@ from sae_runtime.version import code_version
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished run leaves behind of one site."""
+    """The result of a finished run at one site."""
 
     path: Path
     """Folder of the published dictionary."""
     manifest: Manifest
-    """What it is and how good: the held-out figures are `manifest.evaluation`."""
+    """Describes the dictionary; its held-out figures are `manifest.evaluation`."""
     dictionary: Dictionary
     """As published: float32 tensors with the values of the stored dtype, statistics attached."""
 

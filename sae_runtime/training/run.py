@@ -43,7 +43,7 @@ def run_training(config: TrainingConfig, progress: ProgressCallback | None = Non
 
 
 def check_paths(config: TrainingConfig) -> None:
-    """What would be annoying to learn after training.
+    """Checks paths before training, so that it does not fail at the end.
 
     Raises:
         FileExistsError: `config.out` exists.

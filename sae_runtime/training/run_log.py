@@ -25,7 +25,7 @@ class _Sink(Protocol):
 
 
 class RunLog:
-    """Where one process of a run writes its metrics. A run that is resumed goes on with the same log, without doubles.
+    """The metrics log of one process of a run. A resumed run continues the same log without duplicate steps.
 
     with RunLog.open(config, step=trainer.step_count) as log:
         log.log(step, tokens, {"loss": 0.3})
@@ -117,12 +117,12 @@ def _lines_until(path: Path, step: int) -> list[str]:
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            found = json.loads(line)["step"]
+            line_step = json.loads(line)["step"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):  # cut short when the run was killed
                 break
             raise ValueError(f"{path}:{number} is not a line of training metrics; move the file away") from error
-        if found <= step and line.endswith("\n"):
+        if line_step <= step and line.endswith("\n"):
             kept.append(line)
     return kept
 

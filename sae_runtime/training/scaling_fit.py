@@ -51,7 +51,7 @@ class ScalingFit:
     """Of log loss."""
 
     def loss(self, n_latents: int, k: int) -> float:
-        """What the law says for a dictionary."""
+        """The loss that the law predicts for a dictionary."""
         theta = np.array(list(self.parameters.values()))
         return float(np.exp(_log_law(theta, *_logs([SweepPoint(n_latents, k, 1.0)]))[0]))
 
@@ -101,7 +101,7 @@ def _logs(points: Sequence[SweepPoint]) -> tuple[Array, Array]:
 
 
 def _design(log_n: Array, log_k: Array) -> Array:
-    """What alpha, beta_k, beta_n and gamma multiply, [points, 4]."""
+    """The columns 1, log k, log n, log k · log n, which alpha, beta_k, beta_n and gamma multiply: [points, 4]."""
     return np.stack([np.ones_like(log_n), log_k, log_n, log_k * log_n], axis=1)
 
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 class SelectedLatents:
     """A sparse (rows, n_latents) pattern, readable by row and by latent: row r has indices[offsets[r] : offsets[r+1]].
 
-    Rows are tokens; or parts of tokens, where the latents of each token are cut into consecutive parts (`split`).
+    A row is a token, or after `split` a consecutive slice of the latents of a token.
     """
 
     def __init__(self, indices: Tensor, offsets: Tensor, n_latents: int) -> None:
@@ -37,9 +37,9 @@ class SelectedLatents:
 
     def split(self, offsets: Tensor) -> SelectedLatents:
         """The same entries in the same order with finer rows."""
-        parts = SelectedLatents(self.indices, offsets, self.n_latents)
-        parts.__dict__["_order"] = self._order  # sorted once for both
-        return parts
+        finer = SelectedLatents(self.indices, offsets, self.n_latents)
+        finer.__dict__["_order"] = self._order  # sorted once for both
+        return finer
 
     @cached_property
     def rows(self) -> Tensor:
@@ -143,7 +143,8 @@ def selected_pre_activations(
 ) -> Tensor:
     """The chosen pre-activations (entries,) with gradients to the encoder weight, latent_bias and pre_bias.
 
-    `values` are what the selection found; `centred` (B, d) is x - pre_bias, detached; rows of `selection` are tokens.
+    `values` are the selected pre-activations; `centred` (B, d) is x - pre_bias, detached; rows of `selection` are
+    tokens.
     """
     selected: Tensor = _EncoderGradient.apply(  # type: ignore[no-untyped-call]
         values, selection, centred, weight, latent_bias, pre_bias

@@ -24,7 +24,7 @@ PLOT = "sweep.png"
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found; also in `sweep.json`."""
+    """The result of a sweep, as in `sweep.json`."""
 
     points: tuple[SweepPoint, ...]
     fit: ScalingFit | None
@@ -68,10 +68,10 @@ def run_sweep(
     *,
     begin: Callable[[int, int, TrainingConfig], ProgressCallback | None] = lambda index, total, config: None,
 ) -> SweepResult:
-    """Trains what is missing of the grid, fits the law, and writes `sweep.json` and, with matplotlib, `sweep.png`.
+    """Trains the missing runs of the grid, fits the law, and writes `sweep.json` and, with matplotlib, `sweep.png`.
 
-    A sweep that was stopped goes on with the run that it was in. `begin` is told of every run before it starts and
-    gives what shows its progress.
+    A stopped sweep continues with the run it was in. `begin(index, total, config)` is called before every run and
+    returns the callback that shows its progress.
 
     Raises:
         ValueError: as `sweep_configs`, or the folder holds another sweep's runs.
@@ -99,9 +99,11 @@ def _point(config: TrainingConfig) -> SweepPoint:
     recorded = recorded_settings(config)
     free = ONLY_HOW | {name for name, value in recorded.items() if value == "auto"}  # a run records what it chose
     settings = {name: value for name, value in recorded.items() if name not in free}
-    found = {name: value for name, value in manifest.provenance.config.items() if name not in free}
-    if found != settings:
-        wrong = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
+    trained_with = {name: value for name, value in manifest.provenance.config.items() if name not in free}
+    if trained_with != settings:
+        wrong = sorted(
+            name for name in settings.keys() | trained_with.keys() if settings.get(name) != trained_with.get(name)
+        )
         raise ValueError(
             f"{config.out} was trained with other settings ({', '.join(wrong)}); "
             "choose another out, or remove what should be trained anew"

@@ -32,10 +32,10 @@ _GO_ON, _SAVE, _STOP = 0, 1, 2
 
 
 def check_distribution(config: TrainingConfig, workers: int, latent_shards: int) -> None:
-    """Makes sure that a run can be split like this.
+    """Checks that a run can be split over `workers` and `latent_shards`.
 
     Raises:
-        ValueError: it cannot; says what was found and what was expected.
+        ValueError: it cannot; names the setting and the expected value.
     """
     if latent_shards < 1 or workers < 1 or workers % latent_shards:
         raise ValueError(f"{workers} workers with {latent_shards} latent shards: expected a multiple of the shards")
@@ -65,7 +65,7 @@ class Worker:
         self.is_first = communicator.data_rank == 0 and communicator.shard_rank == 0
         before = checkpoint.identity()
         self.config = config = self._with_dtypes(config, {} if before is None else before.get("settings", {}))
-        """The settings as they are recorded: without an `auto` that decides the weights."""
+        """The settings as recorded: every `auto` that affects the weights is replaced."""
         backbone = Backbone.load(config.backbone, dtype=config.backbone_dtype, device=config.reading_device)
         self.sites = [backbone.check_site(site) for site in config.all_sites]
         self._identity = run_identity(config, backbone)
@@ -80,7 +80,7 @@ class Worker:
             states, position = checkpoint.load()
             self._source.load_state_dict(position)
             self.trainers = {site: self._restored(states[str(site)]) for site in self.sites}
-        self._between_steps = True  # whether all that a checkpoint holds is of the same step
+        self._between_steps = True  # whether trainers and source are at the same step
 
     @property
     def step_count(self) -> int:
@@ -90,8 +90,8 @@ class Worker:
         """Trains to the last step; False if it was stopped before. Ends with a checkpoint if it writes any.
 
         Args:
-            meter: told about every step; the first worker's should show it.
-            stop_requested: asked on the first worker before each step.
+            meter: advanced after every step; give the first worker one that shows progress.
+            stop_requested: called on the first worker before each step.
 
         Raises:
             FloatingPointError: the loss is not finite, on every worker.
@@ -120,13 +120,13 @@ class Worker:
         return self.step_count >= config.n_steps
 
     def save(self) -> None:
-        """Writes a checkpoint, together with all workers; nothing in the middle of a step."""
+        """Writes a checkpoint, together with all workers; does nothing in the middle of a step."""
         if self._between_steps:
             trainers = {str(site): trainer.state_dict() for site, trainer in self.trainers.items()}
             self._checkpoint.save(self._identity, self.step_count, trainers, self._source.state_dict())
 
     def exports(self) -> dict[Site, dict[str, Any]]:
-        """What `Trainer.export` gives for each whole dictionary, on the first worker; nothing on the others.
+        """`Trainer.export` of every whole dictionary on the first worker; empty on the others.
 
         All workers call this together. The shards go through files, one after the other: only the first worker holds
         the whole, on the CPU.
@@ -134,14 +134,14 @@ class Worker:
         shards = self._communicator.n_shards
         if self._communicator.data_rank == 0 and shards > 1:
             for site, trainer in self.trainers.items():
-                save_checkpoint(trainer.export(), self._part(site, self._communicator.shard_rank))
-        self._communicator.gather_over_shards(torch.zeros(1))  # all parts are written
+                save_checkpoint(trainer.export(), self._export_file(site, self._communicator.shard_rank))
+        self._communicator.gather_over_shards(torch.zeros(1))  # all files are written
         if not self.is_first:
             return {}
         if shards == 1:
             return {site: trainer.export() for site, trainer in self.trainers.items()}
         return {
-            site: whole_export([load_checkpoint(self._part(site, shard)) for shard in range(shards)])
+            site: whole_export([load_checkpoint(self._export_file(site, shard)) for shard in range(shards)])
             for site in self.sites
         }
 
@@ -160,9 +160,9 @@ class Worker:
         return metrics
 
     def _with_dtypes(self, config: TrainingConfig, before: Mapping[str, Any]) -> TrainingConfig:
-        """Puts in place of an `auto` dtype the one that the run began with, or else the one fast on worker 0's device.
+        """Replaces an `auto` dtype by the one the run began with, or else by the fast one on the device of worker 0.
 
-        Results differ by the rounding of a dtype, so all workers, and all parts of an interrupted run, have the same.
+        Results differ by the rounding of a dtype, so all workers and every continuation of a run use the same.
         """
         chosen: dict[str, str] = {}
         for name, device in (("compute_dtype", config.device), ("backbone_dtype", config.reading_device)):
@@ -178,16 +178,16 @@ class Worker:
                 )
         return config.model_copy(update=chosen)
 
-    def _part(self, site: Site, shard: int) -> Path:
+    def _export_file(self, site: Site, shard: int) -> Path:
         return workers_folder(self.config) / f"export-{site}-{shard}.pt"
 
     def _new_trainers(self, backbone: Backbone) -> dict[Site, Trainer]:
         config, communicator = self.config, self._communicator
         size = min(MEDIAN_SAMPLES, config.buffer_tokens)
-        parts = self._source.peek(size // communicator.data_parallel_size)
+        samples = self._source.peek(size // communicator.data_parallel_size)
         trainers: dict[Site, Trainer] = {}
         for site in self.sites:
-            sample = communicator.gather_over_data(parts[site]).flatten(0, 1)  # in the order of a single process
+            sample = communicator.gather_over_data(samples[site]).flatten(0, 1)  # in the order of a single process
             width = backbone.site_width(site)
             if communicator.n_shards > 1:
                 trainers[site] = ShardedTopKTrainer(config, width, sample, communicator)
@@ -201,7 +201,7 @@ class Worker:
         return restored_trainer(self.config, state, self._communicator)
 
     def _decide(self, wish: int) -> int:
-        """What the first worker wishes."""
+        """The wish of the first worker."""
         return int(self._communicator.broadcast(torch.tensor([wish])))
 
 

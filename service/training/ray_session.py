@@ -1,4 +1,4 @@
-"""The Ray instance that a training run uses: one of its own on this machine, or a cluster that is there already."""
+"""The Ray instance that a training run uses: a private one on this machine, or a running cluster."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Distribution:
     """How a run is spread over workers."""
 
     workers: int
-    """Processes, each with a device of its own on GPUs."""
+    """Number of processes. On GPUs, every process has a separate device."""
     latent_shards: int = 1
-    """Parts that the latents are split into; workers / latent_shards replicas share each batch."""
+    """Number of shards of the latents; workers / latent_shards replicas share every batch."""
     max_restarts: int = 3
     """How often lost workers are replaced before the run fails."""
     ray_address: str | None = None
-    """A running Ray cluster, which must see the same files; None: a Ray instance of the run's own."""
+    """A running Ray cluster, which must see the same files; None: a private Ray instance."""
 
 
 class TrainingFailed(Exception):
@@ -50,11 +50,11 @@ class TrainingFailed(Exception):
 
 @contextlib.contextmanager
 def ray_session(workers: int, gpus: int, *, address: str | None, verbose: bool) -> Iterator[None]:
-    """Ray for the time of a `with` block. Whatever happens in the block, no process of an instance of ours is left.
+    """Runs Ray for the time of a `with` block. Afterwards no process of a private instance is left, even after errors.
 
     Args:
-        workers, gpus: what an instance of our own offers.
-        address: of a running cluster ("auto": the one on this machine) to use instead.
+        workers, gpus: resources of a private instance.
+        address: a running cluster to use instead ("auto": the one on this machine).
 
     Raises:
         StartError: Ray does not start, or the cluster does not answer.
@@ -126,7 +126,7 @@ def _cluster(address: str, *, verbose: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_stdout(*, verbose: bool) -> Iterator[None]:
-    """Holds back what Ray's threads print of lost workers, whatever is set; progress goes to standard error."""
+    """Suppresses what Ray's threads print about lost workers at any log level; progress goes to standard error."""
     if verbose:
         yield
         return

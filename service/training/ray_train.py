@@ -29,18 +29,18 @@ _STOP_WITHIN_S = 60.0
 def train_on_ray(
     config: TrainingConfig, distribution: Distribution, show: ProgressCallback, *, verbose: bool = False
 ) -> list[Path]:
-    """Trains on workers and publishes; the folders of the dictionaries, one a site.
+    """Trains on workers and publishes. Returns the folders of the dictionaries, one per site.
 
-    Goes on from the workers' checkpoint if there is one, which is removed once everything is published. On
-    SIGINT and SIGTERM a checkpoint is written first.
+    Continues from the workers' checkpoint if there is one, and removes it once everything is published. On SIGINT
+    and SIGTERM a checkpoint is written first.
 
     Raises:
         FileExistsError: `config.out` exists.
         FileNotFoundError: a data file does not exist.
-        ValueError: the run cannot be split like this.
+        ValueError: the run cannot be split over these workers.
         StartError: Ray does not start, or lacks a package.
         TrainingFailed: the run failed, or lost workers too often.
-        TrainingStopped: a signal came.
+        TrainingStopped: a signal was received.
     """
     config = with_absolute_paths(config)
     check_paths(config)
@@ -66,7 +66,7 @@ def train_on_ray(
 
 
 def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
-    """The same settings for processes that may run in another folder."""
+    """The same settings with absolute paths, for processes that may run in another folder."""
     update: dict[str, Any] = {
         name: tuple(Path(path).absolute() for path in value) if isinstance(value, tuple) else value.absolute()
         for name, value in config
@@ -78,7 +78,7 @@ def with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
 
 
 class _Run(threading.Thread):
-    """Ray Train's blocking `fit`, beside the thread that shows progress and hears Ctrl-C."""
+    """Ray Train's blocking `fit` in a thread, while the main thread shows progress and handles Ctrl-C."""
 
     def __init__(self, config: TrainingConfig, distribution: Distribution, folder: Path) -> None:
         super().__init__(daemon=True)
@@ -103,7 +103,7 @@ def _trainer(config: TrainingConfig, distribution: Distribution, folder: Path) -
     return TorchTrainer(
         run_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "latent_shards": distribution.latent_shards},
-        # Small agreements are made on the CPU in any case.
+        # Small tensors are exchanged on the CPU even with GPUs.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=distribution.workers,
@@ -119,7 +119,7 @@ def _trainer(config: TrainingConfig, distribution: Distribution, folder: Path) -
 
 
 def _watch(run: _Run, folder: Path, show: ProgressCallback, stop: StopSignals) -> None:
-    """Shows progress until the run ends, or does not stop in time after a signal."""
+    """Shows progress until the run ends, or until the time to stop after a signal is over."""
     lines = _new_lines(folder / PROGRESS)
     ended, deadline = False, math.inf
     while not ended and time.monotonic() < deadline:
@@ -133,7 +133,7 @@ def _watch(run: _Run, folder: Path, show: ProgressCallback, stop: StopSignals) -
 
 
 def _new_lines(path: Path) -> Iterator[list[str]]:
-    """At each asking, the complete lines that a file has gained."""
+    """Yields, at every `next`, the complete lines added to a file since the last."""
     position, rest = 0, ""
     while True:
         if path.exists():
@@ -148,6 +148,6 @@ def _new_lines(path: Path) -> Iterator[list[str]]:
 
 
 def _last_line(error: Exception) -> str:
-    """What Ray's errors end with is what happened; above it are traces of many processes."""
+    """The last line of a Ray error, which says what happened. The lines above are traces of many processes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

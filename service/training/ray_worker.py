@@ -1,4 +1,4 @@
-"""What runs in each Ray Train worker process: the worker of sae_runtime, and publication on the first of them."""
+"""The code of a Ray Train worker process: the worker of sae_runtime, and publication on the first worker."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sae_runtime.training.publication import publish_run
 from sae_runtime.training.worker import Worker
 
 PROGRESS, FAILURE, STOP = "progress.jsonl", "failure.json", "stop"
-"""Files beside the checkpoints: what the first worker reports; why the run cannot go on; the wish that it stops."""
+"""Files beside the checkpoints: progress of the first worker; why the run failed; a request to stop."""
 
 
 def run_worker(arguments: dict[str, Any]) -> None:
-    """The function that Ray Train calls on each worker, in a process group that is set up.
+    """Ray Train calls this on every worker, once the process group is set up.
 
     Args:
         arguments: config (TrainingConfig as JSON values), latent_shards.
@@ -31,17 +31,17 @@ def run_worker(arguments: dict[str, Any]) -> None:
     config = TrainingConfig(**arguments["config"])
     folder = workers_folder(config)
     if (folder / FAILURE).exists():
-        return  # Ray Train starts workers again whatever ended them, and this would end them again
+        return  # Ray Train restarts workers after any failure, and this one would recur
     if config.out.exists():
         return  # published, and then a worker was lost
     try:
         _train_and_publish(config, arguments["latent_shards"], folder)
     except RuntimeError:
-        # A lost connection or device: Ray Train begins again, unless a peer has left because of its failure.
+        # A lost connection or device: Ray Train restarts the workers, unless a peer has recorded a failure.
         if not (folder / FAILURE).exists():
             raise
     except Exception as error:
-        # It would happen again. The others learn of it from their connections' end.
+        # A restart would fail again. The other workers notice when their connections close.
         write_json({"kind": type(error).__name__, "message": str(error)}, folder / FAILURE)
         traceback.print_exc()
         dist.destroy_process_group()

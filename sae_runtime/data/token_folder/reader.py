@@ -22,7 +22,7 @@ class TokenFolder:
     def __init__(self, path: Path) -> None:
         """Raises:
         FileNotFoundError: the folder or a file of it is missing.
-        ValueError: the manifest cannot be read, or a file has another size than it says.
+        ValueError: the manifest cannot be read, or the size of a file differs from it.
         """
         self.path = path
         self.manifest: TokenManifest = read_manifest(path)
@@ -34,15 +34,15 @@ class TokenFolder:
 
     def check(self, backbone: Backbone) -> None:
         """ValueError, naming both, unless the tokens are those of this backbone's tokenizer."""
-        made_by, found = self.manifest.tokenizer, backbone.tokenizer_fingerprint
-        if made_by.fingerprint != found:
+        made_by, fingerprint = self.manifest.tokenizer, backbone.tokenizer_fingerprint
+        if made_by.fingerprint != fingerprint:
             raise ValueError(
                 f"{self.path} was tokenized with tokenizer {made_by.fingerprint} (of backbone {made_by.backbone!r}), "
-                f"found backbone {backbone.name!r} with tokenizer {found or 'none'}"
+                f"found backbone {backbone.name!r} with tokenizer {fingerprint or 'none'}"
             )
 
     def check_sums(self) -> None:
-        """Reads every file; ValueError names one that is not what was written."""
+        """Reads every file. ValueError names the first whose checksum differs from the manifest's."""
         for shard in (*self.manifest.train, *self.manifest.held_out):
             check_sums(self.path, shard)
 
@@ -82,23 +82,23 @@ def shuffled_documents(folder: TokenFolder, seed: int) -> list[int]:
 class _JoinedTokens:
     """The tokens of all shards as one sequence."""
 
-    def __init__(self, parts: list[Any]) -> None:
-        self._parts = parts
-        self._starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
+    def __init__(self, shards: list[Any]) -> None:
+        self._shards = shards
+        self._starts = [0, *np.cumsum([len(shard) for shard in shards]).tolist()]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> list[int]:
-        found: list[int] = []
-        part = bisect_right(self._starts, start) - 1
+        tokens: list[int] = []
+        shard = bisect_right(self._starts, start) - 1
         while start < stop:
-            offset = start - self._starts[part]
-            piece = self._parts[part][offset : offset + stop - start].tolist()
-            found += piece
+            offset = start - self._starts[shard]
+            piece = self._shards[shard][offset : offset + stop - start].tolist()
+            tokens += piece
             start += len(piece)
-            part += 1
-        return found
+            shard += 1
+        return tokens
 
 
 class PackedFolderRows:
@@ -161,17 +161,17 @@ class DocumentFolderRows:
     def _endless(self) -> Iterator[list[int]]:
         epoch = self.epoch
         while True:
-            first, found = (self._document, self._offset), False
+            first, has_row = (self._document, self._offset), False
             for stored in self._folder.documents_from("train", first[0]):
                 tokens = self._folder.text_tokens(stored)
                 while self._offset < len(tokens):
                     row = self._prefix + tokens[self._offset : self._offset + self._fresh]
                     self._offset += self._fresh
                     if len(row) > 1:  # a single token has no context and predicts nothing
-                        found, self.epoch = True, epoch
+                        has_row, self.epoch = True, epoch
                         yield row
                 self._document, self._offset = self._document + 1, 0
-            if first == (0, 0) and not found:
+            if first == (0, 0) and not has_row:
                 raise ValueError(f"{self._folder.path} has no document of two tokens to train on")
             epoch, self._document = epoch + 1, 0
 

@@ -72,21 +72,21 @@ def map_shard(folder: Path, shard: TokenShard, dtype: str) -> tuple[Tokens, npt.
 
 
 def check_sizes(folder: Path, shard: TokenShard) -> None:
-    """FileNotFoundError or ValueError unless both files are there, as long as the manifest says."""
+    """FileNotFoundError or ValueError unless both files exist with the sizes in the manifest."""
     for file, expected in zip(shard.files, shard.bytes, strict=True):
         path = folder / file
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing")
-        if (found := path.stat().st_size) != expected:
-            raise ValueError(f"{path} has {found} bytes, expected {expected}: it is cut short or of another run")
+        if (size := path.stat().st_size) != expected:
+            raise ValueError(f"{path} has {size} bytes, expected {expected}: it is cut short or of another run")
 
 
 def check_sums(folder: Path, shard: TokenShard) -> None:
-    """ValueError unless both files are what was written."""
+    """ValueError unless both files have the checksums in the manifest."""
     check_sizes(folder, shard)
     for file, expected in zip(shard.files, shard.sha256, strict=True):
-        if (found := sha256_of(folder / file)) != expected:
-            raise ValueError(f"{folder / file} has sha256 {found}, expected {expected}: it was changed or damaged")
+        if (digest := sha256_of(folder / file)) != expected:
+            raise ValueError(f"{folder / file} has sha256 {digest}, expected {expected}: it was changed or damaged")
 
 
 def sha256_of(path: Path) -> str:

@@ -245,22 +245,22 @@ class _Writer:
         _write_atomically(self._folder / _JOURNAL, json.dumps(journal, indent=1))
 
     def _resume(self) -> bool:
-        """Takes over the finished shards of an interrupted call; whether nothing is left to read."""
+        """Takes over the finished shards of an interrupted call. True if nothing is left to read."""
         path = self._folder / _JOURNAL
         if not path.exists():
             return False
         advice = "go on with the settings of before, or restart (--restart) to throw it away"
         try:
             journal: dict[str, Any] = json.loads(path.read_text())
-            found = journal["identity"]
+            recorded = journal["identity"]
             shards = {
                 split: [TokenShard.model_validate(shard) for shard in journal["shards"][split]]
                 for split in self._shards
             }
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             raise ValueError(f"{path} cannot be read ({error}); {advice}") from error
-        if found != json.loads(json.dumps(self._identity)):
-            raise ValueError(f"{self._folder} was begun with other {_difference(found, self._identity)}; {advice}")
+        if recorded != json.loads(json.dumps(self._identity)):
+            raise ValueError(f"{self._folder} was begun with other {_difference(recorded, self._identity)}; {advice}")
         for split, finished in shards.items():
             for shard in finished:
                 check_sums(self._folder, shard)
@@ -270,12 +270,12 @@ class _Writer:
         return bool(journal["finished"])
 
 
-def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    if found.get("sources") != expected["sources"]:
+def _difference(recorded: dict[str, Any], expected: dict[str, Any]) -> str:
+    if recorded.get("sources") != expected["sources"]:
         return "sources (names, sizes or times differ)"
-    if found.get("tokenizer") != expected["tokenizer"]:
-        return f"tokenizer ({found.get('tokenizer')}, now {expected['tokenizer']})"
-    theirs, ours = found.get("settings", {}), expected["settings"]
+    if recorded.get("tokenizer") != expected["tokenizer"]:
+        return f"tokenizer ({recorded.get('tokenizer')}, now {expected['tokenizer']})"
+    theirs, ours = recorded.get("settings", {}), expected["settings"]
     names = [name for name in ours if theirs.get(name) != ours[name]]
     return "settings: " + ", ".join(f"{name} was {theirs.get(name)!r}, is {ours[name]!r}" for name in names[:3])
 

@@ -40,7 +40,7 @@ _FORMAT = 1
 _HEADER = struct.Struct("<4sIQ")  # magic, CRC-32 of the rest, its length
 _MAGIC = b"SAEc"
 _ABANDONED_S = 3600.0  # a temporary file of this age was left by a killed run
-_RECOUNT_WRITES = 256  # other runs write too: what is there is counted again after so many own files
+_RECOUNT_WRITES = 256  # other runs write too: the folder is counted again after this many writes
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,20 @@ class ActivationCache:
         self.hits = self.misses = 0
 
     def get(self, rows: Sequence[Sequence[int]]) -> dict[Site, Tensor] | None:
-        """The activations of a pass over these rows, [n, width] of each site on the CPU; None unless all are there."""
+        """Stored activations of a pass over `rows`, [n, width] per site on the CPU; None unless every site has them."""
         name = _pass_name(rows)
-        found: dict[Site, Tensor] = {}
+        activations: dict[Site, Tensor] = {}
         for site, group in self._groups.items():
             tensor = _read(group / name, self._dtype)
             if tensor is None:
                 self.misses += 1
                 return None
-            found[site] = tensor
+            activations[site] = tensor
         self.hits += 1
-        return found
+        return activations
 
     def put(self, rows: Sequence[Sequence[int]], activations: dict[Site, Tensor]) -> dict[Site, Tensor]:
-        """Stores what a pass gave, if there is room, and gives it back in the stored dtype, as `get` would.
+        """Stores the activations of a pass if there is room. Returns them in the stored dtype, as `get` would.
 
         Raises:
             ValueError: a value is too large for float16.

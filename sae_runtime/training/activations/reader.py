@@ -1,4 +1,4 @@
-"""Passes of the backbone over the streams of a text: when they are asked for, or some ahead in a thread."""
+"""Passes of the backbone over the streams of a text, read on demand or ahead in a thread."""
 
 from __future__ import annotations
 
@@ -63,18 +63,18 @@ class ActivationReader:
             raise
 
     def state_of(self, stream: int) -> dict[str, Any]:
-        """What the stream needs to go on after the last pass that was given."""
+        """The state from which the stream continues after the last pass it returned."""
         return self._streams.state_of(stream)
 
     def load(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         self._streams.load(states)
 
     def close(self) -> None:
-        """Ends what runs in the background."""
+        """Stops background work."""
 
     def _read(self, rows: Pass) -> dict[Site, Tensor]:
-        if self._cache is not None and (found := self._cache.get(rows)) is not None:
-            return found
+        if self._cache is not None and (cached := self._cache.get(rows)) is not None:
+            return cached
         activations = read_activations(self._backbone, self._sites, rows, skip_first=self._skip_first)
         return activations if self._cache is None else self._cache.put(rows, activations)
 

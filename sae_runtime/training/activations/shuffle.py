@@ -101,12 +101,14 @@ class ShuffleBuffer:
         self._cursor = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the stream's own position. The tensors are the buffer's own: save them before going on."""
+        """Everything but the position of the stream. The tensors are not copied: save them before the next batch."""
         return {
             "held": {str(site): held for site, held in self._held.items()},
             "order": self._order,
             "cursor": self._cursor,
-            "chunk": None if self._chunk is None else {str(site): part for site, part in self._chunk.items()},
+            "chunk": None
+            if self._chunk is None
+            else {str(site): activations for site, activations in self._chunk.items()},
             "generator": self._generator.get_state(),
         }
 
@@ -115,7 +117,7 @@ class ShuffleBuffer:
         self._held = {Site.parse(site): self._placed(held) for site, held in state["held"].items()}
         self._order, self._cursor = state["order"].cpu(), state["cursor"]
         chunk = state["chunk"]
-        self._chunk = None if chunk is None else {Site.parse(site): part for site, part in chunk.items()}
+        self._chunk = None if chunk is None else {Site.parse(site): activations for site, activations in chunk.items()}
         self._generator.set_state(state["generator"].cpu())
 
     def _placed(self, held: Tensor) -> Tensor:

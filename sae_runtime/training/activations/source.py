@@ -134,7 +134,7 @@ class ActivationSource:
         n_streams = len(self._streams) * self._communicator.n_shards
         if size < 1 or size % n_streams:
             raise ValueError(f"a batch of {size} tokens cannot be read equally from {n_streams} data streams")
-        return self._together([buffer.next_batch(size // n_streams) for buffer in self._buffers.values()])
+        return self._joined([buffer.next_batch(size // n_streams) for buffer in self._buffers.values()])
 
     def peek(self, size: int) -> dict[Site, Tensor]:
         """Up to `size` of the tokens that come next, equally many of every stream of the replica, without taking them.
@@ -143,10 +143,10 @@ class ActivationSource:
             ValueError: there is no text.
         """
         n_streams = len(self._streams) * self._communicator.n_shards
-        return self._together([buffer.peek(max(1, size // n_streams)) for buffer in self._buffers.values()])
+        return self._joined([buffer.peek(max(1, size // n_streams)) for buffer in self._buffers.values()])
 
     def state_dict(self) -> dict[str, Any]:
-        """The exact position of this worker's streams. Its tensors are the buffers' own: save them before going on.
+        """The exact position of this worker's streams. The tensors are not copied: save them before the next batch.
 
         The states of several workers go together with `merge_source_states`; every worker may load the whole, so a run
         may go on with another number of workers.
@@ -183,9 +183,10 @@ class ActivationSource:
         """Ends the thread that reads ahead, if there is one; the source cannot be used afterwards."""
         self._reader.close()
 
-    def _together(self, parts: list[dict[Site, Tensor]]) -> dict[Site, Tensor]:
+    def _joined(self, batches: list[dict[Site, Tensor]]) -> dict[Site, Tensor]:
         joined = {
-            site: torch.cat([part[site] for part in parts]) if len(parts) > 1 else parts[0][site] for site in self.sites
+            site: torch.cat([batch[site] for batch in batches]) if len(batches) > 1 else batches[0][site]
+            for site in self.sites
         }
         if self._communicator.n_shards > 1:
             joined = {site: self._communicator.gather_over_shards(x).flatten(0, 1) for site, x in joined.items()}
@@ -204,6 +205,6 @@ class _StreamPasses(Iterator[dict[Site, Tensor]]):
 
 
 def merge_source_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state that every worker can load, of the states of all workers of a run."""
-    streams = {stream: part for state in states for stream, part in state["lanes"].items()}
+    """Merges the states of all workers of a run into one that every worker can load."""
+    streams = {stream: state_of_stream for state in states for stream, state_of_stream in state["lanes"].items()}
     return {**states[0], "lanes": dict(sorted(streams.items(), key=lambda item: int(item[0])))}

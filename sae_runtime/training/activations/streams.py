@@ -45,7 +45,7 @@ class RowStreams:
         self._dealt = [0] * n_streams  # tokens given to each stream in this epoch
         self._read = 0  # rows read from the source
         self._epoch = 0
-        self._again: dict[int, deque[Pass]] = {stream: deque() for stream in mine}  # passes to be given once more
+        self._again: dict[int, deque[Pass]] = {stream: deque() for stream in mine}  # passes to return again
         self._pending: dict[int, deque[tuple[int, list[int]]]] = {stream: deque() for stream in mine}  # (epoch, row)
         self._known = dict.fromkeys(mine, 0)  # rows read that a stream's restored state holds already
 
@@ -86,9 +86,9 @@ class RowStreams:
             self._pending[stream].append((self._epoch, row))
 
     def state_of(self, stream: int, again: Sequence[Pass] = ()) -> dict[str, Any]:
-        """What a stream needs to go on, in any process.
+        """The state from which a stream continues, in any process.
 
-        again: passes taken from it last that are to be given again.
+        again: the last passes taken from it, which are to be returned again.
         """
         return {
             "again": [*again, *self._again[stream]],
@@ -101,8 +101,8 @@ class RowStreams:
         }
 
     def load(self, states: Mapping[int, Mapping[str, Any]]) -> None:
-        """Goes on from the `state_of` each stream of `mine`, which may come from different processes."""
-        # Processes read ahead of each other; from the least far position every stream finds what it lacks.
+        """Restores the streams of `mine` from their `state_of`, which may come from different processes."""
+        # Processes read at different speeds. From the earliest position, every stream reads the rows it lacks.
         reader = min(states.values(), key=lambda state: state["reader_read"])
         self._rows.load_state_dict(reader["rows"])
         self._dealt, self._read, self._epoch = list(reader["dealt"]), reader["reader_read"], reader["epoch"]

@@ -194,8 +194,8 @@ def exchanges(shape: RunShape, *, read_together: bool = True) -> list[Exchange]:
         Exchange("number of dead latents", _GATHER_SHARDS, 8),
     ]
     if read_together:
-        part = b // shape.n_shards * d * shape.activation_bytes
-        lines.append(Exchange("activations", _GATHER_SHARDS, part))
+        payload = b // shape.n_shards * d * shape.activation_bytes
+        lines.append(Exchange("activations", _GATHER_SHARDS, payload))
     if shape.aux_chosen:
         lines += [
             Exchange("offers of dead latents", _GATHER_SHARDS, b * (aux_first + aux_rest) * _FLOAT),

@@ -42,11 +42,11 @@ def shard_directions(n_latents: int, d_in: int, generator: torch.Generator, shar
 def sharded_encoder_scale(
     directions: Tensor, k: int, generator: torch.Generator, communicator: Communicator, *, probes: int = 256
 ) -> float:
-    """initialisation.encoder_scale for a dictionary of which `directions` [n / n_shards, d_in] is this shard's part."""
+    """initialisation.encoder_scale of a sharded dictionary; `directions` [n / n_shards, d_in] are this shard's rows."""
     x = unit_rows(torch.randn(probes, directions.shape[1], generator=generator)).to(directions)
     values, indices = torch.topk(x @ directions.T, min(k, len(directions)), dim=1)
     offers = Offers.sorted(values, indices)
     keep, _ = choose_over_shards(offers, k, communicator, first=k)
     selection = SelectedLatents.equal_rows(offers.indices, len(directions))
-    part = sparse_decode((offers.values.relu() * keep).reshape(-1), selection, directions)
-    return 1 / float(torch.linalg.vector_norm(communicator.sum_over_shards(part), dim=1).mean())
+    decoded = sparse_decode((offers.values.relu() * keep).reshape(-1), selection, directions)
+    return 1 / float(torch.linalg.vector_norm(communicator.sum_over_shards(decoded), dim=1).mean())

@@ -54,7 +54,7 @@ class ShardedTopKTrainer(TopKTrainer):
         super().set_up_family()
         self.n_latents_of_all_shards = self.n_latents * self.communicator.n_shards
         self._learning_rate = self.config.learning_rate_for(self.n_latents_of_all_shards)
-        self._own_pre_bias = self.pre_bias
+        self._encoder_pre_bias = self.pre_bias
 
     def initial_weights(self, config: TrainingConfig, sample: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         n_latents, d_in = config.latents_for(sample.shape[1]), sample.shape[1]
@@ -86,27 +86,32 @@ class ShardedTopKTrainer(TopKTrainer):
                 continue
             keep_wide = self._choose(offers, wide) | keep
             latents = _csr(offers.indices, keep_wide, self.n_latents)
-            # A row begins with its part of the k best, as both choices keep beginnings of the same row.
+            # Both choices keep a prefix of the same sorted row, so the latents among the k best come first.
             ends_of_narrow = latents.offsets[:-1] + keep.sum(1)
             offsets = torch.stack([latents.offsets[:-1], ends_of_narrow], dim=1).reshape(-1)
-            parts = latents.split(torch.cat([offsets, latents.offsets[-1:]]))
-            yield Selection(centred, latents, offers.values[keep_wide], parts, parts.rows % 2)
+            by_prefix = latents.split(torch.cat([offsets, latents.offsets[-1:]]))
+            yield Selection(centred, latents, offers.values[keep_wide], by_prefix, by_prefix.rows % 2)
 
     def reconstruct(self, selection: Selection) -> tuple[Tensor, Tensor]:
         values = selected_pre_activations(
-            selection.values, selection.latents, selection.centred, self.encoder, self.latent_bias, self._own_pre_bias
+            selection.values,
+            selection.latents,
+            selection.centred,
+            self.encoder,
+            self.latent_bias,
+            self._encoder_pre_bias,
         ).relu()
-        part = sparse_decode(values, selection.parts, self.decoder).view(-1, len(self.prefix_weights), self.d_in)
-        added = self.communicator.sum_over_shards(part)
+        decoded = sparse_decode(values, selection.by_prefix, self.decoder).view(-1, len(self.prefix_weights), self.d_in)
+        added = self.communicator.sum_over_shards(decoded)
         return (added.cumsum(1) if len(self.prefix_weights) > 1 else added) + self.pre_bias, values
 
     def accumulate(self, batch: Sequence[Tensor]) -> BatchFigures:
-        # A leaf of its own for the pre_bias inside the encoder: one sum over shards for all micro-batches.
-        self._own_pre_bias = nn.Parameter(self.pre_bias.detach().clone())
+        # pre_bias inside the encoder is a separate leaf: one sum over shards of its gradient for all micro-batches.
+        self._encoder_pre_bias = nn.Parameter(self.pre_bias.detach().clone())
         figures = super().accumulate(batch)
         assert self.pre_bias.grad is not None
-        assert self._own_pre_bias.grad is not None
-        self.pre_bias.grad += self.communicator.sum_over_shards(self._own_pre_bias.grad)
+        assert self._encoder_pre_bias.grad is not None
+        self.pre_bias.grad += self.communicator.sum_over_shards(self._encoder_pre_bias.grad)
         figures.active = self.communicator.sum_over_shards(figures.active)
         return figures
 
@@ -115,7 +120,7 @@ class ShardedTopKTrainer(TopKTrainer):
             self.encoder,
             self.decoder,
             self.latent_bias,
-            self._own_pre_bias,
+            self._encoder_pre_bias,
             aux_k=self.config.aux_k,
             without_bias=False,
             coefficient=self.config.aux_coefficient,

@@ -56,20 +56,20 @@ class AuxiliaryLoss:
         batch, residuals: micro-batches [b, d] of inputs and of what their reconstruction misses (detached); dead: bool
         [n]; batch_rows: rows of all replicas.
         """
-        found = torch.nonzero(dead).flatten()
-        k = min(self._aux_k, self._count(found))
+        dead_latents = torch.nonzero(dead).flatten()
+        k = min(self._aux_k, self._count(dead_latents))
         zero = batch[0].new_zeros(())
         if k == 0 or self._coefficient == 0:
             return zero
         variance = self._variance(residuals, batch_rows)
         if not float(variance) > 0:
             return zero
-        # Leaves of their own, so that all micro-batches add to one small gradient.
-        encoder, decoder, latent_bias = (p.detach().index_select(0, found) for p in self._full)
+        # Separate leaves, so that all micro-batches add to one small gradient.
+        encoder, decoder, latent_bias = (p.detach().index_select(0, dead_latents) for p in self._full)
         if self._without_bias:
             latent_bias.zero_()
-        for part in (encoder, decoder) if self._without_bias else (encoder, decoder, latent_bias):
-            part.requires_grad_()
+        for leaf in (encoder, decoder) if self._without_bias else (encoder, decoder, latent_bias):
+            leaf.requires_grad_()
         total = zero
         for x, residual in zip(batch, residuals, strict=True):
             modelled = self._model(x, encoder, decoder, latent_bias, k)
@@ -77,15 +77,15 @@ class AuxiliaryLoss:
             loss = torch.nan_to_num(loss, 0.0, 0.0, 0.0)
             (self._coefficient * loss).backward()
             total = total + loss.detach()
-        for p, part in zip(self._full, (encoder, decoder, latent_bias), strict=True):
+        for p, leaf in zip(self._full, (encoder, decoder, latent_bias), strict=True):
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            if part.grad is not None:
-                p.grad.index_add_(0, found, part.grad)
+            if leaf.grad is not None:
+                p.grad.index_add_(0, dead_latents, leaf.grad)
         return total
 
     def _count(self, dead: Tensor) -> int:
-        """How many dead latents there are to choose from, given this worker's."""
+        """Number of dead latents to choose from; `dead` are those of this worker."""
         return len(dead)
 
     def _variance(self, residuals: Sequence[Tensor], batch_rows: int) -> Tensor:

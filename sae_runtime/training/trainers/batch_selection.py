@@ -16,9 +16,9 @@ from sae_runtime.training.communicator import SINGLE, Communicator
 from sae_runtime.training.sparse_gradients import SelectedLatents
 
 _MARGIN = 1.25
-"""The first level is meant to leave so many candidates for each wanted one."""
+"""The first level aims at this many candidates per chosen entry."""
 _MOST = 4
-"""With so many candidates for each wanted one, those that cannot be among the largest are let go."""
+"""With this many candidates per chosen entry, those that cannot be among the largest are dropped."""
 
 
 @dataclass(frozen=True)
@@ -62,34 +62,34 @@ def largest_of_batch(
 ) -> tuple[list[Entries], Tensor]:
     """The k · (tokens) largest positive pre-activations of a batch, fewer if fewer are positive, and the least of them.
 
-    Exact: a level below the wanted threshold is guessed from a first tile of tokens; candidates are everything above
+    Exact: a level below the threshold is guessed from a first tile of tokens; candidates are everything above
     it. If these are too few the guess was too high, and the batch is read again with a lower one, at last with 0. Of
     equal values at the threshold the first in order are taken, over all replicas.
 
     Args:
         batch: centred micro-batches [b, d] of this replica, in the dtype of weight (n, d) and latent_bias (n,).
-        k: wanted on average for each token.
+        k: average number of entries per token.
         communicator: replicas whose batches count as one; each gets the entries of its own tokens.
 
     Returns:
         Entries of each micro-batch, and the least chosen value over all replicas (float32 scalar; inf for none).
     """
     n_tokens = sum(map(len, batch)) * communicator.data_parallel_size
-    wanted = min(k * n_tokens, len(weight) * n_tokens)
+    n_chosen = min(k * n_tokens, len(weight) * n_tokens)
     level = communicator.min_over_data(_first_level(batch[0], weight, latent_bias, k))
     while True:
-        found = [_collect(x, weight, latent_bias, level, wanted) for x in batch]
-        values = torch.cat([entries.values for entries in found])
+        candidates = [_collect(x, weight, latent_bias, level, n_chosen) for x in batch]
+        values = torch.cat([entries.values for entries in candidates])
         total = communicator.sum_over_data(torch.tensor(len(values), device=values.device))
-        if int(total) >= wanted or float(level) <= 0:
+        if int(total) >= n_chosen or float(level) <= 0:
             break
         level = torch.where(level > 0.1, level / 2, 0.0)
-    threshold, ties = _threshold(values, wanted, communicator)
+    threshold, ties = _threshold(values, n_chosen, communicator)
     above, equal = values > threshold, values == threshold
     keep = above | (equal & (equal.cumsum(0) <= ties))
     least = torch.where(keep, values, torch.inf).min() if len(values) else values.new_tensor(torch.inf)
-    parts = keep.split([len(entries.values) for entries in found])
-    return [entries[part] for entries, part in zip(found, parts, strict=True)], communicator.min_over_data(least)
+    masks = keep.split([len(entries.values) for entries in candidates])
+    return [entries[mask] for entries, mask in zip(candidates, masks, strict=True)], communicator.min_over_data(least)
 
 
 def _first_level(x: Tensor, weight: Tensor, latent_bias: Tensor, k: int) -> Tensor:
@@ -101,21 +101,21 @@ def _first_level(x: Tensor, weight: Tensor, latent_bias: Tensor, k: int) -> Tens
     return torch.topk(candidates, rank).values[-1].clamp_min(0)
 
 
-def _collect(x: Tensor, weight: Tensor, latent_bias: Tensor, level: Tensor, wanted: int) -> Entries:
-    """Entries above `level`; where they grow to several times `wanted`, only those that can be among the largest."""
-    found: list[Entries] = []
+def _collect(x: Tensor, weight: Tensor, latent_bias: Tensor, level: Tensor, n_chosen: int) -> Entries:
+    """Entries above `level`; where they grow to several times `n_chosen`, only those that can be among the largest."""
+    entries_of_tiles: list[Entries] = []
     held = 0
     for start, tile in pre_activation_tiles(x, weight, latent_bias):
-        found.append(_entries_of_tile(start, tile, level))
-        held += len(found[-1].values)
-        if held > _MOST * wanted:
-            joined = _join(found, x)
-            # `wanted` values of this part alone reach this level, so the threshold does; of later tokens only what
+        entries_of_tiles.append(_entries_of_tile(start, tile, level))
+        held += len(entries_of_tiles[-1].values)
+        if held > _MOST * n_chosen:
+            joined = _join(entries_of_tiles, x)
+            # `n_chosen` values of these tokens alone reach this level, so the threshold does; of later tokens only what
             # exceeds it can be chosen, as equal values are taken in order.
-            level = torch.topk(joined.values, wanted).values[-1]
-            found = [joined[joined.values >= level]]
-            held = len(found[0].values)
-    return _join(found, x)
+            level = torch.topk(joined.values, n_chosen).values[-1]
+            entries_of_tiles = [joined[joined.values >= level]]
+            held = len(entries_of_tiles[0].values)
+    return _join(entries_of_tiles, x)
 
 
 def _entries_of_tile(start: int, tile: Tensor, level: Tensor) -> Entries:
@@ -123,29 +123,29 @@ def _entries_of_tile(start: int, tile: Tensor, level: Tensor) -> Entries:
     return Entries(rows + start, latents, tile[rows, latents].float())
 
 
-def _join(found: list[Entries], like: Tensor) -> Entries:
-    if len(found) == 1:
-        return found[0]
+def _join(pieces: list[Entries], like: Tensor) -> Entries:
+    if len(pieces) == 1:
+        return pieces[0]
     none = torch.empty(0, dtype=torch.int64, device=like.device)
-    rows = torch.cat([none, *(entries.rows for entries in found)])
-    latents = torch.cat([none, *(entries.latents for entries in found)])
-    return Entries(rows, latents, torch.cat([none.float(), *(entries.values for entries in found)]))
+    rows = torch.cat([none, *(entries.rows for entries in pieces)])
+    latents = torch.cat([none, *(entries.latents for entries in pieces)])
+    return Entries(rows, latents, torch.cat([none.float(), *(entries.values for entries in pieces)]))
 
 
-def _threshold(values: Tensor, wanted: int, communicator: Communicator) -> tuple[Tensor, int]:
-    """The `wanted`-th largest of all replicas' positive values, and how many equal ones this replica may take.
+def _threshold(values: Tensor, n_chosen: int, communicator: Communicator) -> tuple[Tensor, int]:
+    """The `n_chosen`-th largest of all replicas' positive values, and how many equal ones this replica may take.
 
     Bisection over the bits of positive floats, which are ordered like integers: 31 counts that replicas add up, instead
     of gathering all values.
     """
     bits = values.view(torch.int32)
-    low, high = 0, 0x7F800000  # count(bits >= low) >= wanted unless low is 0; count(bits >= high) < wanted
+    low, high = 0, 0x7F800000  # count(bits >= low) >= n_chosen unless low is 0; count(bits >= high) < n_chosen
     while high - low > 1:
         middle = (low + high) // 2
         count = communicator.sum_over_data((bits >= middle).sum())
-        low, high = (middle, high) if int(count) >= wanted else (low, middle)
+        low, high = (middle, high) if int(count) >= n_chosen else (low, middle)
     threshold = torch.tensor(low, dtype=torch.int32, device=values.device).view(torch.float32)
     counts = torch.stack([(bits > low).sum(), (bits == low).sum()])
     above, equal = communicator.gather_over_data(counts).unbind(1)
-    room = wanted - int(above.sum()) - int(equal[: communicator.data_rank].sum())
-    return threshold, max(0, room)
+    n_ties = n_chosen - int(above.sum()) - int(equal[: communicator.data_rank].sum())
+    return threshold, max(0, n_ties)

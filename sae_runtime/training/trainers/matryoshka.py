@@ -34,8 +34,8 @@ class MatryoshkaTrainer(BatchTopKTrainer):
         latents = entries.by_row(len(centred), self.n_latents)
         ends = torch.tensor(self.prefix_ends, device=entries.latents.device)
         prefix = torch.searchsorted(ends, entries.latents, right=True)
-        # Entries are in order of tokens and then latents, so those of a part are neighbours.
-        part = entries.rows * len(ends) + prefix
-        offsets = part.new_zeros(len(centred) * len(ends) + 1)
-        torch.cumsum(torch.bincount(part, minlength=len(offsets) - 1), 0, out=offsets[1:])
+        # Row of an entry = token · n_prefixes + prefix. Entries are sorted by token and latent, so a row is contiguous.
+        row = entries.rows * len(ends) + prefix
+        offsets = row.new_zeros(len(centred) * len(ends) + 1)
+        torch.cumsum(torch.bincount(row, minlength=len(offsets) - 1), 0, out=offsets[1:])
         return Selection(centred, latents, entries.values, latents.split(offsets), prefix)

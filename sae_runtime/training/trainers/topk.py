@@ -32,10 +32,10 @@ class Selection:
     centred: Tensor
     """float32 (b, d): x - pre_bias, detached."""
     latents: SelectedLatents
-    """By token: b rows, each token's latents in order of the parts."""
+    """By token: b rows, the latents of a token in order of the prefixes."""
     values: Tensor
-    """float32 (entries,): pre-activations as found, detached."""
-    parts: SelectedLatents
+    """float32 (entries,): pre-activations, detached."""
+    by_prefix: SelectedLatents
     """The same entries in b · n_prefixes rows: the latents that each prefix adds to the one before it."""
     prefix_of_entry: Tensor | None
     """int64 (entries,): the first prefix that has the entry; None if there is only one prefix."""
@@ -79,15 +79,15 @@ class TopKTrainer(Trainer):
                 yield Selection(centred, latents, values.reshape(-1), latents, None)
                 continue
             offsets = torch.stack([latents.offsets[:-1], latents.offsets[:-1] + k], dim=1).reshape(-1)
-            parts = latents.split(torch.cat([offsets, latents.offsets[-1:]]))
-            yield Selection(centred, latents, values.reshape(-1), parts, parts.rows % 2)
+            by_prefix = latents.split(torch.cat([offsets, latents.offsets[-1:]]))
+            yield Selection(centred, latents, values.reshape(-1), by_prefix, by_prefix.rows % 2)
 
     def reconstruct(self, selection: Selection) -> tuple[Tensor, Tensor]:
         """Nested reconstructions (b, n_prefixes, d) and latents (entries,), with gradients to every parameter."""
         values = selected_pre_activations(
             selection.values, selection.latents, selection.centred, self.encoder, self.latent_bias, self.pre_bias
         ).relu()
-        added = sparse_decode(values, selection.parts, self.decoder).view(-1, len(self.prefix_weights), self.d_in)
+        added = sparse_decode(values, selection.by_prefix, self.decoder).view(-1, len(self.prefix_weights), self.d_in)
         return (added.cumsum(1) if len(self.prefix_weights) > 1 else added) + self.pre_bias, values
 
     def accumulate(self, batch: Sequence[Tensor]) -> BatchFigures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from sae_runtime.causal.predictions import Predictions, compare, next_tokens, predict
 from sae_runtime.causal.prefix import last_site
 from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.readings import Readings
 from sae_runtime.edits import BatchEdits, BatchRow, Edit, RowEdits
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
@@ -42,8 +44,16 @@ class RowScore:
 
 
 @torch.no_grad()
-def score_rows(backbone: Backbone, rows: Sequence[ScoredRow], dictionaries: Mapping[str, Dictionary]) -> list[RowScore]:
+def score_rows(
+    backbone: Backbone,
+    rows: Sequence[ScoredRow],
+    dictionaries: Mapping[str, Dictionary],
+    readings: Readings | None = None,
+) -> list[RowScore]:
     """Scores rows in one batch. An edited row shares the blocks before the first edited site with its unedited copy.
+
+    Args:
+        readings: gets what edits read; its tokens are those of the edited rows, packed without the others.
 
     Raises:
         ValueError: a row over the context length, a token outside the vocabulary, or activations out of range.
@@ -52,6 +62,7 @@ def score_rows(backbone: Backbone, rows: Sequence[ScoredRow], dictionaries: Mapp
     packed = PackedTokens.from_rows([row.tokens for row in rows]).to(device)
     edited_rows = [i for i, row in enumerate(rows) if row.edits]
     edits = BatchEdits([_row_edits(backbone, rows[i], dictionaries) for i in edited_rows])
+    readings = Readings() if readings is None else readings
     last = last_site(backbone)
     result = backbone.forward(packed, capture=[last], pause=edits.sites[:1])
     final = result.activations[last]
@@ -71,7 +82,7 @@ def score_rows(backbone: Backbone, rows: Sequence[ScoredRow], dictionaries: Mapp
             changed = backbone.forward(
                 copies,
                 start=result.paused[edits.sites[0]].take(source),
-                edit=edits.apply,
+                edit=partial(edits.apply, readings=readings),
                 edit_sites=edits.sites,
                 capture=[last],
             ).activations[last]

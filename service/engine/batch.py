@@ -95,6 +95,11 @@ class Scoring:
     def __getitem__(self, rows: slice) -> Scoring:
         return replace(self, rows=self.rows[rows])
 
+    @property
+    def edited_lengths(self) -> list[int]:
+        """Tokens of each edited row. Dictionaries read these rows alone."""
+        return [len(row.tokens) for row in self.rows if row.edits]
+
 
 Computations = tuple[Callable[[], Any], ...]
 """Steps of a measurement. A step begins a study, or runs some of its variants."""
@@ -114,7 +119,7 @@ def run_batch(backbone: Backbone, kind: str, pieces: Sequence[Any], readings: Re
         case "decode":
             return [_decode(piece) for piece in pieces]
         case "score":
-            return run_scores(backbone, pieces)
+            return run_scores(backbone, pieces, readings)
         case _:
             return run_computations(pieces)
 
@@ -305,16 +310,16 @@ def _decode(piece: Decoding) -> NDArray[np.float32]:
     return x
 
 
-def run_scores(backbone: Backbone, pieces: Sequence[Scoring]) -> list[list[TextScore]]:
+def run_scores(backbone: Backbone, pieces: Sequence[Scoring], readings: Readings) -> list[list[TextScore]]:
     """Scores the rows of all pieces at once. Returns scores[piece][row]."""
     dictionaries: dict[str, Dictionary] = {}
     for piece in pieces:
         dictionaries |= piece.dictionaries
     # A name that was loaded anew stands for two dictionaries. Then the pieces run one by one.
     if any(dictionaries[name] is not named for piece in pieces for name, named in piece.dictionaries.items()):
-        return [run_scores(backbone, [piece])[0] for piece in pieces]
+        return [run_scores(backbone, [piece], Readings())[0] for piece in pieces]
     try:
-        scores = iter(score_rows(backbone, [row for piece in pieces for row in piece.rows], dictionaries))
+        scores = iter(score_rows(backbone, [row for piece in pieces for row in piece.rows], dictionaries, readings))
     except ValueError as error:
         # Shapes and names were checked before the work was queued, so this error is about values out of range.
         raise NonFiniteActivations(str(error)) from error

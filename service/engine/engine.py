@@ -391,8 +391,8 @@ class Engine:
             requests: list[int] = []
             for piece in pieces:
                 assert isinstance(piece.work, _AwaitedWork)
-                sizes = piece.work.sizes[piece.rows]
-                lengths += sizes
-                requests += [piece.work.number] * len(sizes)
+                read = piece.content.edited_lengths if kind == "score" else piece.work.sizes[piece.rows]
+                lengths += read
+                requests += [piece.work.number] * len(read)
             observe_readings(self._observe, kind, readings, requests, lengths)
         return results

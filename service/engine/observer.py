@@ -17,11 +17,11 @@ class ObservedReading:
     """All latents of one dictionary on T tokens of a batch that has succeeded."""
 
     kind: str
-    """Of the batch: "extract", "encode" or "generate"."""
+    """Of the batch: "extract", "encode", "score" or "generate"."""
     reading: Reading
     """The dictionary, the features as tensors on its device (T rows), and whether edits came before."""
     rows: NDArray[np.int64]
-    """[T], ascending: each token's row in the batch (a text, a sequence or a given activation)."""
+    """[T], ascending: each token's row in the batch: a text (of scores an edited one), a sequence or an activation."""
     positions: NDArray[np.int64]
     """[T]: each token's position in its text, from 0."""
     requests: tuple[int, ...]

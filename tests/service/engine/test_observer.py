@@ -14,6 +14,7 @@ from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.edits import BatchEdits, BatchRow, Condition, Edit, RowEdits
 from sae_runtime.model.packed import PackedTokens
 from service.engine.engine import Engine
+from service.engine.measure_work import ScoreWork
 from service.engine.observer import ObservedReading
 from service.engine.settings import EngineSettings
 from service.engine.work import EncodeWork, ExtractWork, GenerateWork, SamplingOptions, WatchedFeatures
@@ -127,6 +128,21 @@ async def test_given_activations_are_told_too() -> None:
     assert (observed.kind, observed.rows.tolist()) == ("encode", [0, 1, 2, 3, 4])
     assert observed.requests == (0,) * 5
     torch.testing.assert_close(observed.reading.features.to_dense(), DICTIONARIES["mid"].encode_dense(x))
+
+
+async def test_scores_tell_what_the_edits_of_edited_rows_read(encoded: list[tuple[str, int]]) -> None:
+    watcher = Watcher()
+    engine = Engine(BACKBONE, DICTIONARIES, EngineSettings(torch_threads=1), watcher)
+    await engine.start()
+    plain, edited = random_rows(2, (9, 11), seed=4)
+    replace = Edit("mid", 0, "replace")  # reads all tokens of its row, whatever fires
+    await engine.score(ScoreWork((plain, edited), ((), (replace,))))
+    await engine.stop()
+    (observed,) = watcher.seen
+    assert encoded == [("mid", len(edited))]
+    assert (observed.kind, observed.requests, set(observed.rows.tolist())) == ("score", (0,), {0})
+    assert observed.positions.tolist() == list(range(len(edited)))
+    torch.testing.assert_close(observed.reading.features.to_dense(), library(edited, "mid"))
 
 
 def test_generation_reads_each_activation_once_for_edits_conditions_and_watchers(

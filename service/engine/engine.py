@@ -25,6 +25,7 @@ from service.engine.batch import Decoding, Encoded, Encoding, Extraction, run_ba
 from service.engine.errors import DeviceLost, EngineStopped
 from service.engine.failures import run_isolated
 from service.engine.generation import RunningBatch, StepOutcome
+from service.engine.lanes import LaneReadings, Lanes, extract_in_lanes, new_lanes
 from service.engine.measure import Measurements
 from service.engine.measure_work import (
     AblateResult,
@@ -36,7 +37,7 @@ from service.engine.measure_work import (
     ScoreResult,
     ScoreWork,
 )
-from service.engine.observer import EngineObserver, observe_readings
+from service.engine.observer import EngineObserver, observe_pieces
 from service.engine.scheduler import Piece, Scheduler, Turn, Work
 from service.engine.selection import join_arrays, join_rows
 from service.engine.sequence import GenerateRequest, Mailbox
@@ -66,8 +67,6 @@ class _AwaitedWork(Work):
 
     future: asyncio.Future[tuple[list[Any], WorkTiming]] = field(kw_only=True)
     arrival: float = field(kw_only=True)
-    number: int = field(kw_only=True)
-    """Identifies the request to observers of the engine."""
     results: list[Any] = field(default_factory=list, init=False)
     """One a piece, in order."""
     queue_s: float = field(default=0.0, init=False)
@@ -120,6 +119,7 @@ class Engine:
             backbone, self.dictionaries, settings, self.max_sequence_tokens, observe=self._observe
         )
         self._measurements = Measurements(backbone, self.dictionaries, settings, self._run, self.extract)
+        self._lanes: Lanes | None = None
         self._works: set[_AwaitedWork] = set()
         self._generating: set[GenerateRequest] = set()
         self._thread: threading.Thread | None = None
@@ -352,6 +352,7 @@ class Engine:
         try:
             if self.settings.torch_threads:
                 torch.set_num_threads(self.settings.torch_threads)
+            self._lanes = new_lanes(self.backbone.device, self.settings.batch_lanes)
             with torch.inference_mode():
                 while (turn := self._scheduler.next_turn(lambda: self._running.n_active > 0)) is not Turn.STOP:
                     if turn is Turn.GENERATION:
@@ -365,6 +366,9 @@ class Engine:
             failure = DeviceLost(str(error)) if is_lost else EngineStopped(f"the model thread failed: {error!r}")
             self._call_soon(self._fail_everything, failure)
             raise
+        finally:
+            if self._lanes is not None:
+                self._lanes.close()
 
     def _call_soon(self, callback: Callable[[Any], None], argument: Any) -> None:
         assert self._loop is not None
@@ -384,15 +388,13 @@ class Engine:
 
     def _run_pieces(self, kind: str, pieces: Sequence[Piece]) -> list[Any]:
         """Runs pieces of one kind and returns one result a piece. Errors as `run_batch`."""
-        readings = Readings()
-        results = run_batch(self.backbone, kind, [piece.content for piece in pieces], readings)
-        if self._observe is not None and readings.made:
-            lengths: list[int] = []
-            requests: list[int] = []
-            for piece in pieces:
-                assert isinstance(piece.work, _AwaitedWork)
-                read = piece.content.edited_lengths if kind == "score" else piece.work.sizes[piece.rows]
-                lengths += read
-                requests += [piece.work.number] * len(read)
-            observe_readings(self._observe, kind, readings, requests, lengths)
+        contents = [piece.content for piece in pieces]
+        if kind == "extract":
+            results, read = extract_in_lanes(self.backbone, contents, self._lanes)
+        else:
+            readings = Readings()
+            results = run_batch(self.backbone, kind, contents, readings)
+            read = [LaneReadings(readings)]
+        if self._observe is not None:
+            observe_pieces(self._observe, kind, pieces, read)
         return results

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_runtime.dictionary.readings import Reading, Readings
+from service.engine.lanes import LaneReadings
+from service.engine.scheduler import Piece
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,3 +76,13 @@ def observe_readings(
     for reading in readings.made:
         rows = row_of_token[reading.tokens]
         observe(ObservedReading(kind, reading, rows, positions[reading.tokens], tuple(requests)))
+
+
+def observe_pieces(observe: FeatureObserver, kind: str, pieces: Sequence[Piece], lanes: Sequence[LaneReadings]) -> None:
+    """Calls `observe` with each reading of a batch of pieces. Every lane has rows and tokens of its own."""
+    # Of scores only edited rows are read.
+    sizes = [piece.content.edited_lengths if kind == "score" else piece.work.sizes[piece.rows] for piece in pieces]
+    for lane in lanes:
+        rows = lane.rows or [(p, r) for p, piece_sizes in enumerate(sizes) for r in range(len(piece_sizes))]
+        requests = [pieces[p].work.number for p, _ in rows]
+        observe_readings(observe, kind, lane.readings, requests, [sizes[p][r] for p, r in rows])

@@ -29,6 +29,8 @@ class Work:
     """What the batch needs, one entry a row. A slice of it is a piece of the work."""
     sizes: Sequence[int]
     """Tokens by row, which count against the budget. At least one row."""
+    number: int = field(default=0, kw_only=True)
+    """Identifies the request to observers of the engine."""
     n_taken: int = field(default=0, init=False)
     """Rows that have left the queue."""
     tokens: int = field(init=False)

@@ -76,12 +76,18 @@ class EngineSettings(BaseModel):
     torch_threads: int = Field(
         0, ge=0, description="CPU threads of the model thread's operations; 0 is torch's choice."
     )
-    batch_lanes: int = Field(0, ge=0, description="Does nothing any more: torch's own threads run a batch.")
+    batch_lanes: int = Field(
+        0,
+        ge=0,
+        description="On the CPU, threads that share out the texts of an extraction, each on one core; 0 is as many as "
+        "torch_threads, 1 lets torch split single operations instead.",
+    )
     decode_threads: int = Field(0, ge=0, description="Does nothing any more: torch_threads holds for all.")
 
     @model_validator(mode="after")
     def _say_what_does_nothing(self) -> Self:
         """Files, variables and flags of earlier versions still work."""
-        for name in sorted({"batch_lanes", "decode_threads"} & self.model_fields_set):
-            logger.warning("the setting engine.%s is gone: %s", name, type(self).model_fields[name].description)
+        if "decode_threads" in self.model_fields_set:
+            description = type(self).model_fields["decode_threads"].description
+            logger.warning("the setting engine.decode_threads is gone: %s", description)
         return self

@@ -7,7 +7,7 @@ from service.engine.settings import EngineSettings
 from service.settings import load_settings
 
 
-@pytest.mark.parametrize("name", ["batch_lanes", "decode_threads"])
+@pytest.mark.parametrize("name", ["decode_threads"])
 def test_a_setting_of_an_earlier_version_works_and_says_that_it_is_gone(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -106,7 +106,9 @@ Computations = tuple[Callable[[], Any], ...]
 
 
 def run_batch(backbone: Backbone, kind: str, pieces: Sequence[Any], readings: Readings) -> list[Any]:
-    """Runs pieces of one kind, other than "extract", and returns one result a piece. Adds every encoding that it makes to `readings`.
+    """Runs pieces of one kind, other than "extract", and returns one result a piece.
+
+    Adds every encoding that it makes to `readings`.
 
     Raises:
         NonFiniteActivations: the activations of a piece cannot be encoded. The error does not say which piece.

@@ -24,7 +24,7 @@ from sae_runtime.model.forward import BRANCHES, EditFunction, ForwardResult, Pau
 from sae_runtime.model.kv_cache import KVCache
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import LOCATIONS, Site
-from sae_runtime.model.tokenization import TextTokenizer, TokenizedText
+from sae_runtime.model.tokenization import TextTokenizer, TokenizedText, switch_off_dropout
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -69,15 +69,22 @@ class Backbone:
         Raises:
             FileNotFoundError: the folder or its files do not exist.
             ConnectionError: a hub name that is not cached, and the hub cannot be reached or has no such model.
-            ValueError: not a GPT-2, pickled weights only, weights that do not fit, or an unknown dtype or device.
+            ValueError: not a GPT-2, pickled weights only, weights that do not fit or are not finite in that dtype, or
+                an unknown dtype or device.
+
+        Warns (UserWarning) of stored weights that are not used and of settings that contradict the weights.
         """
         dtype, device = check_dtype(dtype), check_device(device)
         folder = find_folder(str(name_or_path))
         settings, state = gpt2_weights.read_folder(folder)
+        try:
+            weights = gpt2_weights.assemble(state, settings.n_layer, dtype, device)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
         return cls(
             name=str(name_or_path),
             settings=settings,
-            weights=gpt2_weights.assemble(state, settings.n_layer, dtype, device),
+            weights=weights,
             fingerprint=gpt2_weights.fingerprint(state, settings),
             tokenizer=folder,
         )
@@ -175,6 +182,7 @@ class Backbone:
 
         reader = PreTrainedTokenizerFast if (self._tokenizer / "tokenizer.json").exists() else GPT2Tokenizer
         tokenizer: PreTrainedTokenizerFast = reader.from_pretrained(self._tokenizer, local_files_only=True)
+        switch_off_dropout(tokenizer.backend_tokenizer)
         return tokenizer
 
     @cached_property
@@ -182,7 +190,7 @@ class Backbone:
         """Exact spans and token bytes; safe for threads.
 
         Raises:
-            ValueError: the backbone came without a tokenizer, or it is not byte-level.
+            ValueError: the backbone came without a tokenizer, or it is one that `TextTokenizer` refuses.
         """
         if not self.has_tokenizer:
             raise ValueError(f"backbone {self.name!r} has no tokenizer files; give token ids instead of text")
@@ -197,8 +205,27 @@ class Backbone:
         return self.text_tokenizer.fingerprint if self.has_tokenizer else ""
 
     def encode_text(self, text: str) -> TokenizedText:
-        """Token ids with exact byte and character spans, without special tokens (see TextTokenizer.encode)."""
+        """Token ids with exact byte and character spans, without special tokens (see TextTokenizer.encode).
+
+        A tokenizer may know tokens that the embedding has no row for: see `check_tokens`.
+        """
         return self.text_tokenizer.encode(text)
+
+    def check_tokens(self, tokenized: TokenizedText) -> None:
+        """Checks that the embedding has a row for every token of a text; it may lack those added to the tokenizer.
+
+        Raises:
+            ValueError: names the first token that has none, its bytes and its place.
+        """
+        if self.text_tokenizer.n_ids <= self.vocab_size:
+            return
+        for token, start in zip(tokenized.ids, tokenized.byte_starts, strict=True):
+            if token >= self.vocab_size:
+                spelt = self.token_bytes(token).decode(errors="replace")
+                raise ValueError(
+                    f"holds {spelt!r} at byte {start}, token id {token} of the tokenizer, which is outside the model's "
+                    f"vocabulary of {self.vocab_size}"
+                )
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for (see TextTokenizer.token_bytes)."""

@@ -14,6 +14,7 @@ from sae_runtime.builtin import BACKBONE
 # Everything a backbone needs from a hub repository; pickled weights are never fetched.
 _HUB_FILES = (
     "config.json",
+    "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*.safetensors",
@@ -60,14 +61,23 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: the folder has no safetensors.
-        ValueError: pickled weights only, or a file that cannot be read.
+        ValueError: pickled weights only, a file that cannot be read, a tensor that two files hold, or an adapter, which
+            changes the weights.
     """
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        raise ValueError(
+            f"{adapter}: the folder holds an adapter (PEFT), which is not applied; merge it into the weights"
+        )
     state: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
-            state |= load_file(path)
+            tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read (truncated?): {error}") from error
+        if twice := sorted(state.keys() & tensors.keys()):
+            raise ValueError(f"{path} holds {twice[0]}, which another file of the index holds as well")
+        state |= tensors
     return state
 
 

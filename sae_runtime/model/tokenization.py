@@ -41,16 +41,21 @@ class TextTokenizer:
     """A byte-level BPE tokenizer whose tokens' bytes, one after the other, are the UTF-8 bytes of the text."""
 
     def __init__(self, backend: Tokenizer) -> None:
-        """Takes over `backend` and switches off its truncation and padding; nothing else may use it.
+        """Takes over `backend`, and switches off its truncation, padding and BPE dropout; nothing else may use it.
 
         Raises:
-            ValueError: a token is not spelt in the byte-level alphabet.
+            ValueError: a token is not spelt in the byte-level alphabet, or a normaliser or pre-tokenizer changes
+                ordinary text.
         """
         backend.no_truncation()
         backend.no_padding()
+        switch_off_dropout(backend)
         self._backend = backend
         self._bytes = _bytes_of_tokens(backend)
         self._byte_lengths = np.array([len(token) for token in self._bytes], dtype=np.int64)
+        spelt = {token for token in self._bytes if len(token) == 1}
+        probe = "".join(char for char in _PROBE if all(bytes([byte]) in spelt for byte in char.encode()))
+        self.encode(probe)
 
     @classmethod
     def copy_of(cls, backend: Tokenizer) -> TextTokenizer:
@@ -61,14 +66,17 @@ class TextTokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> TextTokenizer:
-        """Reads a tokenizer.json. ValueError: not a tokenizer, or not a byte-level one."""
+        """Reads a tokenizer.json. ValueError, naming the file: not a tokenizer, or one that `TextTokenizer` refuses."""
         from tokenizers import Tokenizer
 
         try:
             backend = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exceptions
             raise ValueError(f"{path} is not a tokenizer: {error}") from error
-        return cls(backend)
+        try:
+            return cls(backend)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,6 +87,11 @@ class TextTokenizer:
             "vocab": self._backend.get_vocab(with_added_tokens=True),
         }
         return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def n_ids(self) -> int:
+        """One more than the largest token id."""
+        return len(self._bytes)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for.
@@ -94,18 +107,18 @@ class TextTokenizer:
         """Tokenizes without adding special tokens. A special token spelt out in the text becomes that token.
 
         Raises:
-            ValueError: the text has no UTF-8 form (lone surrogates), or the tokenizer does not preserve its bytes.
+            ValueError: the text has no UTF-8 form (lone surrogates), or its tokens stand for other bytes (a normaliser
+                changes this text, or the vocabulary lacks one of its bytes).
         """
         encoded = text.encode()  # UnicodeEncodeError is a ValueError and names the place
         # A batch of one: unlike `encode`, `encode_batch` lets other threads run meanwhile.
         ids = self._backend.encode_batch([text], add_special_tokens=False)[0].ids
-        ends = self._byte_lengths[ids].cumsum() if ids else np.zeros(0, np.int64)
-        covered = int(ends[-1]) if ids else 0
-        if covered != len(encoded):
+        if b"".join([self._bytes[token] for token in ids]) != encoded:
             raise ValueError(
-                f"the tokens stand for {covered} bytes but the text has {len(encoded)}: "
-                "only byte-level tokenizers that keep the text as it is are supported"
+                f"the tokenizer changes the text: its tokens stand for other bytes than {_shown(text)}. "
+                "Only byte-level tokenizers that keep a text as it is are supported"
             )
+        ends = self._byte_lengths[ids].cumsum() if ids else np.zeros(0, np.int64)
         starts = ends - self._byte_lengths[ids] if ids else ends
         if text.isascii() or not ids:
             return TokenizedText(ids, starts, ends, starts, ends)
@@ -117,6 +130,23 @@ class TextTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of the tokens; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+
+_PROBE = "HELLO World  é ﬁ\u00a0日本 🙂 \n"
+"""Text that normalisers change: cases, accents, ligatures, several spaces, and spaces at an end.
+
+It is in Unicode's form C: tokenizers that bring texts into that form (Qwen's) leave nearly all texts as they are.
+"""
+
+
+def switch_off_dropout(backend: Tokenizer) -> None:
+    """BPE dropout skips merges at random, in training; in use, a text must have the same tokens at every call."""
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _bytes_of_tokens(backend: Tokenizer) -> list[bytes]:

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
@@ -56,6 +57,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    warnings.formatwarning = _one_line  # type: ignore[assignment]  # takes more than it uses
     arguments = [_with_dashes(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
@@ -79,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (`| head`) has closed the pipe: Python must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _one_line(message: Warning | str, category: type[Warning], *_: object) -> str:
+    """How a warning looks: what the library tells users of their files, not where in the code it does so."""
+    return f"saeserve: {'' if issubclass(category, UserWarning) else category.__name__ + ': '}{message}\n"
 
 
 def _parser(name: str | None) -> tuple[argparse.ArgumentParser, ModuleType | None]:

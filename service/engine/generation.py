@@ -63,7 +63,7 @@ class RunningBatch:
         self._clock = clock
         self._pace = PrefillPace(settings.prefill_chunk_tokens)
         self._max_tokens = max_tokens
-        self._end_of_text = backbone.settings.eos_token_id
+        self._end_of_text = backbone.settings.ends_of_text
         self._has_text = backbone.has_tokenizer
         if self._has_text:
             backbone.token_bytes(0)  # builds the table of all tokens now rather than in the first step
@@ -234,7 +234,7 @@ class RunningBatch:
             return [(request, event) for event in sequence.pop_features()]
         events: list[tuple[GenerateRequest, Event]] = []
         for receiver, sampled in zip(sampling, result.sampled, strict=True):
-            is_end = sampled.id == self._end_of_text
+            is_end = sampled.id in self._end_of_text
             is_full = len(receiver.tokens) + 1 >= self._max_tokens
             for event in receiver.append(sampled, self._piece(sampled.id), is_end=is_end, is_full=is_full):
                 events.append((request, event))

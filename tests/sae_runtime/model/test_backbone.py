@@ -173,6 +173,10 @@ def variant_config(**changes: Any) -> GPT2Config:
     [
         {"activation_function": "gelu"},
         {"activation_function": "gelu_pytorch_tanh", "n_inner": 24},
+        {"activation_function": "relu"},
+        {"activation_function": "silu"},
+        {"activation_function": "quick_gelu"},
+        {"activation_function": "gelu_python"},
         {"scale_attn_by_inverse_layer_idx": True, "layer_norm_epsilon": 1e-2},
         {"scale_attn_weights": False},
         {"tie_word_embeddings": False},

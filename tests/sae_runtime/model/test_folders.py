@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 from sae_runtime import Backbone
@@ -93,3 +95,23 @@ def test_a_truncated_file(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         Backbone.load(folder)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would apply it."""
+    shutil.copytree(GOLDEN, tmp_path / "adapted")
+    (tmp_path / "adapted" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"adapter_config\.json: .*adapter \(PEFT\)"):
+        Backbone.load(tmp_path / "adapted")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "config.json", tmp_path / "config.json")
+    state = load_file(GOLDEN / "model.safetensors")
+    name = "transformer.ln_f.bias"
+    save_file(state, tmp_path / "model-1.safetensors")
+    save_file({name: state[name] + 1}, tmp_path / "model-2.safetensors")
+    index = {"weight_map": dict.fromkeys(state, "model-1.safetensors") | {name: "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model-2\.safetensors holds transformer\.ln_f\.bias, which another file"):
+        Backbone.load(tmp_path)

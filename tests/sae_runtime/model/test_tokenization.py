@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from sae_runtime.model.tokenization import TextTokenizer
 
@@ -107,14 +107,87 @@ def test_text_without_a_utf8_form_is_refused(tokenizer: TextTokenizer) -> None:
         tokenizer.encode("a\ud800b")
 
 
-def test_a_tokenizer_that_loses_bytes_is_refused() -> None:
+def test_a_text_with_bytes_that_the_vocabulary_lacks_is_refused() -> None:
     incomplete = TextTokenizer(train_bpe(alphabet=["a"]))
-    with pytest.raises(ValueError, match="byte-level"):
+    assert incomplete.encode("plain words").ids
+    with pytest.raises(ValueError, match="stand for other bytes than 'Ω'"):
         incomplete.encode("Ω")
-    prefixed = train_bpe()
-    prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    with pytest.raises(ValueError, match="byte-level"):
-        TextTokenizer(prefixed).encode("word")
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        normalizers.Lowercase(),
+        normalizers.NFD(),
+        normalizers.NFKC(),
+        normalizers.NFKD(),
+        normalizers.Strip(),
+        normalizers.Replace(" ", "_"),
+        normalizers.Prepend("_"),
+        normalizers.BertNormalizer(lowercase=False),
+        normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]),
+    ],
+    ids=str,
+)
+def test_a_normaliser_that_changes_ordinary_text_is_refused(normalizer: normalizers.Normalizer) -> None:
+    backend = train_bpe()
+    backend.normalizer = normalizer
+    with pytest.raises(ValueError, match="the tokenizer changes the text"):
+        TextTokenizer(backend)
+
+
+def test_a_space_before_every_text_is_refused() -> None:
+    backend = train_bpe()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(ValueError, match="the tokenizer changes the text"):
+        TextTokenizer(backend)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "kept", "changed"),
+    [(normalizers.NFC(), "é", "e\u0301"), (normalizers.StripAccents(), "plain", "e\u0301")],
+    ids=str,
+)
+def test_a_normaliser_of_rare_texts_refuses_only_those(
+    normalizer: normalizers.Normalizer, kept: str, changed: str
+) -> None:
+    """Qwen's tokenizers bring texts into Unicode's form C, in which nearly all texts are."""
+    backend = train_bpe()
+    backend.normalizer = normalizer
+    tokenizer = TextTokenizer(backend)
+    check_spans(tokenizer, kept)
+    with pytest.raises(ValueError, match="the tokenizer changes the text"):
+        tokenizer.encode(changed)
+
+
+def test_an_added_token_that_takes_the_spaces_around_it_refuses_only_such_texts() -> None:
+    backend = train_bpe()
+    backend.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
+    tokenizer = TextTokenizer(backend)
+    check_spans(tokenizer, "a<mask> b")
+    with pytest.raises(ValueError, match="the tokenizer changes the text"):
+        tokenizer.encode("a <mask> b")
+
+
+def test_a_pre_tokenizer_that_drops_characters_refuses_the_texts_that_have_them() -> None:
+    backend = train_bpe()
+    split = pre_tokenizers.Split("z", behavior="removed")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer = TextTokenizer(backend)
+    check_spans(tokenizer, "plain")
+    with pytest.raises(ValueError, match="the tokenizer changes the text"):
+        tokenizer.encode("zebra")
+
+
+def test_dropout_is_off(backend: Tokenizer, tokenizer: TextTokenizer) -> None:
+    """With BPE dropout a text would have other tokens at every call."""
+    state = json.loads(backend.to_str())
+    state["model"]["dropout"] = 0.5
+    dropping = Tokenizer.from_str(json.dumps(state))
+    text = TEXTS[1] * 3
+    assert len({tuple(dropping.encode(text).ids) for _ in range(20)}) > 1
+    steady = TextTokenizer(dropping)
+    assert {tuple(steady.encode(text).ids) for _ in range(20)} == {tuple(tokenizer.encode(text).ids)}
 
 
 def test_a_tokenizer_of_another_kind_is_refused() -> None:

@@ -138,3 +138,13 @@ def test_a_terminal_that_cannot_show_a_character(running: Running, monkeypatch: 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     assert main(["features", "☃", "--address", running.fake.address]) == 0
     assert b"resid-mid" in raw.getvalue()
+
+
+def test_a_warning_is_one_line():
+    """Python shows the place in the code as well, which says nothing to users."""
+    script = (
+        "import warnings\nfrom service.cli.main import main\n"
+        "try:\n    main(['--version'])\nexcept SystemExit:\n    warnings.warn('model/: v_head is not used')"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stderr == "saeserve: model/: v_head is not used\n"

@@ -1,5 +1,7 @@
 """Continuous batching against a slow loop over Hugging Face's model, one step at a time on this thread."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -169,6 +171,17 @@ def test_end_of_text_ends_and_is_not_returned() -> None:
     longer = runner(ignoring).run()
     assert longer.ids(0)[: len(run.ids(0)) + 1] == [*run.ids(0), 0]
     assert longer.end(0).reason == "length"
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_any_of_several_ends_of_text_ends(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """A model may have several (eos_token_id a list): chat models end a turn with one and a document with another."""
+    plain = runner(greedy(PROMPT, 8)).run().ids(0)
+    ends = (plain[place], 10_000)
+    monkeypatch.setattr(BACKBONE, "settings", replace(BACKBONE.settings, eos_token_id=ends))
+    run = runner(GenerateWork(PROMPT, 8, SamplingOptions(temperature=0))).run()
+    assert run.end(0).reason == "end_of_text"
+    assert run.ids(0) == plain[: plain.index(plain[place])]
 
 
 def test_stop_strings_are_found_across_tokens() -> None:

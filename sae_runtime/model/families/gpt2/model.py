@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae_runtime.kernels.products import linear
 from sae_runtime.model.attention import AttentionPlan
-from sae_runtime.model.families.gpt2.config import ACTIVATIONS, GPT2Settings
+from sae_runtime.model.families.gpt2.config import ACTIVATIONS, FUNCTIONS, GPT2Settings
 from sae_runtime.model.families.gpt2.weights import GPT2Weights
 from sae_runtime.model.forward import PausedForward, Taps
 from sae_runtime.model.kv_cache import KVCache
@@ -21,7 +21,7 @@ class GPT2:
     def __init__(self, settings: GPT2Settings, weights: GPT2Weights) -> None:
         self.settings = settings
         self._weights = weights
-        self._gelu: str = ACTIVATIONS[settings.activation_function]
+        self._activation = FUNCTIONS[ACTIVATIONS[settings.activation_function]]
         self.dtype = weights.wte.dtype
         self.device = weights.wte.device
 
@@ -72,7 +72,7 @@ class GPT2:
                 return x
             h = F.layer_norm(x, d, w.ln_2_weight, w.ln_2_bias, config.layer_norm_epsilon)
             h = w.mlp_c_fc(h)  # [N, d_mlp]
-            h = F.gelu(h, approximate=self._gelu)
+            h = self._activation(h)
         if first <= 3:
             h = taps.pass_through(layer, "mlp_post_act", h, x)
             if taps.end_at(layer, "mlp_post_act"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,11 @@ from sae_runtime.model.folders import read_safetensors
 
 _MASKS = (".attn.bias", ".attn.masked_bias")
 """How the names of causal masks end; old files hold such masks."""
+
+# Heads that people train beside the LM head, for values, rewards, classes, answers. They compute nothing here.
+_OTHER_HEADS = re.compile(
+    r"(v_head|value_head|reward_head|score|classifier|multiple_choice_head|qa_outputs)(\.[\w.]+)?\.(weight|bias)"
+)
 
 _LAYER_NORMS = ("ln_1", "ln_2")
 _MATRICES = ("attn_c_attn", "attn_c_proj", "mlp_c_fc", "mlp_c_proj")
@@ -61,10 +68,17 @@ class GPT2Weights(NamedTuple):
 
 
 def assemble(state: Mapping[str, Tensor], n_layers: int, dtype: torch.dtype, device: torch.device) -> GPT2Weights:
-    """The weights from tensors under GPT2LMHeadModel's names; `lm_head.weight` may be absent (tied)."""
+    """The weights from tensors under GPT2LMHeadModel's names; `lm_head.weight` may be absent (tied).
+
+    Raises:
+        ValueError: a weight that is not finite in `dtype`; names it.
+    """
 
     def take(name: str) -> Tensor:
-        return state[name].detach().to(device, dtype)
+        tensor = state[name].detach().to(device, dtype)
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+            raise ValueError(f"{name} holds NaN or infinite values in {dtype}")
+        return tensor
 
     def block(layer: int) -> BlockWeights:
         def weight_and_bias(name: str) -> tuple[Tensor, Tensor]:
@@ -121,14 +135,26 @@ def read_folder(folder: Path) -> tuple[GPT2Settings, dict[str, Tensor]]:
     Raises:
         FileNotFoundError: config.json or the weights are missing.
         ValueError: not a GPT-2, pickled weights only, or weights that do not fit config.json.
+
+    Warns of weights that are not used (heads other than the LM head), and of an LM head that config.json says is the
+    embedding but whose values differ. As in transformers, that head is used.
     """
     settings = GPT2Settings.from_folder(folder)
-    stored = read_safetensors(folder)
-    state = {_full_name(name): tensor for name, tensor in stored.items() if not name.endswith(_MASKS)}
+    state, unused = _named(folder, read_safetensors(folder))
+    if unused:
+        warnings.warn(f"{folder}: these weights are not used: {', '.join(unused)}", stacklevel=3)
     shapes = expected_shapes(settings)
-    if settings.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    else:
+    head = state.get("lm_head.weight")
+    if settings.tie_word_embeddings and head is not None:
+        if torch.equal(head, state.get("transformer.wte.weight", head)):
+            del state["lm_head.weight"]
+        else:
+            warnings.warn(
+                f"{folder}: lm_head.weight and the embedding have different values, though config.json ties them "
+                "(tie_word_embeddings); both are used as they are stored",
+                stacklevel=3,
+            )
+    if not settings.tie_word_embeddings or "lm_head.weight" in state:
         shapes["lm_head.weight"] = shapes["transformer.wte.weight"]
     wrong = {
         "missing keys": sorted(set(shapes) - set(state)),
@@ -146,8 +172,23 @@ def read_folder(folder: Path) -> tuple[GPT2Settings, dict[str, Tensor]]:
     return settings, state
 
 
-def _full_name(name: str) -> str:
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+def _named(folder: Path, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Stored tensors by GPT2LMHeadModel's names, without causal masks; and the names of those that have no use here.
+
+    Raises:
+        ValueError: two tensors of one name, with and without the prefix "transformer.".
+    """
+    state: dict[str, Tensor] = {}
+    unused = []
+    for name, tensor in stored.items():
+        if _OTHER_HEADS.fullmatch(name):
+            unused.append(name)
+        elif not name.endswith(_MASKS):
+            full_name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+            if full_name in state:
+                raise ValueError(f"{folder} holds both {full_name} and {full_name.removeprefix('transformer.')}")
+            state[full_name] = tensor
+    return state, unused
 
 
 def expected_shapes(settings: GPT2Settings) -> dict[str, tuple[int, ...]]:

@@ -35,7 +35,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_STOP: _FinishReason.ValueType  # 2
     """A stop string was met."""
     FINISH_REASON_END_OF_TEXT: _FinishReason.ValueType  # 3
-    """The end-of-text token was sampled."""
+    """A token was sampled that ends a text: `eos_token_id` of the model's generation_config.json, else of its config.json."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a generation ended."""
@@ -47,7 +47,7 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 1
 FINISH_REASON_STOP: FinishReason.ValueType  # 2
 """A stop string was met."""
 FINISH_REASON_END_OF_TEXT: FinishReason.ValueType  # 3
-"""The end-of-text token was sampled."""
+"""A token was sampled that ends a text: `eos_token_id` of the model's generation_config.json, else of its config.json."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import GPT2LMHeadModel
 
 from sae_runtime import Backbone
+from sae_runtime.model.packed import PackedTokens
 from tests.sae_runtime.model.tiny_gpt2 import GOLDEN, IDS, SITE, rewrite_config, rewrite_weights, same
 
 pytestmark = pytest.mark.any_cpu
@@ -82,3 +85,91 @@ def test_weights_that_do_not_fit_the_config(
     rewrite_weights(folder, change)
     with pytest.raises(ValueError, match=message):
         Backbone.load(folder)
+
+
+# Weights that are not used, and weights that config.json contradicts
+
+
+def test_a_head_of_its_own_where_the_config_says_tied(folder: Path) -> None:
+    """transformers keeps both as they are stored, and warns."""
+    head = torch.randn(120, 32, generator=torch.Generator().manual_seed(1))
+    rewrite_weights(folder, lambda state: state | {"lm_head.weight": head})
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        backbone = Backbone.load(folder)
+    with torch.no_grad():
+        expected = GPT2LMHeadModel.from_pretrained(folder).eval()(IDS).logits[0]
+    logits = backbone.forward(PackedTokens.from_rows(IDS.tolist()), logits="all").logits
+    assert logits is not None
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert expected.abs().max() > 1
+    assert backbone.fingerprint != Backbone.load(GOLDEN).fingerprint
+
+
+def test_a_head_of_another_shape_where_the_config_says_tied(folder: Path) -> None:
+    rewrite_weights(folder, lambda state: state | {"lm_head.weight": torch.zeros(7, 32)})
+    message = r"lm_head\.weight \[7, 32\], expected \[120, 32\]"
+    with pytest.warns(UserWarning, match="tie_word_embeddings"), pytest.raises(ValueError, match=message):
+        Backbone.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v_head.summary.weight",
+        "v_head.summary.bias",
+        "value_head.weight",
+        "score.weight",
+        "classifier.bias",
+        "multiple_choice_head.summary.weight",
+        "qa_outputs.weight",
+    ],
+)
+def test_a_head_for_another_task_is_ignored_with_a_note(folder: Path, backbone: Backbone, name: str) -> None:
+    rewrite_weights(folder, lambda state: state | {name: torch.ones(1, 32)})
+    with pytest.warns(UserWarning, match=f"not used: {re.escape(name)}"):
+        assert same(Backbone.load(folder), backbone)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.bias",
+        "transformer.h.0.attn.c_attn.lora_A.weight",
+        "transformer.h.3.ln_1.weight",
+        "transformer.h.0.crossattention.c_attn.weight",
+        "transformer.prompt_embeddings.weight",
+        "soft_prompt.weight",
+    ],
+)
+def test_weights_that_would_change_the_model_are_refused(folder: Path, name: str) -> None:
+    rewrite_weights(folder, lambda state: state | {name: torch.ones(32)})
+    with pytest.raises(ValueError, match=f"unexpected keys: .*{re.escape(name)}"):
+        Backbone.load(folder)
+
+
+def test_one_tensor_under_two_names(folder: Path) -> None:
+    rewrite_weights(folder, lambda state: state | {"ln_f.bias": torch.ones(32)})
+    with pytest.raises(ValueError, match=r"both transformer\.ln_f\.bias and ln_f\.bias"):
+        Backbone.load(folder)
+
+
+# Values
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.1.mlp.c_fc.bias", "transformer.ln_f.weight"])
+def test_weights_that_are_not_finite(folder: Path, name: str, value: float) -> None:
+    def spoil(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state[name].view(-1)[3] = value
+        return state
+
+    rewrite_weights(folder, spoil)
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: {re.escape(name)} holds NaN or infinite"):
+        Backbone.load(folder)
+
+
+def test_weights_that_overflow_the_dtype_they_are_loaded_as(folder: Path) -> None:
+    rewrite_weights(folder, lambda state: state | {"transformer.ln_f.bias": torch.full((32,), 1e5)})
+    Backbone.load(folder, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"ln_f\.bias holds NaN or infinite values in torch\.float16"):
+        Backbone.load(folder, dtype="float16")

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_runtime.edits.checks import check_edits
-from sae_runtime.edits.edit import InvalidEdit, terms
-from sae_runtime.errors import EditConflict
+from sae_runtime.edits.edit import terms
 from service.edits.files import EditFileError, Preset, read_presets
 from service.edits.messages import edit_message
 from service.pb.saeserve.v1 import edits_pb2 as pb
@@ -51,7 +50,10 @@ class Presets:
                 continue
             try:
                 check_edits(preset.edits, dictionaries, backbone=backbone)
-            except (InvalidEdit, EditConflict) as error:
+                for edit in preset.edits:
+                    if edit.reference is not None and isinstance(edit.reference.text, str):
+                        backbone.check_tokens(backbone.encode_text(edit.reference.text))
+            except ValueError as error:
                 raise EditFileError(f"{file}: preset {preset.name!r}: {error}") from None
         return cls(presets)
 

@@ -20,8 +20,8 @@ N_LATENTS = 96
 VOCABULARY = 257
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and <|endoftext|> as id 0."""
+def byte_tokenizer(*added: str) -> PreTrainedTokenizerFast:
+    """One token a byte, <|endoftext|> as id 0, and `added` tokens as ids 257 and up."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({char: i + 1 for i, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,11 +30,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer.from_str(
         tokenizer.to_str().replace('"vocab":{', '"vocab":{"<|endoftext|>":0,')  # id 0, before the alphabet
     )
-    tokenizer.add_special_tokens([end_of_text])
+    tokenizer.add_special_tokens([end_of_text, *(AddedToken(text, special=True) for text in added)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def small_backbone(*, context_length: int = 96, n_layers: int = 3) -> Backbone:
+def small_backbone(
+    *, context_length: int = 96, n_layers: int = 3, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Backbone:
     return Backbone.random(
         n_layers=n_layers,
         d_model=32,
@@ -42,7 +44,7 @@ def small_backbone(*, context_length: int = 96, n_layers: int = 3) -> Backbone:
         vocab_size=VOCABULARY,
         context_length=context_length,
         seed=5,
-        tokenizer=byte_tokenizer(),
+        tokenizer=tokenizer or byte_tokenizer(),
     )
 
 

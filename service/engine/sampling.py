@@ -87,15 +87,18 @@ def _places_of_largest(scores: Tensor) -> Tensor:
 
 
 def _penalize(logits: Tensor, samplers: Sequence[RowSampler]) -> Tensor:
-    """The logits after each row's repetition penalty; the same tensor if no row has one."""
+    """The logits after each row's repetition penalty; the same tensor if no row has one.
+
+    Otherwise in float64: the smallest and largest penalties would make float32 logits infinite.
+    """
     if all(sampler.options.repetition_penalty == 1 for sampler in samplers):
         return logits
-    scores = logits.clone()
+    scores = logits.double()
     for row, sampler in enumerate(samplers):
         if sampler.options.repetition_penalty != 1:
             tokens = torch.tensor(sampler.penalized, device=logits.device)
             penalty = sampler.options.repetition_penalty
-            penalized = logits[row, tokens]
+            penalized = scores[row, tokens]
             scores[row, tokens] = torch.where(penalized < 0, penalized * penalty, penalized / penalty)
     return scores
 

@@ -160,15 +160,26 @@ class TextInputReader:
         if not self._has_tokenizer:
             violations.add(field, "the backbone has no tokenizer; send token_ids")
             return None
-        if read.in_thread:
-            tokenized = await asyncio.get_running_loop().run_in_executor(self._thread, self._backbone.encode_text, text)
-        else:
-            tokenized = self._backbone.encode_text(text)
+        try:
+            if read.in_thread:
+                loop = asyncio.get_running_loop()
+                tokenized = await loop.run_in_executor(self._thread, self._tokenize, text)
+            else:
+                tokenized = self._tokenize(text)
+        except ValueError as error:
+            violations.add(field, str(error))
+            return None
         if not len(tokenized):
             violations.add(field, "gives no tokens; at least one is needed")
             return None
         kept = read.kept(tokenized.ids)
         return TokenRow(kept, len(tokenized) - len(kept), tokenized)
+
+    def _tokenize(self, text: str) -> TokenizedText:
+        """ValueError: a text that the model cannot take."""
+        tokenized = self._backbone.encode_text(text)
+        self._backbone.check_tokens(tokenized)
+        return tokenized
 
     def _read_ids(self, ids: Sequence[int], field: str, read: _Reading, violations: Violations) -> TokenRow | None:
         if not ids:
@@ -210,7 +221,11 @@ class TextInputReader:
         elif len(message.text.encode()) > self._limits.max_stop_bytes:
             violations.add(f"{field}.text", f"has more bytes than max_stop_bytes = {self._limits.max_stop_bytes}")
         else:
-            ids = self._backbone.encode_text(message.text).ids
+            try:
+                ids = self._tokenize(message.text).ids
+            except ValueError as error:
+                violations.add(f"{field}.text", str(error))
+                return 0
             if len(ids) == 1:
                 return ids[0]
             violations.add(f"{field}.text", f"{shown(message.text)} is {len(ids)} tokens, expected exactly one")

@@ -73,10 +73,14 @@ async def served() -> AsyncIterator[Served]:
 
 
 async def serve(
-    settings: ReplicaSettings, *, open_now: bool = True, dictionaries: dict[str, Dictionary] | None = None
+    settings: ReplicaSettings,
+    *,
+    open_now: bool = True,
+    dictionaries: dict[str, Dictionary] | None = None,
+    backbone: Backbone | None = None,
 ) -> AsyncIterator[Served]:
     """One running server; yields once."""
-    runtime = ServiceRuntime(small_backbone(), dictionaries or served_dictionaries(), settings)
+    runtime = ServiceRuntime(backbone or small_backbone(), dictionaries or served_dictionaries(), settings)
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 << 20)])
     add_to_grpc_server(build_handlers(runtime), server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -8,7 +8,7 @@ import pytest
 
 from service.edits.files import EditFileError
 from service.replica import ReplicaSettings, ServiceRuntime
-from tests.builders import small_backbone
+from tests.builders import byte_tokenizer, small_backbone
 from tests.service.conftest import served_dictionaries
 
 
@@ -26,3 +26,11 @@ def test_presets_that_cannot_work_stop_the_start(tmp_path: Path, text: str, mess
     file.write_text(text)
     with pytest.raises(EditFileError, match=message):
         ServiceRuntime(small_backbone(), served_dictionaries(), ReplicaSettings(edit_presets=str(file)))
+
+
+def test_a_reference_text_that_the_model_cannot_take_stops_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "edits.yaml"
+    file.write_text("- {name: a, edits: [{feature: 'mid:1', resample: {text: 'pad [PAD]', tokens: last}}]}")
+    backbone = small_backbone(tokenizer=byte_tokenizer("[PAD]"))
+    with pytest.raises(EditFileError, match=r"preset 'a': .*\[PAD\].* token id 257 .*outside the model's vocabulary"):
+        ServiceRuntime(backbone, served_dictionaries(), ReplicaSettings(edit_presets=str(file)))

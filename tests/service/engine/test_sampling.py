@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -118,3 +120,47 @@ def test_samples_of_one_seed_have_their_own_numbers_whatever_their_count() -> No
     assert len(set(numbers)) == 5
     assert numbers[0] == RowSampler(options).uniform()
     assert numbers[3] == RowSampler(options, 3).uniform()
+
+
+# Extremes of what requests may ask for
+
+SMALLEST, LARGEST = 1.4e-45, 3.4e38  # of positive float32 numbers
+
+
+def by_the_formula(logits: torch.Tensor, options: SamplingOptions, tokens: list[int], u: float) -> set[int]:
+    """The token of random number u by the definitions, from exact fractions.
+
+    Where a cut (top k, top p) falls among equal weights, any of those above it may be meant.
+    """
+    scores = [float(x) for x in logits]
+    for token in set(tokens):
+        exact, penalty = Fraction(scores[token]), Fraction(options.repetition_penalty)
+        scores[token] = float(exact * penalty if exact < 0 else exact / penalty)
+    if options.temperature == 0:
+        return {int(np.argmax(scores))}
+    weights = np.exp((np.array(scores) - max(scores)) / options.temperature)
+    order = np.argsort(-weights, kind="stable")
+    kept = order[: options.top_k] if 0 < options.top_k < len(scores) else order
+    if 0 < options.top_p < 1:
+        before = np.cumsum(weights[kept]) - weights[kept]
+        kept = kept[before < options.top_p * weights[kept].sum()]
+    if len(kept) < len(scores) and weights[kept].min() in np.delete(weights, kept):
+        return set(np.flatnonzero(weights >= weights[kept].min()).tolist())
+    cumulative = np.cumsum(np.where(np.isin(np.arange(len(scores)), kept), weights, 0))
+    return {int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))}
+
+
+@pytest.mark.parametrize("logits", [[2.0, 4.0, -1.0, 0.5, 1.0], [0.0, 0.0, 0.0, 0.0, -0.0], [1e38, -3e38, 3e38, 0, 1]])
+@pytest.mark.parametrize("penalty", [SMALLEST, 1e-38, 0.5, 1.0, 2.0, 1e10, LARGEST])
+@pytest.mark.parametrize("temperature", [0.0, SMALLEST, 1e-30, 1.0, LARGEST])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (1, 0.0), (2**32 - 1, 1.0), (0, SMALLEST), (3, 0.999_999_94)])
+def test_extreme_options_mean_what_the_formula_says(
+    logits: list[float], penalty: float, temperature: float, top_k: int, top_p: float
+) -> None:
+    """Nothing becomes infinite or NaN on the way, and no token without a weight is drawn."""
+    row = torch.tensor([logits])
+    for seed in range(4):
+        options = SamplingOptions(temperature, top_k, top_p, seed, penalty)
+        (sampled,) = sample(row, [RowSampler(options, tokens=[0, 1, 2])])
+        assert sampled.finite
+        assert sampled.id in by_the_formula(row[0], options, [0, 1, 2], RowSampler(options).uniform())

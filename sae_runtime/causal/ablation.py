@@ -17,6 +17,7 @@ from sae_runtime.causal.predictions import Predictions, compare, next_tokens, pr
 from sae_runtime.causal.prefix import Change, SharedPrefix
 from sae_runtime.causal.report import Ablation, FeatureId
 from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.ranking import Ranking, ranking_table
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
@@ -239,6 +240,20 @@ def total_activation(
         total[active] *= dictionary.decoder[active].double().norm(dim=1)
         totals[name] = total.cpu()
     return totals
+
+
+def ranked_totals(
+    totals: Mapping[str, Tensor], dictionaries: Mapping[str, Dictionary], ranking: Ranking
+) -> dict[str, Tensor]:
+    """The totals of `total_activation` in the units of an order.
+
+    With "surprise" they are multiplied by -log10 of the firing rate, with "z_score" divided by the deviation.
+    ValueError: a dictionary lacks the statistics for that.
+    """
+    if ranking == "activation":
+        return dict(totals)
+    tables = {name: ranking_table(dictionaries[name].statistics, ranking) for name in totals}
+    return {name: total * torch.from_numpy(tables[name].scale) for name, total in totals.items()}
 
 
 def strongest_features(totals: Mapping[str, Tensor], count: int) -> list[FeatureId]:

@@ -23,6 +23,7 @@ from sae_runtime.causal.prefix import Change, SharedPrefix, last_site
 from sae_runtime.causal.report import Attribution, AttributionReport, FeatureAttribution, FeatureId
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import SparseFeatures
+from sae_runtime.dictionary.ranking import Ranking, ranking_table
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 from sae_runtime.model.sites import Site
@@ -53,6 +54,7 @@ class AttributionStudy:
         target: Target,
         *,
         count: int = 20,
+        rank_by: Ranking = "activation",
     ) -> None:
         """One forward and one backward pass.
 
@@ -60,9 +62,11 @@ class AttributionStudy:
             dictionaries: with a site; by name.
             row: tokens up to the one after which the target is predicted.
             count: number of (feature, token) pairs kept, those with the largest attributions in size.
+            rank_by: with "surprise", sizes are multiplied by -log10 of the feature's firing rate; with "z_score", they
+                are divided by its deviation.
 
         Raises:
-            ValueError: activations or logits that are not finite.
+            ValueError: activations or logits that are not finite, or a dictionary without statistics to rank by.
         """
         self._backbone, self._target = backbone, target
         self._dictionaries = dictionaries
@@ -72,7 +76,7 @@ class AttributionStudy:
             self.metric = float(self._metric(self._prefix.final[-1:]))
             gradients = self._gradients()
             self._scale: dict[str, Tensor | None] = {}
-            pairs: list[Attribution] = []
+            pairs: list[tuple[float, Attribution]] = []
             self.totals: dict[str, float] = {}
             self.n_active = 0
             for name, dictionary in dictionaries.items():
@@ -84,9 +88,13 @@ class AttributionStudy:
                 attribution = features.values.to(gradient.dtype) * gradient  # [T, k]
                 self.totals[name] = float(attribution.sum(dtype=torch.float64))
                 self.n_active += int((features.values != 0).sum())
-                pairs += _largest(name, features, gradient, attribution, count)
-        pairs.sort(key=lambda pair: -abs(pair.attribution))
-        self.attributions = tuple(pairs[:count])
+                size = attribution.abs()
+                if rank_by != "activation":
+                    scale = torch.from_numpy(ranking_table(dictionary.statistics, rank_by).scale).to(size)
+                    size = size * scale[features.indices]  # the padding's -1 reads the last latent, and stays out
+                pairs += _largest(name, features, gradient, attribution, size, count)
+        pairs.sort(key=lambda pair: -pair[0])
+        self.attributions = tuple(attribution for _, attribution in pairs[:count])
 
     @property
     def length(self) -> int:
@@ -187,16 +195,20 @@ def latent_gradients(dictionary: Dictionary, features: SparseFeatures, gradient:
 
 
 def _largest(
-    name: str, features: SparseFeatures, gradient: Tensor, attribution: Tensor, count: int
-) -> list[Attribution]:
-    """The `count` largest of a dictionary's attributions [T, k] in size; padding is left out."""
+    name: str, features: SparseFeatures, gradient: Tensor, attribution: Tensor, size: Tensor, count: int
+) -> list[tuple[float, Attribution]]:
+    """The `count` of a dictionary's attributions [T, k] that are largest in `size`, with it; padding is left out."""
     listed = features.indices.flatten() >= 0
-    size = attribution.abs().flatten().masked_fill(~listed, -1)
+    size = size.flatten().masked_fill(~listed, -1)
     k = features.indices.shape[1]
     largest = size.topk(min(count, int(listed.sum()))).indices  # into [T * k]
     return [
-        Attribution(FeatureId(name, int(latent)), int(index) // k, float(value), float(slope), float(product))
-        for index, latent, value, slope, product in zip(
+        (
+            float(rank),
+            Attribution(FeatureId(name, int(latent)), int(index) // k, float(value), float(slope), float(product)),
+        )
+        for rank, index, latent, value, slope, product in zip(
+            size[largest].tolist(),
             largest.tolist(),
             features.indices.flatten()[largest].tolist(),
             features.values.flatten()[largest].tolist(),

@@ -6,6 +6,7 @@ import argparse
 
 from rich.table import Column, Table
 
+from sae_runtime.dictionary.ranking import Ranking
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.feature_names import dictionary_of, feature_name
 from service.cli.measure_options import (
@@ -16,6 +17,7 @@ from service.cli.measure_options import (
     name_tokens,
 )
 from service.cli.parser import WRONG_USAGE, CommandError, natural
+from service.cli.ranking import add_ranking_argument, chosen_ranking
 from service.cli.text_arguments import add_text_arguments, read_texts
 from service.cli.view.output import open_console, print_json, print_sentence
 from service.cli.view.plots import draw_ablation
@@ -66,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rank-by", choices=("kl", "loss", "accuracy", "logit"), default="kl", help="sort features by this effect"
     )
+    add_ranking_argument(parser, "--strongest-by")
     add_output_arguments(parser)
     add_connection_arguments(parser)
     parser.set_defaults(timeout=MEASURE_TIMEOUT_S)
@@ -77,9 +80,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("--feature takes one --dictionary; write NAME:FEATURE for others", WRONG_USAGE)
     with connected(arguments) as client:
         features: list[tuple[str, int]] | int = arguments.strongest
+        strongest_by: Ranking = "activation"
         if arguments.feature:
             default = arguments.dictionary[0] if arguments.dictionary else None
             features = [(dictionary_of(name, default, client), name.feature) for name in arguments.feature]
+        else:
+            strongest_by = chosen_ranking(arguments.strongest_by, arguments.dictionary or None, client)
         study = client.ablate_features(
             texts,
             features,
@@ -88,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
             logit_tokens=arguments.logit_token,
             single_tokens=arguments.distance,
             rank_by=arguments.rank_by,
+            strongest_by=strongest_by,
             overflow="truncate" if arguments.truncate else "error",
         )
         names = name_tokens(client, study.logit_token_ids)

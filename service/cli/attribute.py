@@ -10,6 +10,7 @@ from service.cli.connection import add_connection_arguments, connected
 from service.cli.feature_names import add_dictionaries_argument
 from service.cli.measure_options import MEASURE_TIMEOUT_S, add_output_arguments, draw_plot, name_tokens, token
 from service.cli.parser import natural
+from service.cli.ranking import add_ranking_argument, chosen_ranking
 from service.cli.view.output import open_console, print_json, print_sentence
 from service.cli.view.plots import draw_attributions
 from service.cli.view.tables import data_table, print_table, token_column
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--count", type=natural, metavar="N", help="show the N largest pairs of a feature and a token [20]"
     )
+    add_ranking_argument(parser)
     parser.add_argument("--truncate", action="store_true", help="drop the start of a text that is too long")
     add_output_arguments(parser)
     add_connection_arguments(parser)
@@ -48,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             foil=arguments.foil,
             position=arguments.position,
             count=arguments.count,
+            rank_by=chosen_ranking(arguments.rank_by, arguments.dictionary or None, client),
             tokens=True,
             overflow="truncate" if arguments.truncate else "error",
         )

@@ -12,6 +12,7 @@ from rich.text import Text
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.feature_names import FeatureName, add_dictionaries_argument, feature_name
 from service.cli.parser import WRONG_USAGE, CommandError, natural
+from service.cli.ranking import add_ranking_argument, chosen_ranking
 from service.cli.text_arguments import add_text_arguments, read_texts
 from service.cli.view.output import add_json_argument, open_console, print_json
 from service.cli.view.tokens import show_aggregate, show_tokens
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dictionaries_argument(parser)
     selection = parser.add_mutually_exclusive_group()
     selection.add_argument(
-        "--top-k", type=natural, metavar="K", help=f"show the K strongest features of each token [{DEFAULT_TOP_K}]"
+        "--top-k", type=natural, metavar="K", help=f"show the first K features of each token [{DEFAULT_TOP_K}]"
     )
     selection.add_argument("--threshold", type=float, metavar="A", help="show features with an activation above A")
     selection.add_argument(
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME:]FEATURE",
         help="show only this feature (can be repeated)",
     )
+    add_ranking_argument(parser)
     parser.add_argument(
         "--aggregate",
         choices=("none", "max", "mean", "sum", "last"),
@@ -52,8 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     dictionaries = _dictionaries(arguments.dictionary, arguments.feature or [])
     with connected(arguments) as client:
         batches = list(in_batches(texts, client.server_info().limits))
+        options = _options(arguments) | {"rank_by": chosen_ranking(arguments.rank_by, dictionaries, client)}
         replies = client.extract_features_stream(
-            batches, dictionaries, timeout_s=arguments.timeout * len(batches), **_options(arguments)
+            batches, dictionaries, timeout_s=arguments.timeout * len(batches), **options
         )
         if arguments.json:
             print_json([_as_json(text, reply, arguments.aggregate) for text, reply in _pairs(batches, replies)])

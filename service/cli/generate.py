@@ -11,6 +11,7 @@ from typing import Any
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.edit_options import add_edit_arguments, describe, resolve_edits
 from service.cli.parser import WRONG_USAGE, CommandError, natural, seed
+from service.cli.ranking import add_ranking_argument, chosen_ranking
 from service.cli.view.generation import GenerationView
 from service.cli.view.output import add_json_argument, print_json
 from service.client import Edit, GenerationResult
@@ -61,14 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     details.add_argument(
         "--features-per-token", type=natural, metavar="K", help="show K features of each token [the server's default]"
     )
+    add_ranking_argument(details)
     details.add_argument("--prompt-features", action="store_true", help="also show the features of the prompt")
     add_json_argument(parser)
     add_connection_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.show_features is None and (arguments.prompt_features or arguments.features_per_token is not None):
-        raise CommandError("--prompt-features and --features-per-token belong to --show-features NAME", WRONG_USAGE)
+    named = (arguments.prompt_features, arguments.features_per_token is not None, arguments.rank_by is not None)
+    if arguments.show_features is None and any(named):
+        raise CommandError(
+            "--prompt-features, --features-per-token and --rank-by belong to --show-features NAME", WRONG_USAGE
+        )
     with connected(arguments) as client:
         edits, preset_edits = resolve_edits(arguments, client)
         all_edits = preset_edits + edits
@@ -90,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
             "features_top_k": arguments.features_per_token,
             "prompt_features": arguments.prompt_features,
         }
+        if arguments.show_features is not None:
+            options["features_rank_by"] = chosen_ranking(arguments.rank_by, arguments.show_features, client)
         started = time.perf_counter()
         with client.generate(arguments.prompt, edits, **options) as generation:
             if arguments.json:

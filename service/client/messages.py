@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_runtime.causal.report import Ablation, RankBy
+from sae_runtime.dictionary.ranking import Ranking
 from service.arrays import pack_input_statistics, pack_sparse_rows
 from service.client import results
 from service.client.edits import Edit
@@ -32,6 +33,11 @@ _AGGREGATIONS = {
 _TEXT_AGGREGATIONS = {name: _AGGREGATIONS[name] for name in ("max", "mean")}
 _OVERFLOWS = {"error": common_pb2.OVERFLOW_ERROR, "truncate": common_pb2.OVERFLOW_TRUNCATE}
 _ABLATIONS = {"zero": edits_pb2.ABLATION_ZERO, "mean": edits_pb2.ABLATION_MEAN}
+_FEATURE_RANKINGS = {
+    "activation": common_pb2.FEATURE_RANKING_UNSPECIFIED,
+    "surprise": common_pb2.FEATURE_RANKING_SURPRISE,
+    "z_score": common_pb2.FEATURE_RANKING_Z_SCORE,
+}
 _RANKINGS = {
     "kl": causal_pb2.ABLATION_RANKING_KL,
     "loss": causal_pb2.ABLATION_RANKING_LOSS,
@@ -47,6 +53,7 @@ def extract_features_request(
     top_k: int | None = None,
     features: Iterable[int] | None = None,
     threshold: float | None = None,
+    rank_by: Ranking = "activation",
     aggregation: AggregationName = "none",
     tokens: bool = False,
     reconstruction_error: bool = False,
@@ -63,7 +70,7 @@ def extract_features_request(
         request_id=request_id or "",
         inputs=_text_inputs(inputs),
         dictionaries=dictionaries,
-        selection=_selection(top_k, features, threshold),
+        selection=_selection(top_k, features, threshold, rank_by),
         aggregation=_named_value("aggregation", aggregation, _AGGREGATIONS),
         include_tokens=tokens,
         include_reconstruction_error=reconstruction_error,
@@ -78,6 +85,7 @@ def encode_activations_request(
     top_k: int | None = None,
     features: Iterable[int] | None = None,
     threshold: float | None = None,
+    rank_by: Ranking = "activation",
     request_id: str | None = None,
 ) -> feature_service_pb2.EncodeActivationsRequest:
     """The request of encode_activations. `activations` [n, d_in] are sent as float16 if they are, else as float32."""
@@ -85,7 +93,7 @@ def encode_activations_request(
         request_id=request_id or "",
         dictionary=dictionary,
         activations=_tensor(np.asarray(activations)),
-        selection=_selection(top_k, features, threshold),
+        selection=_selection(top_k, features, threshold, rank_by),
     )
 
 
@@ -124,6 +132,7 @@ def generate_request(
     top_logprobs: int | None = None,
     features: str | Sequence[str] | None = None,
     features_top_k: int | None = None,
+    features_rank_by: Ranking = "activation",
     prompt_features: bool = False,
     presets: Sequence[str] = (),
     overflow: OverflowName = "error",
@@ -146,7 +155,7 @@ def generate_request(
         samples=samples or 0,
         compare=compare,
         top_logprobs=top_logprobs or 0,
-        features=_watched(features, features_top_k, prompt_features),
+        features=_watched(features, features_top_k, prompt_features, features_rank_by),
         presets=[presets] if isinstance(presets, str) else presets,
         overflow=_named_value("overflow", overflow, _OVERFLOWS),
     )
@@ -182,6 +191,7 @@ def ablate_request(
     logit_tokens: Sequence[Token] = (),
     single_tokens: int = 0,
     rank_by: RankBy = "kl",
+    strongest_by: Ranking = "activation",
     overflow: OverflowName = "error",
     request_id: str | None = None,
 ) -> causal_pb2.AblateFeaturesRequest:
@@ -196,7 +206,10 @@ def ablate_request(
         overflow=_named_value("overflow", overflow, _OVERFLOWS),
     )
     if isinstance(features, int):
-        request.strongest.CopyFrom(causal_pb2.StrongestFeatures(count=features, dictionaries=dictionaries))
+        ranking = _named_value("strongest_by", strongest_by, _FEATURE_RANKINGS)
+        request.strongest.CopyFrom(
+            causal_pb2.StrongestFeatures(count=features, dictionaries=dictionaries, rank_by=ranking)
+        )
     else:
         request.features.extend(causal_pb2.FeatureKey(dictionary=name, feature=feature) for name, feature in features)
     return request
@@ -210,6 +223,7 @@ def attribute_request(
     foil: Token | None = None,
     position: int | None = None,
     count: int | None = None,
+    rank_by: Ranking = "activation",
     tokens: bool = False,
     overflow: OverflowName = "error",
     request_id: str | None = None,
@@ -224,6 +238,7 @@ def attribute_request(
         count=count or 0,
         overflow=_named_value("overflow", overflow, _OVERFLOWS),
         include_tokens=tokens,
+        rank_by=_named_value("rank_by", rank_by, _FEATURE_RANKINGS),
     )
 
 
@@ -273,31 +288,39 @@ def _text_input(value: Input) -> common_pb2.TextInput:
 
 
 def _selection(
-    top_k: int | None, features: Iterable[int] | None, threshold: float | None
+    top_k: int | None, features: Iterable[int] | None, threshold: float | None, rank_by: Ranking
 ) -> feature_service_pb2.FeatureSelection | None:
     selections = {"top_k": top_k, "features": features, "threshold": threshold}
     names = [name for name, value in selections.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} exclude each other")
+    selection = feature_service_pb2.FeatureSelection(rank_by=_named_value("rank_by", rank_by, _FEATURE_RANKINGS))
     if top_k is not None:
-        return feature_service_pb2.FeatureSelection(top_k=top_k)
-    if features is not None:
-        ids = [int(feature) for feature in features]
-        return feature_service_pb2.FeatureSelection(features=feature_service_pb2.FeatureIds(ids=ids))
-    if threshold is not None:
-        return feature_service_pb2.FeatureSelection(threshold=threshold)
-    return None
+        selection.top_k = top_k
+    elif features is not None:
+        selection.features.ids.extend(int(feature) for feature in features)
+        selection.features.SetInParent()
+    elif threshold is not None:
+        selection.threshold = threshold
+    return selection if names or selection.rank_by else None
 
 
 def _watched(
-    names: str | Sequence[str] | None, top_k: int | None, prompt: bool
+    names: str | Sequence[str] | None, top_k: int | None, prompt: bool, rank_by: Ranking
 ) -> intervention_service_pb2.WatchedFeatures | None:
     if names is None:
-        if top_k is not None or prompt:
-            raise ValueError("features_top_k and prompt_features belong to features, which names dictionaries")
+        if top_k is not None or prompt or rank_by != "activation":
+            raise ValueError(
+                "features_top_k, features_rank_by and prompt_features belong to features, which names dictionaries"
+            )
         return None
     dictionaries = [names] if isinstance(names, str) else names
-    return intervention_service_pb2.WatchedFeatures(dictionaries=dictionaries, top_k=top_k or 0, prompt=prompt)
+    return intervention_service_pb2.WatchedFeatures(
+        dictionaries=dictionaries,
+        top_k=top_k or 0,
+        prompt=prompt,
+        rank_by=_named_value("features_rank_by", rank_by, _FEATURE_RANKINGS),
+    )
 
 
 def _tensor(array: NDArray[Any]) -> common_pb2.Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_runtime.causal.report import Ablation, RankBy
+from sae_runtime.dictionary.ranking import Ranking
 
 TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 Input = str | TokenIds
@@ -23,11 +24,13 @@ class SelectionOptions(TypedDict, total=False):
     """Which features of each token or row to return: at most one of the first three, or all features that fire."""
 
     top_k: int | None
-    """The strongest k."""
+    """The first k in the order of rank_by."""
     features: Iterable[int] | None
     """These features, on tokens where they fire."""
     threshold: float | None
     """Features with a larger activation."""
+    rank_by: Ranking
+    """The order of features, of which top_k takes the first: "activation" (the default), "surprise" or "z_score"."""
     request_id: str | None
     """Returned in the reply and in errors; the server makes one up if it is not given."""
 
@@ -74,6 +77,8 @@ class GenerateOptions(TypedDict, total=False):
     """Names of dictionaries whose features to return with the tokens."""
     features_top_k: int | None
     """How many features of each token to return; the server's default if not given."""
+    features_rank_by: Ranking
+    """Their order: "activation" (the default), "surprise" or "z_score"."""
     prompt_features: bool
     """Also return features of the prompt's tokens."""
     presets: Sequence[str]
@@ -110,6 +115,8 @@ class AblateOptions(TypedDict, total=False):
     """Also ablate each feature on single tokens, this many of the strongest of each text (see by_distance)."""
     rank_by: RankBy
     """The figure that features are sorted by; "kl" if not given."""
+    strongest_by: Ranking
+    """How the strongest features are chosen: "activation" (the default), "surprise" or "z_score"."""
     overflow: OverflowName
     request_id: str | None
 
@@ -125,6 +132,8 @@ class AttributeOptions(TypedDict, total=False):
     """Explain the logits after this token; None: the last."""
     count: int | None
     """How many pairs of a feature and a token to return; None: the server's default."""
+    rank_by: Ranking
+    """What their size is weighed by: "activation" (the default), "surprise" or "z_score"."""
     tokens: bool
     overflow: OverflowName
     request_id: str | None

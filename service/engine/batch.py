@@ -205,7 +205,11 @@ def _read_dictionary(
     features = _encode(dictionary, x, tokens, readings)
     if n < len(x):
         x = x[torch.from_numpy(tokens).to(x.device)]
-    rows = zip(select(features, ranges), _reconstruction_errors(dictionary, x, features, error_spans), strict=True)
+    rows = zip(
+        select(features, ranges, dictionary.statistics),
+        _reconstruction_errors(dictionary, x, features, error_spans),
+        strict=True,
+    )
     return [list(islice(rows, len(piece.rows))) for piece in pieces]
 
 
@@ -261,9 +265,8 @@ def run_encode(pieces: Sequence[Encoding], readings: Readings) -> list[Encoded]:
     features = _encode(dictionary, x.to(dictionary.device), np.arange(len(x)), readings)
     ends = list(accumulate(len(piece.x) for piece in pieces))
     spans = list(zip([0, *ends], ends, strict=False))
-    rows = select(
-        features, [RowRange(start, end, piece.selection) for (start, end), piece in zip(spans, pieces, strict=True)]
-    )
+    ranges = [RowRange(start, end, piece.selection) for (start, end), piece in zip(spans, pieces, strict=True)]
+    rows = select(features, ranges, dictionary.statistics)
     statistics = features.input_statistics
     if statistics is None:
         return [Encoded(csr, None, None) for csr in rows]

@@ -21,6 +21,7 @@ from sae_runtime.causal.ablation import (
     Variant,
     VariantEffect,
     in_batches,
+    ranked_totals,
     strongest_features,
     total_activation,
 )
@@ -207,7 +208,7 @@ class Measurements:
         ]
         activations: list[dict[str, torch.Tensor]] = await self._compute("ablate", pieces, timer)
         totals = {name: torch.stack([piece[name] for piece in activations]).sum(0) for name in dictionaries}
-        return strongest_features(totals, work.strongest)
+        return strongest_features(ranked_totals(totals, dictionaries, work.strongest_by), work.strongest)
 
     # Attribution
 
@@ -222,7 +223,10 @@ class Measurements:
 
         def begin() -> tuple[AttributionStudy, int]:
             target = _likeliest(self.backbone, work.row) if work.target is None else work.target
-            study = AttributionStudy(self.backbone, dictionaries, work.row, Target(target, work.foil), count=work.count)
+            wanted = Target(target, work.foil)
+            study = AttributionStudy(
+                self.backbone, dictionaries, work.row, wanted, count=work.count, rank_by=work.rank_by
+            )
             return study, target
 
         # Forward and backward are about three forwards.

@@ -16,6 +16,7 @@ from sae_runtime.causal.report import (
     SuggestionTrial,
     TextScore,
 )
+from sae_runtime.dictionary.ranking import Ranking
 from sae_runtime.edits.edit import Edit
 from service.engine.work import WorkTiming
 
@@ -51,6 +52,7 @@ class AblateWork:
     """Empty: the `strongest` features of `dictionaries`."""
     strongest: int = 0
     """How many of the strongest features of `dictionaries`, if no features are given."""
+    strongest_by: Ranking = "activation"
     dictionaries: tuple[str, ...] = ()
     ablations: tuple[Ablation, ...] = ("zero",)
     logit_tokens: tuple[int, ...] = ()
@@ -76,6 +78,7 @@ class AttributeWork:
     """None: the likeliest token."""
     foil: int | None = None
     count: int = 20
+    rank_by: Ranking = "activation"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

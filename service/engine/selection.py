@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_runtime.dictionary.features import SparseFeatures
+from sae_runtime.dictionary.ranking import ranking_table
+from sae_runtime.dictionary.statistics import LatentStatistics
 from service.engine.work import Csr, Selection
 
 
@@ -25,13 +27,15 @@ class RowRange:
     """none: the range keeps its rows. Else they become one row, in which a silent latent counts as 0."""
 
 
-def select(features: SparseFeatures, ranges: Sequence[RowRange]) -> list[Csr]:
+def select(features: SparseFeatures, ranges: Sequence[RowRange], statistics: LatentStatistics | None) -> list[Csr]:
     """The rows of each range, in order. The ranges may overlap only where their selections are equal.
 
-    All rows are sorted, largest value first: single rows as `features` has them, and combined rows too.
+    All rows are sorted in the order of their selection's `rank_by`, combined rows too. Sorting by activation leaves
+    single rows as `features` has them; the other orders need the dictionary's statistics.
     """
     indices = features.indices.cpu().numpy()  # [n, k]
     values = features.values.float().cpu().numpy()  # [n, k]
+    indices, values = _in_order(indices, values, ranges, statistics)
     listed = _listed(indices, values, features.n_latents, ranges)
     splits = np.zeros(len(indices) + 1, dtype=np.uint32)
     if listed.all():
@@ -40,7 +44,7 @@ def select(features: SparseFeatures, ranges: Sequence[RowRange]) -> list[Csr]:
     else:
         np.cumsum(np.count_nonzero(listed, axis=1), out=splits[1:])
         flat_indices, flat_values = indices[listed].astype(np.uint32), values[listed]
-    combined = iter(_combine(splits, flat_indices, flat_values, [r for r in ranges if r.combine != "none"]))
+    combined = iter(_combine(splits, flat_indices, flat_values, [r for r in ranges if r.combine != "none"], statistics))
     everything = Csr(splits, flat_indices, flat_values)
     return [next(combined) if r.combine != "none" else everything[r.start : r.end] for r in ranges]
 
@@ -67,6 +71,24 @@ def join_arrays(arrays: Sequence[NDArray[np.float32] | None]) -> NDArray[np.floa
     return present[0] if present else None
 
 
+def _in_order(
+    indices: NDArray[np.int64],
+    values: NDArray[np.float32],
+    ranges: Sequence[RowRange],
+    statistics: LatentStatistics | None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The entries [n, k] of each row in the order that its selection asks for; padding comes last."""
+    for ranking in {r.selection.rank_by for r in ranges} - {"activation"}:
+        rows = np.concatenate([np.arange(r.start, r.end) for r in ranges if r.selection.rank_by == ranking])
+        latents, activations = indices[rows], values[rows]
+        scores = ranking_table(statistics, ranking).scores(latents, activations)
+        order = np.argsort(np.where(latents < 0, np.inf, -scores), axis=1, kind="stable")
+        indices, values = indices.copy(), values.copy()
+        indices[rows] = np.take_along_axis(latents, order, axis=1)
+        values[rows] = np.take_along_axis(activations, order, axis=1)
+    return indices, values
+
+
 def _listed(
     indices: NDArray[np.int64], values: NDArray[np.float32], n_latents: int, ranges: Sequence[RowRange]
 ) -> NDArray[np.bool_]:
@@ -74,7 +96,7 @@ def _listed(
     listed: NDArray[np.bool_] = indices >= 0
     kinds = {row_range.selection.kind for row_range in ranges}
     n, width = indices.shape
-    if "top_k" in kinds:  # rows are sorted by value
+    if "top_k" in kinds:  # rows are in the order of their rank
         most = np.full(n, width)
         for row_range in ranges:
             if row_range.selection.kind == "top_k":
@@ -104,6 +126,7 @@ def _combine(
     indices: NDArray[np.uint32],
     values: NDArray[np.float32],
     ranges: Sequence[RowRange],
+    statistics: LatentStatistics | None,
 ) -> list[Csr]:
     """One row a range. Sorts the entries of all ranges by (range, latent), then reduces neighbours with equal keys.
 
@@ -137,7 +160,11 @@ def _combine(
         largest = np.where(n_present < n_rows, np.maximum(largest, 0), largest)
         result = np.where(how == "max", largest, np.where(how == "mean", total / n_rows, total))
         group, latent, result = (column[result != 0] for column in (group, latent, result))
-        order = np.argsort(_by_value(group, result))
+        score = result
+        for ranking in {r.selection.rank_by for r in ranges} - {"activation"}:
+            is_ranked = np.array([r.selection.rank_by == ranking for r in ranges])[group]
+            score = np.where(is_ranked, ranking_table(statistics, ranking).scores(latent, result), score)
+        order = np.argsort(_by_value(group, score))
         group, latent, result = group[order], latent[order], result[order]
     else:
         result = value

@@ -164,9 +164,13 @@ def _features(
         for i, (start, end) in dictionary.spans.items():
             order = rows[i].sequence.request.work.features
             assert order is not None
-            ranges.append(RowRange(n, n + end - start, Selection("top_k", k=order.top_k)))
+            ranges.append(RowRange(n, n + end - start, Selection("top_k", k=order.top_k, rank_by=order.rank_by)))
             n += end - start
-        for i, csr in zip(dictionary.spans, select(reading.rows(dictionary.tokens), ranges), strict=True):
+        for i, csr in zip(
+            dictionary.spans,
+            select(reading.rows(dictionary.tokens), ranges, dictionary.dictionary.statistics),
+            strict=True,
+        ):
             by_row[i][name] = csr
     token_features: list[TokenFeatures | None] = []
     for row, features in zip(rows, by_row, strict=True):

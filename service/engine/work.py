@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from sae_runtime.dictionary.ranking import Ranking
     from sae_runtime.edits import Edit
 
 Aggregation = Literal["none", "max", "mean", "sum", "last"]
@@ -24,11 +25,13 @@ class Selection:
 
     kind: Literal["all", "top_k", "features", "threshold"] = "all"
     k: int = 0
-    """top_k: the strongest k, at least 1."""
+    """top_k: the first k in the order of `rank_by`, at least 1."""
     features: tuple[int, ...] = ()
     """features: these latents, each in [0, n_latents)."""
     threshold: float = 0.0
     """threshold: latents with a larger activation than this."""
+    rank_by: Ranking = "activation"
+    """The order of each row, and what `top_k` takes the first k of; all but "activation" need statistics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class WorkTiming:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Csr:
-    """Sparse rows: row r holds entries row_splits[r] up to, not including, row_splits[r + 1]; largest value first."""
+    """Sparse rows: row r holds entries row_splits[r] up to, not including, row_splits[r + 1], in their rank's order."""
 
     row_splits: NDArray[np.uint32]
     """[n + 1], starts with 0."""
@@ -158,9 +161,10 @@ class WatchedFeatures:
     dictionaries: tuple[str, ...]
     """Names, without repeats."""
     top_k: int
-    """The strongest k of each dictionary, at least 1."""
+    """The first k of each dictionary in the order of `rank_by`, at least 1."""
     prompt: bool = False
     """Whether to return those of the prompt's tokens as well."""
+    rank_by: Ranking = "activation"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,13 @@ What is returned can be used if there were no violations.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_runtime.dictionary.ranking import Ranking
 from service.arrays import unpack_input_statistics, unpack_sparse_rows, unpack_tensor
 from service.engine.work import Csr, Selection
 from service.pb.saeserve.v1 import common_pb2, feature_service_pb2
@@ -20,6 +22,13 @@ from service.rpc.limits import Limits
 if TYPE_CHECKING:
     from sae_runtime import Dictionary
 
+_RANKINGS: dict[int, Ranking] = {
+    common_pb2.FEATURE_RANKING_UNSPECIFIED: "activation",
+    common_pb2.FEATURE_RANKING_ACTIVATION: "activation",
+    common_pb2.FEATURE_RANKING_SURPRISE: "surprise",
+    common_pb2.FEATURE_RANKING_Z_SCORE: "z_score",
+}
+
 
 def read_selection(
     message: feature_service_pb2.FeatureSelection | None,
@@ -27,9 +36,25 @@ def read_selection(
     limits: Limits,
     violations: Violations,
 ) -> Selection:
-    """The selection rule; feature numbers must exist in each of the dictionaries."""
+    """The selection; feature numbers must exist in each of the dictionaries. They may lack statistics to rank by."""
     if message is None:
         return Selection()
+    rank_by = read_ranking(message.rank_by, "selection.rank_by", violations)
+    return replace(_read_rule(message, dictionaries, limits, violations), rank_by=rank_by)
+
+
+def read_ranking(value: int, field: str, violations: Violations) -> Ranking:
+    """An order of features."""
+    violations.check_enum(field, value, _RANKINGS)
+    return _RANKINGS.get(value, "activation")
+
+
+def _read_rule(
+    message: feature_service_pb2.FeatureSelection,
+    dictionaries: Mapping[str, Dictionary],
+    limits: Limits,
+    violations: Violations,
+) -> Selection:
     match message.WhichOneof("selection"):
         case "top_k":
             if not 1 <= message.top_k <= limits.max_selected_features:
@@ -42,8 +67,9 @@ def read_selection(
         case "features":
             return _read_features(tuple(message.features.ids), dictionaries, violations)
         case _:
-            rules = "set top_k, features or threshold, or leave the selection unset"
-            violations.add("selection", f"has no rule; {rules}")
+            if not message.rank_by:
+                rules = "set top_k, features, threshold or rank_by, or leave the selection unset"
+                violations.add("selection", f"has no rule; {rules}")
             return Selection()
 
 

@@ -64,6 +64,7 @@ class FeatureRpc(ModelRpc):
                     violations.add(f"dictionaries[{place}]", reason)
         violations.raise_if_any()
         self.model.require(request.dictionaries)
+        self.model.require_rankable(request.dictionaries, selection.rank_by, "selection.rank_by")
         work = ExtractWork(
             rows=tuple(row.ids for row in rows),
             dictionaries=tuple(request.dictionaries),
@@ -170,6 +171,7 @@ class FeatureRpc(ModelRpc):
         x = read_activations(request.activations, dictionary, violations)
         violations.raise_if_any()
         self.model.require([request.dictionary])
+        self.model.require_rankable([request.dictionary], selection.rank_by, "selection.rank_by")
         call.submit()
         with out_of_range("activations"):
             result = await self.engine.encode(EncodeWork(request.dictionary, x, selection))

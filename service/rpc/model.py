@@ -12,6 +12,7 @@ from service.rpc.errors import Violation, dictionary_not_found, failed_precondit
 if TYPE_CHECKING:
     from sae_runtime import Backbone, Dictionary
     from sae_runtime.causal.report import FeatureId
+    from sae_runtime.dictionary.ranking import Ranking
     from service.engine.engine import Engine
     from service.rpc.limits import Limits
     from service.rpc.text_inputs import TextInputReader
@@ -58,6 +59,11 @@ class ServedModel:
         checked = (lacks_statistics(self.dictionaries[name], what, where) for name in dict.fromkeys(names))
         if violations := [violation for violation in checked if violation is not None]:
             raise failed_precondition(violations, LACKS_STATISTICS)
+
+    def require_rankable(self, names: Iterable[str], ranking: Ranking, where: str) -> None:
+        """Raises RpcError FAILED_PRECONDITION at `where` if the order needs statistics that a dictionary lacks."""
+        if ranking != "activation":
+            self.require_statistics(names, f"FEATURE_RANKING_{ranking.upper()}", where)
 
 
 def lacks_statistics(dictionary: Dictionary, what: str, where: str) -> Violation | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sae_runtime.causal.report import Ablation, EffectFigures, FeatureEffect, FeatureId, RankBy
+from sae_runtime.dictionary.ranking import Ranking
 from service.engine.measure_work import AblateWork
 from service.pb.saeserve.v1 import causal_pb2 as pb
 from service.pb.saeserve.v1 import edits_pb2
+from service.rpc.array_inputs import read_ranking
 from service.rpc.call import Call
 from service.rpc.checks import Violations
 from service.rpc.errors import out_of_range
@@ -55,9 +57,11 @@ class AblateRpc(ModelRpc):
         violations = Violations(self.limits)
         features: tuple[FeatureId, ...] = ()
         dictionaries: tuple[str, ...] = ()
+        strongest_by: Ranking = "activation"
         if request.HasField("strongest"):
             dictionaries, count = tuple(request.strongest.dictionaries), request.strongest.count
             self._check_strongest(request, violations)
+            strongest_by = read_ranking(request.strongest.rank_by, "strongest.rank_by", violations)
         else:
             features = _read_features(request.features, violations)
             count = len(features)
@@ -76,12 +80,14 @@ class AblateRpc(ModelRpc):
         names = dictionaries or tuple(dict.fromkeys(feature.dictionary for feature in features))
         self.model.require_ablatable(names, "features")
         self.model.require_features(features)
+        self.model.require_rankable(dictionaries, strongest_by, "strongest.rank_by")
         if "mean" in ablations:
             self.model.require_statistics(names, "ABLATION_MEAN", "ablations")
         return rows, AblateWork(
             rows=tuple(row.ids for row in rows),
             features=features,
             strongest=count if dictionaries else 0,
+            strongest_by=strongest_by,
             dictionaries=dictionaries,
             ablations=ablations,
             logit_tokens=logit_tokens,

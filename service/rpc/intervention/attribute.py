@@ -5,6 +5,7 @@ from __future__ import annotations
 from sae_runtime.causal.report import FeatureAttribution
 from service.engine.measure_work import AttributeWork
 from service.pb.saeserve.v1 import causal_pb2 as pb
+from service.rpc.array_inputs import read_ranking
 from service.rpc.call import Call
 from service.rpc.checks import Violations
 from service.rpc.errors import out_of_range
@@ -51,6 +52,7 @@ class AttributeRpc(ModelRpc):
         foil = reader.read_token(request.foil, "foil", violations) if request.HasField("foil") else None
         if foil is not None and foil == target:
             violations.add("foil", "is the target itself")
+        rank_by = read_ranking(request.rank_by, "rank_by", violations)
         reader.check_include_tokens(request.include_tokens, violations)
         row = await reader.read_one(
             request.input if request.HasField("input") else None,
@@ -69,8 +71,14 @@ class AttributeRpc(ModelRpc):
         violations.raise_if_any()
         assert row is not None, "a text that cannot be read is a violation"
         self.model.require_ablatable(request.dictionaries, "dictionaries")
+        self.model.require_rankable(request.dictionaries, rank_by, "rank_by")
         work = AttributeWork(
-            row.ids[: position + 1], tuple(request.dictionaries), target=target, foil=foil, count=count
+            row.ids[: position + 1],
+            tuple(request.dictionaries),
+            target=target,
+            foil=foil,
+            count=count,
+            rank_by=rank_by,
         )
         return row, work
 

@@ -19,6 +19,7 @@ from service.engine.work import (
 )
 from service.pb.saeserve.v1 import common_pb2
 from service.pb.saeserve.v1 import intervention_service_pb2 as pb
+from service.rpc.array_inputs import read_ranking
 from service.rpc.call import Call
 from service.rpc.checks import Violations
 from service.rpc.edits import EditReader
@@ -84,6 +85,7 @@ class GenerateRpc(ModelRpc):
             )
         if features is not None and not violations:
             self.model.require(features.dictionaries)
+            self.model.require_rankable(features.dictionaries, features.rank_by, "features.rank_by")
         work = GenerateWork(
             prompt=prompt.ids,
             max_new_tokens=min(self._max_new_tokens(request), room),
@@ -188,7 +190,8 @@ def _read_watched(request: pb.GenerateRequest, violations: Violations) -> Watche
     top_k = message.top_k or DEFAULT_TOP_K
     violations.check_dictionary_names(message.dictionaries, "features.dictionaries")
     violations.check_limit("features.top_k", top_k, "max_selected_features")
-    return WatchedFeatures(tuple(message.dictionaries), top_k, message.prompt)
+    rank_by = read_ranking(message.rank_by, "features.rank_by", violations)
+    return WatchedFeatures(tuple(message.dictionaries), top_k, message.prompt, rank_by)
 
 
 def _finish(end: GenerationEnd, prompt: TokenRow, seed: int, call: Call) -> pb.GenerationFinish:

@@ -63,9 +63,12 @@ def test_aggregate(call: Call):
 @pytest.mark.parametrize(
     ("flags", "selection"),
     [
-        (["--top-k", "2"], "top_k: 2\n"),
-        (["--threshold", "0.5"], "threshold: 0.5\n"),
-        (["--feature", "4", "--feature", "resid-mid:9"], "features {\n  ids: 4\n  ids: 9\n}\n"),
+        (["--top-k", "2"], "top_k: 2\nrank_by: FEATURE_RANKING_SURPRISE\n"),
+        (["--threshold", "0.5", "--rank-by", "z-score"], "threshold: 0.5\nrank_by: FEATURE_RANKING_Z_SCORE\n"),
+        (
+            ["--feature", "4", "--feature", "resid-mid:9", "--rank-by", "activation"],
+            "features {\n  ids: 4\n  ids: 9\n}\n",
+        ),
     ],
 )
 def test_selections(call: Call, fake: FakeServer, flags: list[str], selection: str):

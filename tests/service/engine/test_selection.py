@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from sae_runtime.dictionary.features import SparseFeatures
+from sae_runtime.dictionary.ranking import ranking_table
+from sae_runtime.dictionary.statistics import LatentStatistics
 from service.engine.selection import RowRange, join_rows, select
 from service.engine.work import Csr, Selection
 
@@ -16,7 +18,34 @@ SELECTIONS = [
     Selection("top_k", k=100),
     Selection("features", features=(0, 7, 39, 12)),
     Selection("threshold", threshold=0.7),
+    Selection("top_k", k=3, rank_by="surprise"),
+    Selection("top_k", k=3, rank_by="z_score"),
+    Selection("threshold", threshold=0.2, rank_by="surprise"),
+    Selection(rank_by="z_score"),
 ]
+
+
+def statistics() -> LatentStatistics:
+    generator = torch.Generator().manual_seed(9)
+    rate = torch.rand(N_LATENTS, generator=generator) ** 3
+    typical = 0.2 + torch.rand(N_LATENTS, generator=generator)
+    return LatentStatistics(
+        firing_rate=rate,
+        mean=rate * typical,
+        mean_square=rate * typical**2 * 1.2,
+        max=2 * typical,
+        quantiles=torch.zeros(N_LATENTS, 1),
+        quantile_levels=torch.tensor([0.5]),
+        n_tokens=100_000,
+    )
+
+
+STATISTICS = statistics()
+
+
+def rank(selection: Selection, latent: int, value: float) -> float:
+    scores = ranking_table(STATISTICS, selection.rank_by).scores(np.array([latent]), np.array([value], np.float32))
+    return float(scores[0])
 
 
 def random_features(n: int, seed: int, negative: bool = False) -> SparseFeatures:
@@ -32,6 +61,7 @@ def expected_rows(features: SparseFeatures, wanted: RowRange) -> list[list[tuple
     rows = []
     for r in range(wanted.start, wanted.end):
         entries = [(int(i), float(v)) for i, v in zip(features.indices[r], features.values[r], strict=True) if i >= 0]
+        entries.sort(key=lambda entry: -rank(wanted.selection, *entry))
         match wanted.selection.kind:
             case "top_k":
                 entries = entries[: wanted.selection.k]
@@ -47,7 +77,7 @@ def expected_rows(features: SparseFeatures, wanted: RowRange) -> list[list[tuple
         for i, v in entries:
             dense[r, i] = v
     combined = {"max": dense.max(0), "mean": dense.mean(0), "sum": dense.sum(0)}[wanted.combine]
-    order = sorted(np.flatnonzero(combined), key=lambda i: (-combined[i], i))
+    order = sorted(np.flatnonzero(combined), key=lambda i: (-rank(wanted.selection, i, combined[i]), i))
     return [[(int(i), float(combined[i])) for i in order]]
 
 
@@ -67,7 +97,7 @@ def test_a_mixed_batch(negative: bool) -> None:
             ranges.append(RowRange(n, n + length, selection, combine))  # type: ignore[arg-type]
             n += length
     features = random_features(n, seed=1, negative=negative)
-    for found, wanted in zip(select(features, ranges), ranges, strict=True):
+    for found, wanted in zip(select(features, ranges, STATISTICS), ranges, strict=True):
         assert_rows(found, expected_rows(features, wanted))
 
 
@@ -76,14 +106,14 @@ def test_a_mixed_batch(negative: bool) -> None:
 def test_every_selection_alone(selection: Selection, combine: str) -> None:
     features = random_features(12, seed=2)
     wanted = RowRange(3, 11, selection, combine)  # type: ignore[arg-type]
-    (found,) = select(features, [wanted])
+    (found,) = select(features, [wanted], STATISTICS)
     assert_rows(found, expected_rows(features, wanted))
 
 
 @pytest.mark.parametrize("combine", ["none", "max"])
 def test_rows_without_any_feature(combine: str) -> None:
     silent = SparseFeatures(torch.full((4, WIDTH), -1), torch.zeros(4, WIDTH), N_LATENTS)
-    (found,) = select(silent, [RowRange(0, 4, Selection(), combine)])  # type: ignore[arg-type]
+    (found,) = select(silent, [RowRange(0, 4, Selection(), combine)], None)  # type: ignore[arg-type]
     assert found.row_splits.tolist() == ([0] * 5 if combine == "none" else [0, 0])
     assert len(found.indices) == len(found.values) == 0
 
@@ -92,16 +122,22 @@ def test_no_columns_at_all() -> None:
     """A ReLU dictionary of which nothing fires."""
     nothing = SparseFeatures(torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, 0), N_LATENTS)
     for selection in SELECTIONS:
-        (found,) = select(nothing, [RowRange(0, 3, selection)])
+        (found,) = select(nothing, [RowRange(0, 3, selection)], STATISTICS)
         assert found.row_splits.tolist() == [0, 0, 0, 0]
 
 
 def test_rows_of_a_csr_join_and_part() -> None:
     features = random_features(10, seed=5)
-    (whole,) = select(features, [RowRange(0, 10, Selection())])
+    (whole,) = select(features, [RowRange(0, 10, Selection())], None)
     parts = [whole[0:4], whole[4:5], whole[5:10]]
     joined = join_rows(parts)
     assert len(whole) == 10
     for name in ("row_splits", "indices", "values"):
         np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
     assert joined.row_splits.dtype == np.uint32
+
+
+def test_another_order_than_by_activation_needs_statistics() -> None:
+    features = random_features(2, seed=5)
+    with pytest.raises(ValueError, match="needs statistics"):
+        select(features, [RowRange(0, 2, Selection(rank_by="surprise"))], None)

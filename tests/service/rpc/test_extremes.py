@@ -71,16 +71,17 @@ async def test_strengths_of_edits(served: Served, value: float, dictionary: str)
 @pytest.mark.parametrize("size", [SMALLEST, 1e-30, 1e30, LARGEST])
 @pytest.mark.parametrize("dictionary", ["mid", "early", "wide", "plain"])
 async def test_activations_of_any_finite_size(served: Served, size: float, dictionary: str) -> None:
-    """Encoded activations are finite, or the request is refused; so are reconstructions of features of that size."""
+    """Encoded activations are finite, or the request is refused."""
     width = served.dictionaries[dictionary].d_in
     rows = (size * np.sign(np.random.default_rng(0).normal(size=(3, width)))).astype(np.float32)
-    try:
-        encoded = await served.features.EncodeActivations(
-            pb.EncodeActivationsRequest(dictionary=dictionary, activations=pack_tensor(rows))
-        )
-        assert np.isfinite(encoded.features.values).all()
-    except grpc.aio.AioRpcError as error:
-        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    call = served.features.EncodeActivations(
+        pb.EncodeActivationsRequest(dictionary=dictionary, activations=pack_tensor(rows))
+    )
+    code = await call.code()
+    if code == grpc.StatusCode.OK:
+        assert np.isfinite((await call).features.values).all()
+    else:
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
         assert size > 1
 
 

@@ -12,6 +12,7 @@ import torch
 
 from sae_runtime import SparseFeatures
 from sae_runtime.dictionary.features import InputStatistics
+from sae_runtime.dictionary.ranking import Ranking, ranking_table
 from service.arrays import (
     pack_input_statistics,
     pack_sparse_rows,
@@ -25,7 +26,7 @@ from service.pb.saeserve.v1 import feature_service_pb2 as pb
 from service.rpc.feature import STREAM_WINDOW
 from tests.service.conftest import Served, serve, tight_settings
 from tests.service.rpc.conftest import SITE, WIDTH
-from tests.service.rpc.reading import dense
+from tests.service.rpc.reading import dense, failure
 
 TEXTS = ("A short text.", "Zwölf Boxkämpfer 😀 jagen", "x", "To be, or not to be, that is the question.")
 
@@ -275,3 +276,59 @@ async def test_a_transcoder_has_features_but_no_reconstruction_error(families: S
         await families.features.ExtractFeatures(request)
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "has no reconstruction error" in (refused.value.details() or "")
+
+
+# Orders other than by activation
+
+
+def ranked(served: Served, name: str, ids: list[int], ranking: Ranking, k: int) -> list[list[tuple[int, float]]]:
+    """The first k features of every token, from the library's dense features."""
+    table = ranking_table(served.dictionaries[name].statistics, ranking)
+    rows = []
+    for row in expected_rows(served, name, ids):
+        active = np.flatnonzero(row)
+        order = active[np.argsort(-table.scores(active, row[active]), kind="stable")][:k]
+        rows.append([(int(latent), float(row[latent])) for latent in order])
+    return rows
+
+
+@pytest.mark.parametrize("name", ["mid", "early"])
+@pytest.mark.parametrize("ranking", ["activation", "surprise", "z_score"])
+async def test_the_first_features_of_an_order(served: Served, name: str, ranking: Ranking) -> None:
+    """The values are activations in every order."""
+    selection = pb.FeatureSelection(top_k=3, rank_by=f"FEATURE_RANKING_{ranking.upper()}")
+    reply = await served.features.ExtractFeatures(
+        pb.ExtractFeaturesRequest(
+            inputs=[common_pb2.TextInput(text=TEXTS[3])], dictionaries=[name], selection=selection
+        )
+    )
+    features = reply.results[0].dictionaries[0].features
+    expected = ranked(served, name, text_ids(served, TEXTS[3]), ranking, 3)
+    assert list(features.row_splits) == np.cumsum([0, *map(len, expected)]).tolist()
+    assert list(features.indices) == [latent for row in expected for latent, _ in row]
+    assert list(features.values) == pytest.approx([value for row in expected for _, value in row], rel=1e-4)
+
+
+async def test_an_order_alone_returns_all_features_in_it(served: Served) -> None:
+    request = pb.ExtractFeaturesRequest(
+        inputs=[common_pb2.TextInput(text=TEXTS[0])],
+        dictionaries=["early"],
+        selection=pb.FeatureSelection(rank_by=common_pb2.FEATURE_RANKING_SURPRISE),
+    )
+    features = (await served.features.ExtractFeatures(request)).results[0].dictionaries[0].features
+    expected = ranked(served, "early", text_ids(served, TEXTS[0]), "surprise", 10_000)
+    assert list(features.indices) == [latent for row in expected for latent, _ in row]
+
+
+async def test_an_order_that_needs_statistics(served: Served) -> None:
+    request = pb.ExtractFeaturesRequest(
+        inputs=[common_pb2.TextInput(text="a")],
+        dictionaries=["plain"],
+        selection=pb.FeatureSelection(top_k=1, rank_by=common_pb2.FEATURE_RANKING_SURPRISE),
+    )
+    refused = await failure(served.features.ExtractFeatures(request))
+    assert refused.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "FEATURE_RANKING_SURPRISE needs statistics" in refused.message
+    request.selection.rank_by = 9  # type: ignore[assignment]
+    refused = await failure(served.features.ExtractFeatures(request))
+    assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["selection.rank_by"])

@@ -378,8 +378,13 @@ class StrongestFeatures(_message.Message):
 
     COUNT_FIELD_NUMBER: _builtins.int
     DICTIONARIES_FIELD_NUMBER: _builtins.int
+    RANK_BY_FIELD_NUMBER: _builtins.int
     count: _builtins.int
     """How many. At least 1."""
+    rank_by: _common_pb2.FeatureRanking.ValueType
+    """With surprise, contributions are multiplied by -log10(firing rate); with z-score, they are divided by the standard
+    deviation of the feature.
+    """
     @_builtins.property
     def dictionaries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Dictionaries to choose from."""
@@ -389,10 +394,11 @@ class StrongestFeatures(_message.Message):
         *,
         count: _builtins.int = ...,
         dictionaries: _abc.Iterable[_builtins.str] | None = ...,
+        rank_by: _common_pb2.FeatureRanking.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "dictionaries", b"dictionaries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "dictionaries", b"dictionaries", "rank_by", b"rank_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -637,6 +643,7 @@ class AttributeFeaturesRequest(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     OVERFLOW_FIELD_NUMBER: _builtins.int
     INCLUDE_TOKENS_FIELD_NUMBER: _builtins.int
+    RANK_BY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     position: _builtins.int
@@ -647,6 +654,10 @@ class AttributeFeaturesRequest(_message.Message):
     """What to do with a text that is too long; truncation drops tokens from its start."""
     include_tokens: _builtins.bool
     """Also return the tokens with their offsets."""
+    rank_by: _common_pb2.FeatureRanking.ValueType
+    """Which pairs are returned: those of the largest attributions in size. With surprise, sizes are multiplied by
+    -log10(firing rate); with z-score, they are divided by the standard deviation of the feature.
+    """
     @_builtins.property
     def input(self) -> _common_pb2.TextInput:
         """The text."""
@@ -675,10 +686,11 @@ class AttributeFeaturesRequest(_message.Message):
         count: _builtins.int = ...,
         overflow: _common_pb2.Overflow.ValueType = ...,
         include_tokens: _builtins.bool = ...,
+        rank_by: _common_pb2.FeatureRanking.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "foil", b"foil", "input", b"input", "position", b"position", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "count", b"count", "dictionaries", b"dictionaries", "foil", b"foil", "include_tokens", b"include_tokens", "input", b"input", "overflow", b"overflow", "position", b"position", "request_id", b"request_id", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "count", b"count", "dictionaries", b"dictionaries", "foil", b"foil", "include_tokens", b"include_tokens", "input", b"input", "overflow", b"overflow", "position", b"position", "rank_by", b"rank_by", "request_id", b"request_id", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__position: _TypeAlias = _typing.Literal["position"]  # noqa: Y015
     _WhichOneofArgType__position: _TypeAlias = _typing.Literal["_position", b"_position"]  # noqa: Y015

@@ -71,6 +71,36 @@ DATA_TYPE_BFLOAT16: DataType.ValueType  # 3
 """The upper half of a binary32."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
+class _FeatureRanking:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FeatureRankingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FeatureRanking.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FEATURE_RANKING_UNSPECIFIED: _FeatureRanking.ValueType  # 0
+    """The same as FEATURE_RANKING_ACTIVATION."""
+    FEATURE_RANKING_ACTIVATION: _FeatureRanking.ValueType  # 1
+    """The activation."""
+    FEATURE_RANKING_SURPRISE: _FeatureRanking.ValueType  # 2
+    """activation * -log10(share of tokens on which the feature fires). Features that fire nearly everywhere come last."""
+    FEATURE_RANKING_Z_SCORE: _FeatureRanking.ValueType  # 3
+    """(activation - mean) / standard deviation, both over all tokens."""
+
+class FeatureRanking(_FeatureRanking, metaclass=_FeatureRankingEnumTypeWrapper):
+    """The order of features, and so which are the top k. The values in replies are always activations. All but activation
+    set an activation against the statistics of its feature, which the dictionary must have (has_statistics).
+    """
+
+FEATURE_RANKING_UNSPECIFIED: FeatureRanking.ValueType  # 0
+"""The same as FEATURE_RANKING_ACTIVATION."""
+FEATURE_RANKING_ACTIVATION: FeatureRanking.ValueType  # 1
+"""The activation."""
+FEATURE_RANKING_SURPRISE: FeatureRanking.ValueType  # 2
+"""activation * -log10(share of tokens on which the feature fires). Features that fire nearly everywhere come last."""
+FEATURE_RANKING_Z_SCORE: FeatureRanking.ValueType  # 3
+"""(activation - mean) / standard deviation, both over all tokens."""
+Global___FeatureRanking: _TypeAlias = FeatureRanking  # noqa: Y015
+
 @_typing.final
 class TextInput(_message.Message):
     """Text to run the backbone on. Exactly one of the two must be set."""

@@ -121,10 +121,13 @@ class FeatureSelection(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
+    RANK_BY_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
-    """The strongest k features. At least 1."""
+    """The first k features in the order of `rank_by`. At least 1."""
     threshold: _builtins.float
     """Features whose activation exceeds this value, which is at least 0 and finite."""
+    rank_by: _common_pb2.FeatureRanking.ValueType
+    """The order of the features of a row. If no rule is set, all features that fire are returned, in this order."""
     @_builtins.property
     def features(self) -> Global___FeatureIds:
         """Only these features, on tokens where they fire."""
@@ -135,10 +138,11 @@ class FeatureSelection(_message.Message):
         top_k: _builtins.int = ...,
         features: Global___FeatureIds | None = ...,
         threshold: _builtins.float = ...,
+        rank_by: _common_pb2.FeatureRanking.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "selection", b"selection", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "selection", b"selection", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "rank_by", b"rank_by", "selection", b"selection", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_selection: _TypeAlias = _typing.Literal["top_k", "features", "threshold"]  # noqa: Y015
     _WhichOneofArgType_selection: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015

@@ -190,10 +190,13 @@ class WatchedFeatures(_message.Message):
     DICTIONARIES_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    RANK_BY_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
-    """How many of the strongest features of each dictionary to return on each token. 0: 5."""
+    """How many features of each dictionary to return on each token: the first in the order of `rank_by`. 0: 5."""
     prompt: _builtins.bool
     """Also return the features of the prompt's tokens."""
+    rank_by: _common_pb2.FeatureRanking.ValueType
+    """The order of the features of a token."""
     @_builtins.property
     def dictionaries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of dictionaries, without repeats; at least one."""
@@ -204,10 +207,11 @@ class WatchedFeatures(_message.Message):
         dictionaries: _abc.Iterable[_builtins.str] | None = ...,
         top_k: _builtins.int = ...,
         prompt: _builtins.bool = ...,
+        rank_by: _common_pb2.FeatureRanking.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionaries", b"dictionaries", "prompt", b"prompt", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionaries", b"dictionaries", "prompt", b"prompt", "rank_by", b"rank_by", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import grpc
 import numpy as np
@@ -140,3 +141,25 @@ async def test_a_cancelled_study_leaves_the_engine_free(served: Served) -> None:
     reply = await asyncio.wait_for(served.interventions.Score(pb.ScoreRequest(inputs=inputs())), 20)
     assert len(reply.results) == 4
     assert served.runtime.engine.snapshot().queued_items == 0
+
+
+async def test_the_strongest_features_by_surprise(served: Served) -> None:
+    strongest = pb.StrongestFeatures(count=4, dictionaries=["mid", "early"], rank_by="FEATURE_RANKING_SURPRISE")
+    reply = await served.interventions.AblateFeatures(pb.AblateFeaturesRequest(inputs=inputs(), strongest=strongest))
+    dictionaries = {name: served.dictionaries[name] for name in ("mid", "early")}
+    totals = total_activation(served.backbone, dictionaries, [ids(served, text) for text in TEXTS])
+    surprise = {
+        (name, latent): float(total) * -math.log10(max(float(dictionaries[name].statistics.firing_rate[latent]), 0.01))
+        for name in totals
+        for latent, total in enumerate(totals[name])
+    }  # the statistics are of 1,000 tokens, of which a latent counts as firing on 10 at least
+    expected = sorted(surprise, key=lambda feature: -surprise[feature])[:4]
+    assert {(effect.feature.dictionary, effect.feature.feature) for effect in reply.effects} == {*expected}
+
+
+async def test_ranking_the_strongest_needs_statistics(served: Served) -> None:
+    strongest = pb.StrongestFeatures(count=4, dictionaries=["plain"], rank_by="FEATURE_RANKING_Z_SCORE")
+    request = pb.AblateFeaturesRequest(inputs=inputs(), strongest=strongest)
+    refused = await failure(served.interventions.AblateFeatures(request))
+    assert refused.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "strongest.rank_by" in refused.message

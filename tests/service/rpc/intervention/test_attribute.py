@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sae_runtime.causal.attribution import AttributionStudy, Target
+from sae_runtime.dictionary.ranking import Ranking, ranking_table
 from service.pb.saeserve.v1 import causal_pb2 as pb
 from tests.builders import edited_model
 from tests.service.conftest import Served
@@ -55,3 +56,16 @@ async def test_attributions_equal_the_librarys(served: Served) -> None:
     assert likeliest.target_id == int(logits.argmax())
     assert not likeliest.HasField("foil_id")
     assert likeliest.metric == pytest.approx(float(logits.max()), abs=1e-4)
+
+
+@pytest.mark.parametrize("ranking", ["surprise", "z_score"])
+async def test_the_order_weighs_the_size_of_attributions(served: Served, ranking: Ranking) -> None:
+    request = pb.AttributeFeaturesRequest(input=inputs(TEXTS[3])[0], dictionaries=["early"], count=256)
+    everything = (await served.interventions.AttributeFeatures(request)).attributions
+    assert 6 < len(everything) < 256
+    scale = ranking_table(served.dictionaries["early"].statistics, ranking).scale
+    expected = sorted(everything, key=lambda a: -abs(a.attribution) * scale[a.feature.feature])[:6]
+    request.count, request.rank_by = 6, f"FEATURE_RANKING_{ranking.upper()}"  # type: ignore[assignment]
+    found = (await served.interventions.AttributeFeatures(request)).attributions
+    assert [(a.feature.feature, a.position) for a in found] == [(a.feature.feature, a.position) for a in expected]
+    assert [a.attribution for a in found] == pytest.approx([a.attribution for a in expected], abs=1e-5)

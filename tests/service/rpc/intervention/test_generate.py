@@ -10,7 +10,7 @@ import pytest
 
 from sae_runtime import Edit
 from service.engine.settings import EngineSettings
-from service.pb.saeserve.v1 import common_pb2, edits_pb2, server_service_pb2
+from service.pb.saeserve.v1 import common_pb2, edits_pb2, feature_service_pb2, server_service_pb2
 from service.pb.saeserve.v1 import intervention_service_pb2 as pb
 from service.replica import ReplicaSettings
 from tests.builders import edited_model
@@ -154,6 +154,24 @@ async def test_tokens_come_with_their_alternatives_and_features(served: Served) 
     assert [d.dictionary for d in told[0].dictionaries] == ["early", "mid"]
     splits = told[0].dictionaries[1].features.row_splits
     assert (len(splits), max(np.diff(splits))) == (len(prompt) + 1, 5)
+
+
+async def test_watched_features_in_another_order_are_those_of_extraction(served: Served) -> None:
+    surprise = common_pb2.FEATURE_RANKING_SURPRISE
+    watched = pb.WatchedFeatures(dictionaries=["early", "mid"], prompt=True, top_k=3, rank_by=surprise)
+    replies = await responses(served, max_new_tokens=6, features=watched)
+    (ids,) = ids_by_sequence(replies).values()
+    prompt = served.backbone.encode_text("Once upon").ids
+    extracted = await served.features.ExtractFeatures(
+        feature_service_pb2.ExtractFeaturesRequest(
+            inputs=[common_pb2.TextInput(token_ids=common_pb2.TokenIds(ids=[*prompt, *ids[:-1]]))],
+            dictionaries=["early", "mid"],
+            selection=feature_service_pb2.FeatureSelection(top_k=3, rank_by=surprise),
+        )
+    )
+    for place, expected in enumerate(extracted.results[0].dictionaries):
+        rows = [told.dictionaries[place].features for reply in replies for told in reply.chunk.features]
+        assert [latent for row in rows for latent in row.indices] == list(expected.features.indices)
 
 
 async def test_a_request_that_the_cache_cannot_hold_is_refused_at_once(served: Served) -> None:

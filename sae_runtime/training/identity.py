@@ -12,6 +12,7 @@ ONLY_HOW = frozenset(
     {
         "out",
         "name",
+        "bad_documents",  # a run that ends has the same weights with either rule
         "checkpoint",
         "checkpoint_interval",
         "threads",
@@ -24,7 +25,7 @@ ONLY_HOW = frozenset(
         "wandb_project",
     }
 )
-"""Settings for paths, speed and reports. They do not change the weights."""
+"""Settings for paths, bad text, speed and reports. They do not change the weights."""
 
 FREE_ON_RESUME = ONLY_HOW | {"micro_batch_tokens", "storage_dtype", "evaluation_tokens", "statistics_tokens"}
 """Settings that may differ between a run and its continuation. They change the weights by rounding at most."""

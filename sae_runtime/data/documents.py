@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sae_runtime.data.bad_documents import BadDocuments
-from sae_runtime.data.text_files import COMPRESSED, DAMAGE, first_wrong_byte, open_text, require
+from sae_runtime.data.text_files import COMPRESSED, DAMAGE, first_wrong_byte, open_text, require, unicode_name
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 EXPECTED = "expected .txt, .md, .jsonl (each also .xz, .gz or .zst) or .parquet"
@@ -58,7 +58,7 @@ class DocumentFile:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return unicode_name(self.path)
 
     @property
     def size(self) -> int:
@@ -77,7 +77,7 @@ class DocumentFile:
         return self._share
 
     def __iter__(self) -> Iterator[Document]:
-        kind = self.path.name.split(".")[0].rstrip("-0123456789") or self.path.name
+        kind = self.name.split(".")[0].rstrip("-0123456789") or self.name
         suffix = next((s for s in reversed(self.path.suffixes) if s not in COMPRESSED), "")
         if suffix == ".parquet" and self.path.suffix == suffix:
             yield from self._read_parquet(kind)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.data.documents import TEXT_SUFFIXES, Document, DocumentFile, document_of
-from sae_runtime.data.text_files import require
+from sae_runtime.data.text_files import require, unicode_name
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?")
 _UNKNOWN_SIZE = 1 << 30  # only decides how fast a data set is read beside others
@@ -121,7 +121,10 @@ class _Dataset:
 
 def _saved_dataset(path: Path, text_field: str, split: str, bad: BadDocuments) -> _Dataset:
     datasets = require("datasets", "datasets", f"{path} is a saved data set, and reading it")
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # a folder that is none, or damaged: it comes in many types
+        raise ValueError(f"{path} cannot be read as a saved data set: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise ValueError(f"{path} has splits {', '.join(loaded)}; expected {split!r}")
@@ -131,8 +134,8 @@ def _saved_dataset(path: Path, text_field: str, split: str, bad: BadDocuments) -
     kept = [column for column in (text_field, "kind") if column in loaded.column_names]
     loaded = loaded.select_columns(kept)
     size = sum(file.stat().st_size for file in path.rglob("*.arrow"))
-    identity = {"name": path.name, "split": split, "rows": len(loaded), "bytes": size}
-    return _Dataset(path.name, size, identity, loaded, len(loaded), text_field, bad)
+    identity = {"name": unicode_name(path), "split": split, "rows": len(loaded), "bytes": size}
+    return _Dataset(unicode_name(path), size, identity, loaded, len(loaded), text_field, bad)
 
 
 def _hub_dataset(name: str, text_field: str, split: str, bad: BadDocuments) -> _Dataset:

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,11 @@ def first_wrong_byte(text: str) -> tuple[int, str] | None:
         byte = ord(text[error.start]) & 0xFF
         return text.count("\n", 0, error.start) + 1, f"byte 0x{byte:02x} is not UTF-8"
     return None
+
+
+def unicode_name(path: Path) -> str:
+    """A file's name for records; bytes of it that are not UTF-8, which Linux allows, become U+FFFD."""
+    return os.fsencode(path.name).decode(errors="replace")
 
 
 def require(module: str, package: str, purpose: str) -> Any:

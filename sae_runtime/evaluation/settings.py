@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sae_runtime.data.bad_documents import BadDocumentRule
+from sae_runtime.data.text_files import unicode_name
 from sae_runtime.model.sites import Site
 from sae_runtime.settings import read_settings
 
@@ -127,4 +128,4 @@ class EvaluationSettings(BaseModel):
     def sample_settings(self) -> dict[str, Any]:
         """The settings that decide the figures, as a report records them: no folders, files by their names."""
         kept = self.model_dump(mode="json", exclude={"out", "device", "backbone", "bad_documents"})
-        return kept | {"data": [path.name for path in self.data]}
+        return kept | {"data": [unicode_name(path) for path in self.data]}

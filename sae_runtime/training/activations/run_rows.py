@@ -17,6 +17,7 @@ from sae_runtime.data.rows import (
     shuffled_held_out,
     take_tokens,
 )
+from sae_runtime.data.text_files import unicode_name
 from sae_runtime.data.token_folder.manifest import lone_token_folder, read_manifest
 from sae_runtime.data.token_folder.reader import (
     DocumentFolderRows,
@@ -67,7 +68,7 @@ def describe_data(config: TrainingConfig) -> str:
     if folder is not None:
         manifest = read_manifest(folder)
         return f"{folder.name} ({manifest.tokens('train')} training tokens, fingerprint {manifest.fingerprint})"
-    return ", ".join(f"{path.name} ({path.stat().st_size} bytes)" for path in config.data)
+    return ", ".join(f"{unicode_name(path)} ({path.stat().st_size} bytes)" for path in config.data)
 
 
 def row_cutter(config: TrainingConfig, backbone: Backbone, bad: BadDocuments | None = None) -> RowCutter:

@@ -210,6 +210,23 @@ def test_rows_go_on_when_a_bad_line_was_mended(stopped: Any) -> None:
     assert "mended mended" in "".join(chr(token) for row in whole for token in row)
 
 
+def test_a_file_that_vanishes_between_epochs_is_named(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "vanished.jsonl", ["one text", "another"])
+    rows = TrainingRows([file], RowCutter(encode, END, 8))
+    next(rows)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"vanished\.jsonl"):
+        list(islice(rows, 10))
+
+
+def test_a_file_that_is_cut_between_epochs_gives_what_is_left(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "cut.jsonl", ["abcdefgh", "ijklmnop"])
+    rows = TrainingRows([file], RowCutter(encode, END, 9))
+    assert len(list(islice(rows, 2))) == 2
+    jsonl(file, ["abcdefgh"])
+    assert next(rows) == next(rows) == [*map(ord, "abcdefgh"), END]
+
+
 def test_rows_do_not_go_on_from_other_text(stopped: Any) -> None:
     files, _, state = stopped
     files[0].write_text(files[0].read_text().replace("3 long document", "3 brief document", 1))

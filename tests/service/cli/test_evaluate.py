@@ -1,6 +1,7 @@
 """`saeserve evaluate`: settings, files and messages; the measurements are tested in tests/sae_runtime/evaluation."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,13 @@ def test_a_bad_document_stops_with_one_line_or_is_skipped(
         code, _, error = saeserve(*command, "--bad-documents", "skip")
     assert code == 0, error
     assert "setting_bad_documents" not in json.loads((tmp_path / "report" / "evaluation.json").read_text())
+
+
+def test_a_name_that_is_not_utf_8_is_recorded(saeserve: Saeserve, published: Path, text: Path, tmp_path: Path):
+    named = text.rename(tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    code, _, error = saeserve("evaluate", str(published), "--data", str(named), "--out", str(tmp_path / "r"), *QUICK)
+    assert code == 0, error
+    assert json.loads((tmp_path / "r" / "evaluation.json").read_text())["setting_data"] == ["caf\ufffd.txt"]
 
 
 def test_a_package_that_is_missing_is_one_line(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,19 @@ def test_a_bad_document_stops_with_one_line_or_is_skipped(
         code, _, error = saeserve(*command, "--bad-documents", "skip")
     assert code == 0, error
     assert TokenFolder(tmp_path / "t").n_documents("train") >= 48
+
+
+def test_a_name_that_is_not_utf_8_is_recorded(
+    saeserve: Saeserve,
+    text: Path,
+    tmp_path: Path,
+    tiny_backbone_folder: Path,  # noqa: F811
+):
+    named = text.rename(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
+    command = ["tokenize", str(named), "--out", str(tmp_path / "t"), "--backbone", str(tiny_backbone_folder)]
+    code, _, error = saeserve(*command)
+    assert code == 0, error
+    assert TokenFolder(tmp_path / "t").manifest.sources[0]["name"] == "caf\ufffd.jsonl"
 
 
 def test_half_of_a_surrogate_pair_is_replaced(

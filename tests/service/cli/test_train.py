@@ -1,6 +1,7 @@
 """`saeserve train`; the offline job itself is tested in tests/sae_runtime."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,17 @@ def test_a_bad_document_stops_with_one_line_or_is_skipped(
     with pytest.warns(UserWarning, match=f"^skipped 1 document that cannot be used: {bad}:2"):
         code, _, error = saeserve("train", str(config), "--bad-documents", "skip")
     assert code == 0, error
+
+
+def test_a_name_that_is_not_utf_8_is_recorded(saeserve: Saeserve, tiny_run: dict[str, Any], tmp_path: Path):
+    named = (tmp_path / "text.txt").rename(tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_run | {"data": []}))
+    code, _, error = saeserve("train", str(config), "--data", str(named))
+    assert code == 0, error
+    assert json.loads((tmp_path / "tiny" / "dictionary.json").read_text())["provenance"]["config"]["data"] == [
+        "caf\ufffd.txt"
+    ]
 
 
 def test_trains_and_publishes(saeserve: Saeserve, tiny_run: dict[str, Any], tmp_path: Path):

@@ -1,9 +1,6 @@
 """Token folders hold the text's tokens once, apart from what is held out, and train exactly as the text does."""
 
-import contextlib
 import json
-import lzma
-import random
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -16,7 +13,7 @@ from sae_runtime import Backbone
 from sae_runtime.data.token_folder import tokenize as tokenize_module
 from sae_runtime.data.token_folder.manifest import TokenManifest, read_manifest
 from sae_runtime.data.token_folder.reader import TokenFolder
-from sae_runtime.data.token_folder.tokenize import TokenizeConfig, TokenizeProgress, tokenize
+from sae_runtime.data.token_folder.tokenize import TokenizeProgress
 from sae_runtime.training.activations.run_rows import (
     data_fingerprint,
     describe_data,
@@ -25,44 +22,15 @@ from sae_runtime.training.activations.run_rows import (
     training_rows,
 )
 from sae_runtime.training.config import TrainingConfig
+from tests.sae_runtime.data.token_folder.examples import stored, texts, write_jsonl
 
 pytestmark = pytest.mark.any_cpu
 
 END = 0
 
 
-def texts(n: int, seed: int = 0) -> list[str]:
-    generator = random.Random(seed)
-    return ["".join(generator.choices("abcdef é", k=generator.randint(0, 90))) + f" {i}" for i in range(n)]
-
-
-def write_jsonl(path: Path, documents: list[str], open_file: Callable[..., Any] = open, field: str = "text") -> Path:
-    with open_file(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({field: text}) + "\n" for text in documents)
-    return path
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> list[Path]:
-    return [write_jsonl(tmp_path / "a.jsonl", texts(80)), write_jsonl(tmp_path / "b.jsonl.xz", texts(60, 1), lzma.open)]
-
-
-@pytest.fixture
-def make(tmp_path: Path, tiny_backbone_folder: Path) -> Callable[..., TokenManifest]:
-    def call(sources: list[Any], progress: Any = None, restart: bool = False, **settings: Any) -> TokenManifest:
-        settings = {"out": tmp_path / "tokens", "backbone": str(tiny_backbone_folder), "shard_tokens": 1000} | settings
-        return tokenize(TokenizeConfig(sources=tuple(map(str, sources)), **settings), progress, restart=restart)
-
-    return call
-
-
 def train_config(data: list[Path], backbone: Path, **settings: Any) -> TrainingConfig:
     return TrainingConfig(site="0.resid_pre", data=tuple(data), backbone=str(backbone), out=Path("unused"), **settings)
-
-
-def stored(folder: Path, split: Any) -> list[list[int]]:
-    opened = TokenFolder(folder)
-    return [opened.document(split, i) for i in range(opened.n_documents(split))]
 
 
 def encode(backbone: Backbone, document: str) -> list[int]:
@@ -333,60 +301,6 @@ def test_a_source_that_cannot_be_read_leaves_no_folder(make: Callable[..., Token
         with pytest.raises(ValueError, match=message):
             make([tmp_path / name], restart=True)
         assert not (tmp_path / "tokens").exists()
-
-
-@pytest.fixture
-def with_a_cut_line(tmp_path: Path) -> list[Path]:
-    """A file whose line 350 is cut, after more text than is tokenized at a time, and a file without fault."""
-    path = write_jsonl(tmp_path / "cut.jsonl", [f"{i} " + "long " * 180 for i in range(400)])
-    lines = path.read_text().splitlines()
-    lines[349] = '{"text": "cut'
-    path.write_text("\n".join(lines))
-    return [path, write_jsonl(tmp_path / "whole.jsonl", texts(40))]
-
-
-def mend(path: Path) -> None:
-    path.write_text(path.read_text().replace('{"text": "cut', json.dumps({"text": "mended " * 1000})))
-
-
-@pytest.mark.parametrize("remedy", ["skip", "mend"])
-def test_a_folder_that_stopped_at_a_bad_line_goes_on(
-    make: Callable[..., TokenManifest], with_a_cut_line: list[Path], tmp_path: Path, remedy: str
-) -> None:
-    with pytest.raises(ValueError, match=r"cut\.jsonl:350: expected a JSON object"):
-        make(with_a_cut_line, shard_tokens=10**9)
-    partial = tmp_path / "tokens.partial"
-    before = json.loads((partial / "journal.json").read_text())
-    assert before["documents"] > 250  # what was tokenized is kept, though its file was not full
-    written = (partial / "train-00000.npy").stat().st_mtime_ns
-    folder, whole = tmp_path / "tokens", tmp_path / "whole"
-    settings: dict[str, Any] = {}
-    told: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if remedy == "mend":
-        mend(with_a_cut_line[0])
-    else:
-        settings = {"bad_documents": "skip"}
-        told = pytest.warns(UserWarning, match=r"^skipped 1 document that cannot be used: .*cut\.jsonl:350: ")
-    with told:
-        manifest = make(with_a_cut_line, shard_tokens=10**9, **settings)
-        make(with_a_cut_line, out=whole, **settings)  # nothing interrupts this one
-    assert (folder / "train-00000.npy").stat().st_mtime_ns == written
-    for split in ("train", "held_out"):
-        assert sorted(stored(folder, split)) == sorted(stored(whole, split))
-    assert manifest.documents("train") + manifest.documents("held_out") == 440 - (remedy == "skip")
-
-
-def test_a_document_that_is_in_a_shard_must_not_change(
-    make: Callable[..., TokenManifest], with_a_cut_line: list[Path], tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=r"cut\.jsonl:350"):
-        make(with_a_cut_line)
-    path = with_a_cut_line[0]
-    path.write_text(path.read_text().replace("7 long", "7 brief", 1))
-    mend(path)
-    with pytest.raises(ValueError, match=r"documents that .*tokens\.partial was begun with have changed: .*--restart"):
-        make(with_a_cut_line)
-    assert make(with_a_cut_line, restart=True).documents("train") > 400
 
 
 def test_large_vocabularies_take_32_bits(

@@ -117,7 +117,7 @@ def test_json(call: Call):
 def test_files(call: Call, fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "lines.txt"
     file.write_text("one\n\ntwo words\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO("from standard input"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"from standard input")))
     assert call("features", "--file", str(file), "--lines")[0] == 0
     assert call("features", "--file", str(file), "--file", "-", "--json")[0] == 0
     batches = [[i.text for i in sent.inputs] for sent in fake.requests("ExtractFeaturesStream") if sent]

@@ -75,8 +75,8 @@ class Dictionary:
 
     def __post_init__(self) -> None:
         """ValueError names the tensor or field at fault, what was found and what was expected."""
-        if self.encoder.ndim != 2:
-            raise ValueError(f"encoder has shape {list(self.encoder.shape)}, expected [n_latents, d_in]")
+        if self.encoder.ndim != 2 or not self.encoder.numel():
+            raise ValueError(f"encoder has shape {list(self.encoder.shape)}, expected [n_latents, d_in] of 1 or more")
         n_latents, d_in = self.encoder.shape
         per_latent = ("latent_bias", "threshold", "magnitude_scale", "magnitude_bias")
         expected: dict[str, tuple[int, ...]] = {"decoder": (n_latents, d_in), "skip": (d_in, d_in)}
@@ -280,7 +280,8 @@ class Dictionary:
         x = x.to(device=self.device, dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
         x, statistics = normalize_rows(x, self.normalization)
         # A finite row whose squares overflow would give infinite or undefined latents.
-        size = torch.linalg.vector_norm(x, dim=1) if statistics is None else statistics.std
+        scaled = statistics is not None and self.normalization != "centred"
+        size = statistics.std if scaled else torch.linalg.vector_norm(x, dim=1)
         if not all_finite(size):
             rows = (~size.flatten().isfinite()).nonzero().squeeze(1)
             count = f"{len(rows)} of {len(x)} rows"

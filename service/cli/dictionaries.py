@@ -46,6 +46,7 @@ def _list(dictionaries: tuple[DictionaryInfo, ...]) -> Table:
 
 _INPUT = {
     "none": "as it is",
+    "centred": "mean 0 per token",
     "layer_norm": "mean 0 and standard deviation 1 per token",
     "constant_norm": "constant norm per token",
 }

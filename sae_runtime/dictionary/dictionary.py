@@ -137,6 +137,14 @@ class Dictionary:
         """Whether decoding needs the `InputStatistics` that encoding returns."""
         return self.normalization != "none"
 
+    @property
+    def prepend_bos(self) -> bool | None:
+        """Whether each row of the training text began with a BOS token; None if its file does not say."""
+        if self.origin is not None:
+            return self.origin.prepend_bos
+        recorded = None if self.manifest is None else self.manifest.provenance.config.get("prepend_bos")
+        return recorded if isinstance(recorded, bool) else None
+
     def require_site(self) -> Site:
         """The site that the dictionary reads. ValueError: it does not say."""
         if self.site is None:
@@ -280,8 +288,8 @@ class Dictionary:
         x = x.to(device=self.device, dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
         x, statistics = normalize_rows(x, self.normalization)
         # A finite row whose squares overflow would give infinite or undefined latents.
-        scaled = statistics is not None and self.normalization != "centred"
-        size = statistics.std if scaled else torch.linalg.vector_norm(x, dim=1)
+        scale = None if statistics is None or self.normalization == "centred" else statistics.std
+        size = torch.linalg.vector_norm(x, dim=1) if scale is None else scale
         if not all_finite(size):
             rows = (~size.flatten().isfinite()).nonzero().squeeze(1)
             count = f"{len(rows)} of {len(x)} rows"

@@ -24,6 +24,8 @@ def latents(d: Dictionary, x: Tensor) -> Tensor:
     """z [T, n_latents] of activations x [T, d_in]."""
     if d.normalization == "layer_norm":
         x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
+    elif d.normalization == "centred":
+        x = x - x.mean(1, keepdim=True)
     elif d.normalization == "constant_norm":
         x = x / x.square().mean(1, keepdim=True).sqrt()
     p = (x - d.pre_bias) @ d.encoder.T
@@ -56,7 +58,7 @@ def scale_of(d: Dictionary, x: Tensor) -> Tensor:
 
 def reconstruction(d: Dictionary, z: Tensor, x: Tensor) -> Tensor:
     """decode(z) of one token, whose activation was x."""
-    mean = x.mean() if d.normalization == "layer_norm" else 0.0
+    mean = x.mean() if d.normalization in ("centred", "layer_norm") else 0.0
     bias = d.pre_bias if d.output_bias is None else d.output_bias
     y = mean + scale_of(d, x) * (z @ d.decoder + bias)
     return y if d.skip is None else y + d.skip @ x

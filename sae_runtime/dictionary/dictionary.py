@@ -75,8 +75,8 @@ class Dictionary:
 
     def __post_init__(self) -> None:
         """ValueError names the tensor or field at fault, what was found and what was expected."""
-        if self.encoder.ndim != 2:
-            raise ValueError(f"encoder has shape {list(self.encoder.shape)}, expected [n_latents, d_in]")
+        if self.encoder.ndim != 2 or not self.encoder.numel():
+            raise ValueError(f"encoder has shape {list(self.encoder.shape)}, expected [n_latents, d_in] of 1 or more")
         n_latents, d_in = self.encoder.shape
         per_latent = ("latent_bias", "threshold", "magnitude_scale", "magnitude_bias")
         expected: dict[str, tuple[int, ...]] = {"decoder": (n_latents, d_in), "skip": (d_in, d_in)}
@@ -136,6 +136,14 @@ class Dictionary:
     def normalizes_input(self) -> bool:
         """Whether decoding needs the `InputStatistics` that encoding returns."""
         return self.normalization != "none"
+
+    @property
+    def prepend_bos(self) -> bool | None:
+        """Whether each row of the training text began with a BOS token; None if its file does not say."""
+        if self.origin is not None:
+            return self.origin.prepend_bos
+        recorded = None if self.manifest is None else self.manifest.provenance.config.get("prepend_bos")
+        return recorded if isinstance(recorded, bool) else None
 
     def require_site(self) -> Site:
         """The site that the dictionary reads. ValueError: it does not say."""
@@ -280,7 +288,8 @@ class Dictionary:
         x = x.to(device=self.device, dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
         x, statistics = normalize_rows(x, self.normalization)
         # A finite row whose squares overflow would give infinite or undefined latents.
-        size = torch.linalg.vector_norm(x, dim=1) if statistics is None else statistics.std
+        scale = None if statistics is None or self.normalization == "centred" else statistics.std
+        size = torch.linalg.vector_norm(x, dim=1) if scale is None else scale
         if not all_finite(size):
             rows = (~size.flatten().isfinite()).nonzero().squeeze(1)
             count = f"{len(rows)} of {len(x)} rows"

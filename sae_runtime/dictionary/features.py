@@ -19,7 +19,7 @@ class InputStatistics:
     """
 
     mean: Tensor  # float32 (float64 for a float64 dictionary) [n, 1]; 0 with constant_norm
-    std: Tensor  # same dtype [n, 1]; unbiased, without the encoder's eps; with constant_norm the root mean square
+    std: Tensor  # same dtype [n, 1]; unbiased, without the encoder's eps; centred: 1; constant_norm: root mean square
 
 
 @dataclass(frozen=True, eq=False)

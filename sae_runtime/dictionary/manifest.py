@@ -8,8 +8,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from sae_runtime.dictionary.dictionary import COMPETING, Activation
+from sae_runtime.dictionary.json_object import parse_object
 from sae_runtime.dictionary.normalization import Normalization
 from sae_runtime.errors import DictionaryFormatError
+from sae_runtime.model.sites import Site
 
 SCHEMA_VERSION = 1
 
@@ -61,14 +63,12 @@ class Manifest:
         return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Manifest:
+    def from_json(cls, content: str | bytes) -> Manifest:
         """Parses and validates; DictionaryFormatError says which key is wrong and what was expected."""
         try:
-            raw = json.loads(text)
+            raw = parse_object(content.encode() if isinstance(content, str) else content)
         except ValueError as error:
             raise DictionaryFormatError(f"manifest is not JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise DictionaryFormatError(f"manifest: found {type(raw).__name__}, expected a JSON object")
         version = raw.get("schema_version")
         if type(version) is not int or version < 1:
             raise DictionaryFormatError(f"manifest: schema_version is {version!r}, expected a positive integer")
@@ -90,9 +90,13 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
-        for name in ("d_in", "n_latents"):
-            if getattr(self, name) < 1:
-                raise DictionaryFormatError(f"manifest.{name} is {getattr(self, name)}, expected a positive integer")
+        for name in ("d_in", "n_latents", "context_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise DictionaryFormatError(f"manifest.{name} is {value}, expected a positive integer")
+        try:
+            Site.parse(self.site)
+        except ValueError as error:
+            raise DictionaryFormatError(f"manifest.site: {error}") from error
         competing = self.architecture in COMPETING
         if competing and (self.k is None or not 1 <= self.k <= self.n_latents):
             expected = f"1 to n_latents = {self.n_latents} for {self.architecture}"
@@ -125,7 +129,7 @@ def _fits(value: object, hint: Any) -> bool:
     """Whether a JSON value fits an annotation; knows those of the dataclasses above."""
     options = get_args(hint)
     if getattr(hint, "__origin__", None) is Literal:
-        return value in options
+        return isinstance(value, str) and value in options
     if getattr(hint, "__origin__", None) is dict:
         return isinstance(value, dict)
     if options:  # a union

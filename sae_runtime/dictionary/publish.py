@@ -61,5 +61,7 @@ def _converted(dictionary: Dictionary) -> Provenance:
     config: dict[str, Any] = {}
     if (origin := dictionary.origin) is not None:
         config = {"converted_from": origin.format, "hook": origin.hook, "model": origin.model, **origin.config}
+        if origin.prepend_bos is not None:
+            config["prepend_bos"] = origin.prepend_bos
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return Provenance(code_version=code_version(), config=config, created=created)

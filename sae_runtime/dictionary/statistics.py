@@ -34,7 +34,7 @@ class LatentStatistics:
     n_tokens: int
 
     def __post_init__(self) -> None:
-        n_latents = self.firing_rate.shape[0]
+        n_latents = self.firing_rate.numel()
         expected = {
             "firing_rate": (n_latents,),
             "mean": (n_latents,),
@@ -47,6 +47,8 @@ class LatentStatistics:
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 raise ValueError(f"statistics: {name} has shape {list(found)}, expected {list(shape)}")
+        if self.n_tokens < 1:
+            raise ValueError(f"statistics: n_tokens is {self.n_tokens}, expected 1 or more")
 
     @property
     def n_latents(self) -> int:
@@ -68,7 +70,13 @@ class LatentStatistics:
         for name, tensor in stored.items():
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"statistics: {name} holds NaN or infinite values")
-        return cls(**stored, n_tokens=int(tensors["n_tokens"].item()))
+        for name in ("firing_rate", "quantile_levels"):
+            if not bool(((stored[name] >= 0) & (stored[name] <= 1)).all()):
+                raise ValueError(f"statistics: {name} is not between 0 and 1")
+        n_tokens = tensors["n_tokens"]
+        if n_tokens.dtype != torch.int64 or n_tokens.numel() != 1:
+            raise ValueError(f"statistics: n_tokens is {n_tokens.dtype} {list(n_tokens.shape)}, expected one int64")
+        return cls(**stored, n_tokens=int(n_tokens.item()))
 
     def __getitem__(self, latents: slice | Tensor) -> LatentStatistics:
         """The same figures for some of the latents."""

@@ -25,6 +25,7 @@ _FAMILIES = {
     "gated": "Gated",
 }
 _INPUTS = {
+    "centred": ", on activations without their mean",
     "layer_norm": ", on layer-normalised activations",
     "constant_norm": ", on activations scaled to one norm",
     "none": "",

@@ -46,6 +46,7 @@ def _list(dictionaries: tuple[DictionaryInfo, ...]) -> Table:
 
 _INPUT = {
     "none": "as it is",
+    "centred": "mean 0 per token",
     "layer_norm": "mean 0 and standard deviation 1 per token",
     "constant_norm": "constant norm per token",
 }
@@ -66,6 +67,8 @@ def _details(details: DictionaryDetails) -> Table:
     if dictionary.context_length:
         facts["context"] = f"{dictionary.context_length:,} tokens"
     if provenance is not None:
+        if provenance.config.get("prepend_bos"):
+            facts["training text"] = "every row began with a BOS token; texts are run without one"
         facts |= {
             "trained on": f"{provenance.tokens:,} tokens of {provenance.data or 'unnamed text'}",
             "trained by": f"{provenance.code_version}, seed {provenance.seed}",

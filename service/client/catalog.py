@@ -28,7 +28,7 @@ class DictionaryInfo:
     context_length: int | None
     """Tokens in a training context, if known."""
     normalization: str = "none"
-    """Of each input row: "none", "layer_norm" or "constant_norm"."""
+    """Of each input row: "none", "centred", "layer_norm" or "constant_norm"."""
     has_skip_connection: bool = False
     """Whether decoding also needs the raw input; decode_features refuses such a dictionary."""
     transcoder: bool = False

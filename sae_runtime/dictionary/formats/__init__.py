@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,8 @@ def load_dictionary(
 def check_backbone(dictionary: Dictionary, backbone: Backbone) -> None:
     """Checks that a dictionary belongs to a backbone.
 
+    Warns (UserWarning) if it was trained on texts that begin with a BOS token: a backbone runs texts as they are.
+
     Raises:
         FingerprintMismatch: the dictionary was made for another backbone or tokenizer; names both.
         DictionaryFormatError: the backbone does not have the dictionary's site, or the site has another width.
@@ -80,6 +83,12 @@ def check_backbone(dictionary: Dictionary, backbone: Backbone) -> None:
             dictionary.site_in(backbone)
         except ValueError as error:
             raise DictionaryFormatError(f"{dictionary} does not fit {backbone.name!r}: {error}") from error
+    if dictionary.prepend_bos:
+        warnings.warn(
+            f"{dictionary} was trained on texts that begin with a BOS token (prepend_bos), and texts are run as they "
+            "are: without it, latents of a text's first tokens differ from those of training",
+            stacklevel=2,
+        )
 
 
 def _read(path: Path, dtype: torch.dtype, device: str | torch.device) -> Dictionary:

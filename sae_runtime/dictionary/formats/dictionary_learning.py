@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.formats.keys import check_keys, key_set
 from sae_runtime.dictionary.formats.origin import Origin
 from sae_runtime.dictionary.formats.torch_file import read_torch_file
 from sae_runtime.dictionary.formats.weights import build_dictionary, check_tensors, convert, read_config
@@ -66,6 +67,18 @@ _KEYS: dict[str, dict[str, str]] = {
 _CLASS_OF_KEYS = {
     frozenset(keys.values()): name for name, keys in _KEYS.items() if name not in ("AutoEncoderTopK", "BatchTopKSAE")
 } | {frozenset({*_FLAT_KEYS.values(), "k", "threshold", "group_sizes"}): "MatryoshkaBatchTopKSAE"}
+# What the project's trainers and buffers have recorded, in all versions; none of it is needed to encode.
+_RECORDED = key_set(
+    """
+    activation_dim activation_queue_length adaptive_sparsity_penalty anneal_start auxk_alpha bandwidth decay_start
+    device dict_class dict_size gp_reg_coeff group_fractions group_sizes group_weights k l0_penalty l1_penalty
+    lambda_warm_steps layer lm_name lr n_sparsity_updates p_end p_start resample_steps seed sparsity_coefficient
+    sparsity_function sparsity_loss_queue_length sparsity_penalty sparsity_queue_length sparsity_warmup_steps steps
+    steps_before_annealing submodule_name target_l0 threshold_beta threshold_start_step top_k_aux trainer_class
+    wandb_name warmup_steps weights_temperature
+    """
+)
+_BUFFER = ("d_submodule", "io", "n_ctxs", "ctx_len", "refresh_batch_size", "out_batch_size", "device", "layer")
 _SCALED = ("pre_bias", "output_bias", "latent_bias", "magnitude_bias", "threshold")
 
 
@@ -95,6 +108,15 @@ def load_dictionary_learning(
     trainer = config.get("trainer", config)
     if not isinstance(trainer, Mapping):
         raise DictionaryFormatError(f"{config_file}: trainer is {trainer!r}, expected an object with dict_class")
+    if trainer is not config:
+        check_keys(config_file, config, ("trainer", "buffer"))
+    check_keys(config_file, trainer, _RECORDED | {"buffer"} if trainer is config else _RECORDED, where="trainer.")
+    buffer = config.get("buffer") or {}
+    if not isinstance(buffer, Mapping):
+        raise DictionaryFormatError(f"{config_file}: buffer is {buffer!r}, expected an object")
+    check_keys(config_file, buffer, _BUFFER, where="buffer.")
+    if (io := buffer.get("io", "out")) not in ("out", "in", "in_and_out"):
+        raise DictionaryFormatError(f"{config_file}: buffer.io is {io!r}, expected out, in or in_and_out")
     kind = _class(file, state, trainer)
     tensors = _tensors(file, state, kind, norm_factor, dtype, device)
     activation = _activation(file, state, trainer, kind)
@@ -105,13 +127,14 @@ def load_dictionary_learning(
         file,
         **tensors,
         **activation,
-        site=_site(config, trainer),
+        transcoder=io == "in_and_out",  # trained to give the module's output from its input
+        site=_site(trainer) if io == "out" else None,
         name=file.parent.name if file.name == WEIGHTS_FILE else file.stem,
         origin=Origin.of(
             "dictionary_learning",
             hook=trainer.get("submodule_name"),
             model=trainer.get("lm_name"),
-            context_length=config["buffer"].get("ctx_len") if isinstance(config.get("buffer"), Mapping) else None,
+            context_length=buffer.get("ctx_len"),
             config=config,
         ),
     )
@@ -152,6 +175,7 @@ def _tensors(
         if name not in ("encoder", "decoder"):
             shapes[key] = (d_in,) if name in ("pre_bias", "output_bias") else (n_latents,)
     check_tensors(file, state, shapes)
+    check_keys(file, state, {*shapes, "k", "threshold", "group_sizes"})
     tensors = {}
     for name, key in keys.items():
         transposed = (name == "encoder") if flat else (name == "decoder")
@@ -167,7 +191,9 @@ def _activation(file: Path, state: Mapping[str, Any], trainer: Mapping[str, Any]
     """The dictionary's `activation` and `k`, and a threshold if all latents share one."""
     if kind == "AutoEncoderTopK":
         source = state if "k" in state else trainer  # files of older versions hold no k
-        return {"activation": "topk", "k": int(_scalar(file, source, "k"))}
+        if not (k := _scalar(file, source, "k")).is_integer():
+            raise DictionaryFormatError(f"{file}: k is {k}, expected an integer")
+        return {"activation": "topk", "k": int(k)}
     if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         threshold = _scalar(file, state, "threshold")
         return {"activation": "relu"} if threshold <= 0 else {"activation": "jumprelu", "threshold": threshold}
@@ -179,16 +205,13 @@ def _scalar(file: Path, state: Mapping[str, Any], key: str) -> float:
     value = state.get(key)
     if isinstance(value, Tensor) and value.numel() == 1 and bool(value.isfinite().all()):
         return float(value.item())
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
     actual = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
     raise DictionaryFormatError(f"{file}: {key} is {actual}, expected one number")
 
 
-def _site(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> str | None:
+def _site(trainer: Mapping[str, Any]) -> str | None:
     """The site, if its name is the one in the project's own examples; the project lets users write any text."""
-    buffer = config.get("buffer")
-    if isinstance(buffer, Mapping) and buffer.get("io", "out") != "out":
-        return None
     match = re.fullmatch(r"resid_post_layer_(\d+)", str(trainer.get("submodule_name")))
     return f"{int(match[1])}.resid_post_mlp" if match else None

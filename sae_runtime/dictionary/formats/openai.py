@@ -2,7 +2,9 @@
 
 A state dict written by `torch.save`: pre_bias [d], latent_bias [n], encoder.weight [n, d], decoder.weight [d, n] (any
 memory layout), activation (a class name; any name but TopK and Identity means ReLU) and activation_state_dict (TopK: k,
-postact_fn). The input is layer-normalised if and only if the activation is TopK. Other keys are ignored.
+postact_fn). The input is layer-normalised if and only if the activation is TopK. stats_last_nonzero,
+latents_activation_frequency, latents_mean_square, activation.k and activation.postact_fn are not used; a file with
+other keys is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from sae_runtime.atomic import atomic_file
 from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.formats.keys import check_keys
 from sae_runtime.dictionary.formats.origin import Origin
 from sae_runtime.dictionary.formats.torch_file import read_torch_file
 from sae_runtime.dictionary.formats.weights import (
@@ -30,6 +33,13 @@ from sae_runtime.errors import DictionaryFormatError
 from sae_runtime.model.sites import LOCATIONS
 
 EXPECTED = "OpenAI's sparse_autoencoder state dict (encoder.weight, decoder.weight, pre_bias, latent_bias, activation)"
+_UNUSED = (
+    "stats_last_nonzero",
+    "latents_activation_frequency",
+    "latents_mean_square",
+    "activation.k",
+    "activation.postact_fn",
+)
 # Published as gpt2-small/{location}{suffix}/autoencoders/{layer}.pt, the suffix empty, _v4, _v5_32k or _v5_128k.
 _PUBLISHED_PATH = re.compile(rf"({'|'.join(LOCATIONS)})(_v\d+\w*)?/autoencoders/(\d+)\.pt$")
 
@@ -65,6 +75,7 @@ def load_openai(
         "latent_bias": (n_latents,),
     }
     check_tensors(path, state, expected)
+    check_keys(path, state, {*expected, "activation", "activation_state_dict", *_UNUSED})
     activation, k, postact = _activation(path, state)
     published = _PUBLISHED_PATH.search(path.resolve().as_posix())
     if site is None and published is not None:
@@ -139,15 +150,20 @@ def _activation(
     path: Path, state: Mapping[str, Any]
 ) -> tuple[Literal["topk", "relu"], int | None, Literal["relu", "identity"]]:
     name = state.get("activation", "ReLU")
+    options = state.get("activation_state_dict") or {}
+    if not isinstance(name, str) or not isinstance(options, Mapping):
+        raise DictionaryFormatError(
+            f"{path}: activation is {name!r} and activation_state_dict {options!r}, expected a name and a mapping"
+        )
     if name == "Identity":
         raise DictionaryFormatError(f"{path}: activation is Identity, whose latents are dense; expected TopK or ReLU")
+    check_keys(path, options, ("k", "postact_fn") if name == "TopK" else (), where="activation_state_dict.")
     if name != "TopK":  # OpenAI's loader takes every name it does not know for ReLU
         return "relu", None, "relu"
-    options = state.get("activation_state_dict")
-    k = options.get("k") if isinstance(options, Mapping) else None
+    k = options.get("k")
     if not isinstance(k, int) or isinstance(k, bool):
         raise DictionaryFormatError(f"{path}: TopK with activation_state_dict {options!r}, expected an integer k in it")
-    postact = options.get("postact_fn", "ReLU") if isinstance(options, Mapping) else "ReLU"
+    postact = options.get("postact_fn", "ReLU")
     if postact not in ("ReLU", "Identity"):
         raise DictionaryFormatError(f"{path}: postact_fn is {postact!r}, expected ReLU or Identity")
     return "topk", k, "relu" if postact == "ReLU" else "identity"

@@ -147,13 +147,13 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """The manifest of a published dictionary's folder, without its weights."""
     file = Path(path) / MANIFEST_FILE
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = file.read_bytes()
+    except OSError as error:
         raise DictionaryFormatError(
             f"{file}: cannot be read, expected a published dictionary's manifest: {error}"
         ) from error
     try:
-        return Manifest.from_json(text)
+        return Manifest.from_json(content)
     except DictionaryFormatError as error:
         raise DictionaryFormatError(f"{file}: {error}") from error
 

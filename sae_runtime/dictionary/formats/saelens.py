@@ -13,19 +13,13 @@ Architectures:
                top-k, and divided by them when decoding. The factor is read into the encoder, its inverse into the
                decoder.
 
-normalize_activations: layer_norm and constant_norm_rescale act at inference. expected_average_only_in does not: its
-factor is folded into the weights when training ends.
-
-Configurations before 6.0 have hook_point or hook_name at the top, activation_fn_str with activation_fn_kwargs.k (which
-makes "standard" a topk), and a boolean normalize_activations. They lack keys for what could not be chosen yet.
-sparsity.safetensors, a table of firing rates, is not read.
+What cfg.json says is read in `saelens_config`. sparsity.safetensors, a table of firing rates, is not read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +28,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_runtime.atomic import atomic_folder
-from sae_runtime.dictionary.dictionary import Activation, Dictionary
-from sae_runtime.dictionary.formats.hooks import hook_of_site, site_of_hook
+from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.formats.hooks import hook_of_site
 from sae_runtime.dictionary.formats.origin import Origin
+from sae_runtime.dictionary.formats.saelens_config import (
+    ACTIVATIONS,
+    CENTRING,
+    PROCESSING,
+    SaelensConfig,
+    read_saelens_config,
+)
 from sae_runtime.dictionary.formats.weights import (
     build_dictionary,
     check_tensors,
     convert,
-    integer,
     latent_bias_without_pre_bias,
-    read_config,
     read_safetensors,
 )
-from sae_runtime.dictionary.normalization import Normalization
 from sae_runtime.errors import DictionaryFormatError
 
 CONFIG_FILE = "cfg.json"
@@ -56,14 +54,6 @@ EXPECTED = f"SAELens' folder ({CONFIG_FILE} and {WEIGHTS_FILE})"
 # The version whose loader was checked to read what `save_saelens` writes. The version in a file decides how SAELens
 # reads its configuration.
 WRITTEN_FOR = "6.54.12"
-_ACTIVATIONS: dict[str, Activation] = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
-_NORMALIZATIONS: dict[str, Normalization] = {
-    "none": "none",
-    "expected_average_only_in": "none",
-    "layer_norm": "layer_norm",
-    "constant_norm_rescale": "constant_norm",
-}
-_TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
 
 
 def load_saelens(
@@ -71,43 +61,26 @@ def load_saelens(
 ) -> Dictionary:
     """A dictionary from SAELens' folder; DictionaryFormatError says what is wrong with the folder."""
     folder = Path(path)
-    file = folder / CONFIG_FILE
-    raw = read_config(file, EXPECTED)
-    metadata = raw.get("metadata", {})
-    if not isinstance(metadata, Mapping):
-        raise DictionaryFormatError(f"{file}: metadata is {metadata!r}, expected an object")
-    architecture, k = _architecture(file, raw)
-    normalize = raw.get("normalize_activations") or "none"
-    if normalize is True:
-        normalize = "expected_average_only_in"
-    if not isinstance(normalize, str) or normalize not in _NORMALIZATIONS:
-        known = ", ".join(_NORMALIZATIONS)
-        raise DictionaryFormatError(f"{file}: normalize_activations is {normalize!r}, expected one of {known}")
-    subtract = raw.get("apply_b_dec_to_input", True)
-    rescale = architecture == "topk" and raw.get("rescale_acts_by_decoder_norm", False)
-    for key, value in (("apply_b_dec_to_input", subtract), ("rescale_acts_by_decoder_norm", rescale)):
-        if not isinstance(value, bool):
-            raise DictionaryFormatError(f"{file}: {key} is {value!r}, expected true or false")
-    d_in, n_latents = integer(file, raw, "d_in"), integer(file, raw, "d_sae")
-    tensors = _tensors(folder / WEIGHTS_FILE, architecture, n_latents, d_in, rescale, dtype, device)
+    config = read_saelens_config(folder / CONFIG_FILE, EXPECTED)
+    tensors = _tensors(folder / WEIGHTS_FILE, config, dtype, device)
     b_dec = tensors.pop("b_dec")
-    hook = metadata.get("hook_name") or raw.get("hook_name") or raw.get("hook_point")
     return build_dictionary(
         folder,
         **tensors,
-        pre_bias=b_dec if subtract else torch.zeros_like(b_dec),
-        output_bias=None if subtract else b_dec,
-        activation=_ACTIVATIONS[architecture],
-        k=k,
-        normalization=_NORMALIZATIONS[normalize],
-        site=site_of_hook(hook) if isinstance(hook, str) else None,
+        pre_bias=b_dec if config.subtracts_bias else torch.zeros_like(b_dec),
+        output_bias=None if config.subtracts_bias else b_dec,
+        activation=ACTIVATIONS[config.architecture],
+        k=config.k,
+        normalization=config.normalization,
+        site=config.site,
         name=folder.resolve().name,
         origin=Origin.of(
             "saelens",
-            hook=hook,
-            model=metadata.get("model_name") or raw.get("model_name"),
-            context_length=metadata.get("context_size") or raw.get("context_size"),
-            config=raw,
+            hook=config.hook,
+            model=config.said("model_name"),
+            context_length=config.said("context_size"),
+            prepend_bos=config.said("prepend_bos"),
+            config=config.raw,
         ),
     )
 
@@ -121,11 +94,12 @@ def save_saelens(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the format cannot express the dictionary: groupmax, a top-k without ReLU, a skip connection, a
-            transcoder, or a gate with a magnitude scale of 0.
+            transcoder, a gate with a magnitude scale of 0, or the normalisation "centred" at a site that is not of the
+            residual stream.
         FileExistsError: the folder exists.
     """
     _check_expressible(dictionary)
-    architecture = {activation: name for name, activation in _ACTIVATIONS.items()}[dictionary.activation]
+    architecture = {activation: name for name, activation in ACTIVATIONS.items()}[dictionary.activation]
     subtract = dictionary.output_bias is None
     latent_bias = dictionary.latent_bias if subtract else latent_bias_without_pre_bias(dictionary)
     tensors = {"W_enc": dictionary.encoder.T, "W_dec": dictionary.decoder}
@@ -150,36 +124,9 @@ def save_saelens(dictionary: Dictionary, path: str | os.PathLike[str]) -> None:
             save_file({"sparsity": _stored(sparsity)}, folder / SPARSITY_FILE)
 
 
-def _architecture(file: Path, raw: Mapping[str, Any]) -> tuple[str, int | None]:
-    """SAELens' name of the architecture, and k if it is topk."""
-    architecture = raw.get("architecture", "standard")
-    function = raw.get("activation_fn_str", raw.get("activation_fn"))
-    options = raw.get("activation_fn_kwargs") or {}
-    if function == "topk" and isinstance(options, Mapping) and architecture in ("standard", "topk"):
-        return "topk", integer(file, {"k": raw.get("k"), **options}, "k")  # as before version 6
-    if architecture in _TRAINING_ONLY:
-        raise DictionaryFormatError(
-            f"{file}: architecture is {architecture!r}, a training checkpoint; expected the inference form (jumprelu) "
-            "that save_inference_model writes"
-        )
-    if not isinstance(architecture, str) or architecture not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        raise DictionaryFormatError(f"{file}: architecture is {architecture!r}, expected one of {known}")
-    if architecture == "standard" and function not in (None, "relu"):
-        raise DictionaryFormatError(f"{file}: activation function is {function!r}, expected relu or topk")
-    return architecture, integer(file, raw, "k") if architecture == "topk" else None
-
-
-def _tensors(
-    file: Path,
-    architecture: str,
-    n_latents: int,
-    d_in: int,
-    rescale: bool,
-    dtype: torch.dtype,
-    device: str | torch.device,
-) -> dict[str, Tensor]:
+def _tensors(file: Path, config: SaelensConfig, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
     """Tensors by the names of `Dictionary`'s fields, and b_dec."""
+    architecture, n_latents, d_in = config.architecture, config.n_latents, config.d_in
     weights = read_safetensors(file)
     scaling = weights.pop("scaling_factor", None)
     if scaling is not None and not torch.equal(scaling, torch.ones_like(scaling)):
@@ -198,7 +145,7 @@ def _tensors(
         )
     tensors = {name: weights[key] for name, key in keys.items()}
     tensors["encoder"] = tensors["encoder"].T
-    if rescale:
+    if config.rescales:
         norm = torch.linalg.vector_norm(tensors["decoder"].double(), dim=1)
         tensors["encoder"] = tensors["encoder"] * norm[:, None]
         tensors["latent_bias"] = tensors["latent_bias"] * norm
@@ -217,6 +164,8 @@ def _check_expressible(dictionary: Dictionary) -> None:
         "a transcoder": dictionary.transcoder,
         "a gate with a magnitude scale of 0": dictionary.magnitude_scale is not None
         and not bool((dictionary.magnitude_scale > 0).all()),
+        "the normalisation 'centred' outside the residual stream": dictionary.normalization == "centred"
+        and (dictionary.site is None or dictionary.require_site().location == "mlp_post_act"),
     }
     if present := [name for name, is_present in inexpressible.items() if is_present]:
         raise ValueError(f"SAELens' format cannot express {' and '.join(present)}")
@@ -229,7 +178,14 @@ def _config(dictionary: Dictionary, architecture: str, subtract: bool) -> dict[s
         hook = hook_of_site(dictionary.site)
     model = manifest.backbone.name if manifest is not None else origin.model if origin is not None else None
     context = manifest.context_length if manifest is not None else origin.context_length if origin is not None else None
-    metadata = {"model_name": model, "hook_name": hook, "context_size": context}
+    metadata: dict[str, Any] = {
+        "model_name": model,
+        "hook_name": hook,
+        "context_size": context,
+        "prepend_bos": dictionary.prepend_bos,
+    }
+    if dictionary.normalization == "centred":  # SAELens leaves it to the model to take the mean off
+        metadata[PROCESSING] = {CENTRING: True}
     config = {
         "architecture": architecture,
         "d_in": dictionary.d_in,
@@ -237,7 +193,7 @@ def _config(dictionary: Dictionary, architecture: str, subtract: bool) -> dict[s
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": subtract,
-        "normalize_activations": {"constant_norm": "constant_norm_rescale"}.get(
+        "normalize_activations": {"constant_norm": "constant_norm_rescale", "centred": "none"}.get(
             dictionary.normalization, dictionary.normalization
         ),
         "reshape_activations": "none",

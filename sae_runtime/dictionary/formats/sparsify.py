@@ -4,7 +4,8 @@
     decode   W_dec^T z + b_dec + W_skip x, where W_skip exists only with a skip connection and x is the raw input
 
 act is topk or groupmax, followed by ReLU. num_latents 0 means d_in * expansion_factor. As in the project, keys that
-cfg.json lacks have defaults, and unknown keys are ignored. multi_topk and normalize_decoder concern training only.
+cfg.json lacks have defaults. multi_topk and normalize_decoder concern training only. Keys of other versions and of the
+project's branches, such as signed (the k largest by absolute value), must have the value that changes nothing.
 (With multi_topk the project's forward() returns the reconstruction from 4k latents that its loss uses. Its encode and
 decode do not change.) The folder's name is the hookpoint, for example "h.8.mlp". The dictionary reads and decodes to
 the output of that module. With `transcode` it reads the module's input and decodes to the output.
@@ -20,6 +21,7 @@ import torch
 
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.formats.hooks import site_of_module
+from sae_runtime.dictionary.formats.keys import check_keys, key_set
 from sae_runtime.dictionary.formats.origin import Origin
 from sae_runtime.dictionary.formats.weights import (
     build_dictionary,
@@ -34,6 +36,38 @@ from sae_runtime.errors import DictionaryFormatError
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
 EXPECTED = f"sparsify's folder ({CONFIG_FILE} and {WEIGHTS_FILE})"
+_TRAINING = key_set(
+    """
+    normalize_decoder multi_topk naive_decoder decoder_xformers init_method freeze_encoder train_post_encoder
+    e2e_kl_coeff e2e_mse_coeff e2e_start
+    """
+)
+# Of the project's branches: what switches another encoder or decoder on, and the settings of what is off.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "signed": (False,),
+    "normalize_encoder": (False,),
+    "normalize_io": (False,),
+    "optimized_encoder_config": ("None_",),
+    "coalesce_topk": ("none",),
+    "num_layers": (1,),
+} | dict.fromkeys(
+    key_set(
+        """
+    monet encoder_monarch encoder_mpnet encoder_halut encoder_pkm encoder_kron matching_pursuit ito slice_encoder
+    slice_decoder post_encoder_scale tied_decoder matryoshka ste_thresh_est per_step_loss n_targets n_sources
+    post_neurons logic_layers
+    """
+    ),
+    (False, 0),
+)
+_SETTINGS_OF_WHAT_IS_OFF = key_set(
+    """
+    monet_config monarch_inner_dim monarch_mul pkm_pad pkm_rand pkm_softmax pkm_heads pkm_bias pkm_init_scale pkm_config
+    topk_separate kron_in_group kron_out_group kron_u kron_lora kronecker_config fff_config mp_encoder mp_detach
+    mp_untie mp_aux divide_cross_layer topk_coalesced ste ste_temperature matryoshka_groups post_l1_alpha residual_mode
+    narrowing group_max_k
+    """
+)
 _DEFAULTS: dict[str, Any] = {
     "activation": "topk",
     "expansion_factor": 32,
@@ -51,6 +85,7 @@ def load_sparsify(
     folder = Path(path)
     file = folder / CONFIG_FILE
     raw = read_config(file, EXPECTED)
+    check_keys(file, raw, {"d_in", *_DEFAULTS} | _TRAINING | _SETTINGS_OF_WHAT_IS_OFF, _NEUTRAL)
     config: dict[str, Any] = _DEFAULTS | raw
     for key in ("skip_connection", "transcode"):
         if not isinstance(config[key], bool):

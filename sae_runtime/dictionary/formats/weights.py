@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_runtime.dictionary.dictionary import Dictionary
+from sae_runtime.dictionary.json_object import parse_object
 from sae_runtime.errors import DictionaryFormatError
 
 
@@ -23,13 +23,14 @@ def check_tensors(path: Path, tensors: Mapping[str, object], shapes: Mapping[str
         raise DictionaryFormatError(f"{path}: missing {', '.join(missing)}; found {', '.join(map(str, tensors))}")
     for name, shape in shapes.items():
         tensor = tensors[name]
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            kind = type(tensor).__name__
+            if isinstance(tensor, Tensor):
+                kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout)
             raise DictionaryFormatError(f"{path}: {name} is {kind}, expected a floating-point tensor")
         if tuple(tensor.shape) != shape:
             raise DictionaryFormatError(f"{path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        # aminmax returns NaN and infinities, and needs no mask as large as the weights.
-        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        if not _is_finite(tensor):
             raise DictionaryFormatError(f"{path}: {name} holds NaN or infinite values")
 
 
@@ -37,19 +38,16 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file; DictionaryFormatError if it is absent, truncated or of another kind."""
     try:
         return load_file(file)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise DictionaryFormatError(f"{file}: cannot be read as safetensors: {error}") from error
 
 
 def read_config(file: Path, expected: str) -> dict[str, Any]:
     """The JSON object in a file; DictionaryFormatError if absent or of another kind. `expected` names the kind."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        return parse_object(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DictionaryFormatError(f"{file}: cannot be read as JSON, expected {expected}: {error}") from error
-    if not isinstance(config, dict):
-        raise DictionaryFormatError(f"{file}: found a {type(config).__name__}, expected {expected}")
-    return config
 
 
 def integer(file: Path, config: Mapping[str, Any], key: str, *, minimum: int = 1) -> int:
@@ -63,11 +61,20 @@ def integer(file: Path, config: Mapping[str, Any], key: str, *, minimum: int = 1
 
 
 def build_dictionary(path: Path, **fields: Any) -> Dictionary:
-    """`Dictionary(**fields)`; its ValueError becomes a DictionaryFormatError that names the file."""
+    """`Dictionary(**fields)`; what is wrong with it becomes a DictionaryFormatError that names the file."""
+    for name, tensor in fields.items():
+        if isinstance(tensor, Tensor) and not _is_finite(tensor):
+            raise DictionaryFormatError(f"{path}: {name} overflows {tensor.dtype}; load it with a wider dtype")
     try:
         return Dictionary(**fields)
     except ValueError as error:
         raise DictionaryFormatError(f"{path}: {error}") from error
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # aminmax returns NaN and infinities, and needs no mask as large as the weights. It does not take 8-bit numbers.
+    bounds = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax() if tensor.numel() else ()
+    return all(bool(bound.isfinite()) for bound in bounds)
 
 
 def latent_bias_without_pre_bias(dictionary: Dictionary) -> Tensor:

@@ -20,6 +20,12 @@ _OPENAI_LOCATIONS = {
     "resid_post_mlp": ("_v5_32k", "_v5_128k"),
 }
 _N_LAYERS = 12
+# SAELens' files that do not say that the residual stream was centred, which SAELens' own table of releases does.
+_CENTRED = (
+    "jbloom/GPT2-Small-SAEs-Reformatted",
+    "jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8",
+    "tommmcgrath/gpt2-small-mlp-out-saes",
+)
 _SEGMENT = re.compile(r"[\w.-]+")
 
 
@@ -50,6 +56,11 @@ class HubName:
     revision: str
     folder: str
     """Without slashes at the ends; "" is the repository itself."""
+
+    @property
+    def centred(self) -> bool:
+        """Whether its dictionaries read a centred residual stream without saying so in their files."""
+        return self.repository in _CENTRED
 
 
 def parse_name(name: str) -> OpenAIName | HubName:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sae_runtime.dictionary.formats import load_dictionary
+from sae_runtime.dictionary.formats.saelens_config import UNRECORDED_PROCESSING
 from sae_runtime.dictionary.manifest import Manifest, Provenance
 from sae_runtime.dictionary.publish import publish
 from sae_runtime.dictionary.pull.download import DownloadSettings, Fetched, Progress, RemoteFile, check_url, download
@@ -83,7 +85,12 @@ def pull(name: str, out: Path, settings: PullSettings | None = None, progress: P
     downloads = out.with_name(out.name + ".download")
     folder = downloads / source.folder
     fetched = tuple(_fetch(file, folder, settings, progress) for file in source.files)
-    dictionary = load_dictionary(folder if source.is_folder else fetched[0].path)
+    with warnings.catch_warnings():
+        if source.centred:
+            warnings.filterwarnings("ignore", UNRECORDED_PROCESSING)
+        dictionary = load_dictionary(folder if source.is_folder else fetched[0].path)
+    if source.centred and dictionary.normalization == "none":
+        dictionary = replace(dictionary, normalization="centred")
     site = settings.site or source.site or dictionary.site
     dictionary = replace(dictionary, site=site, name=settings.name or out.name)
     dictionary.require_site()
@@ -105,6 +112,7 @@ def pull(name: str, out: Path, settings: PullSettings | None = None, progress: P
                 "format": origin.format if origin else "saeserve",
                 "hook": origin.hook if origin else None,
                 "model": model,
+                "prepend_bos": dictionary.prepend_bos,
                 "files": {file.path.name: _record(file) for file in fetched},
             },
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -127,6 +135,8 @@ class _Source:
     site: str | None
     version: str | None
     license: str | None
+    centred: bool = False
+    """Whether it reads a centred residual stream, whatever its files say."""
 
 
 def _look_up(name: str, settings: PullSettings) -> _Source:
@@ -141,7 +151,8 @@ def _look_up(name: str, settings: PullSettings) -> _Source:
         check_url(endpoint)
         hub_folder = find_hub_folder(parsed, endpoint, settings.download)
         folder = PurePosixPath(parsed.folder or parsed.repository).name
-        return _Source(hub_folder.files, True, folder, settings.backbone, None, hub_folder.commit, hub_folder.license)
+        version, license = hub_folder.commit, hub_folder.license
+        return _Source(hub_folder.files, True, folder, settings.backbone, None, version, license, parsed.centred)
     url = f"{settings.openai_base.rstrip('/')}/{parsed.path}"
     file = RemoteFile(url, f"{parsed.layer}.pt")
     backbone = settings.backbone or OPENAI_BACKBONE

@@ -65,6 +65,8 @@ def by_hand(dictionary: Dictionary, x: Tensor) -> tuple[np.ndarray[Any, Any], np
         shift, scale, eps = 0.0, 1.0, 0.0
         if dictionary.normalization == "layer_norm":
             shift, scale, eps = row.mean(), row.std(ddof=1), 1e-5
+        elif dictionary.normalization == "centred":
+            shift = row.mean()
         elif dictionary.normalization == "constant_norm":
             scale = np.linalg.norm(row) / np.sqrt(D_IN)
         product = encoder @ ((row - shift) / (scale + eps) - pre_bias)
@@ -94,6 +96,8 @@ KINDS = {
     "topk identity": {"postact": "identity", "k": 280},
     "relu": {"activation": "relu", "k": None},
     "relu normalised, tied": {"activation": "relu", "k": None, "normalization": "layer_norm", "tied": True},
+    "relu centred": {"activation": "relu", "k": None, "normalization": "centred"},
+    "topk centred, skip": {"normalization": "centred", "skip": True, "output_bias": True},
     "relu constant norm": {"activation": "relu", "k": None, "normalization": "constant_norm", "output_bias": True},
     "jumprelu": {"activation": "jumprelu", "k": None, "threshold": True, "output_bias": True},
     "jumprelu normalised": {"activation": "jumprelu", "k": None, "threshold": True, "normalization": "layer_norm"},
@@ -212,7 +216,7 @@ def test_skip_input_is_the_input_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
-@pytest.mark.parametrize("kind", ["topk normalised", "relu"])
+@pytest.mark.parametrize("kind", ["topk normalised", "relu", "relu centred"])
 def test_non_finite_input_is_refused_with_the_row(kind: str, bad: float) -> None:
     dictionary, x = make_dictionary(**KINDS[kind]), make_input()
     x[4, 2] = x[9, 0] = bad
@@ -248,6 +252,8 @@ def test_wrong_inputs_are_named() -> None:
         ({"decoder": torch.zeros(D_IN, N_LATENTS)}, r"decoder has shape \[24, 300\], expected \[300, 24\]"),
         ({"latent_bias": torch.zeros(299)}, r"latent_bias has shape \[299\], expected \[300\]"),
         ({"pre_bias": torch.zeros(D_IN).double()}, "pre_bias is torch.float64 on cpu, expected torch.float32"),
+        ({"encoder": torch.zeros(0, D_IN)}, r"encoder has shape \[0, 24\], expected \[n_latents, d_in\] of 1 or more"),
+        ({"encoder": torch.zeros(N_LATENTS, 0)}, r"encoder has shape \[300, 0\], expected"),
         ({"k": 301}, "k is 301, expected 1 to n_latents = 300"),
         ({"k": None}, "k is None"),
         ({"activation": "relu"}, "k is 12, but it belongs to the activations topk and groupmax"),
@@ -259,7 +265,7 @@ def test_wrong_inputs_are_named() -> None:
         ({"activation": "groupmax", "k": 7}, "k is 7, expected a divisor of n_latents = 300"),
         ({"skip": torch.zeros(D_IN, 1)}, r"skip has shape \[24, 1\], expected \[24, 24\]"),
         ({"output_bias": torch.zeros(1)}, r"output_bias has shape \[1\], expected \[24\]"),
-        ({"normalization": True}, "normalization is True, expected one of none, layer_norm, constant_norm"),
+        ({"normalization": True}, "normalization is True, expected one of none, centred, layer_norm, constant_norm"),
     ],
 )
 def test_inconsistent_dictionaries_are_refused(change: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests import golden
 GOLDEN = golden.FOLDER
 
 
+@pytest.mark.filterwarnings("ignore:.*BOS")
 def test_a_foreign_file_becomes_a_published_dictionary(tiny_backbone: Backbone, tmp_path: Path) -> None:
     case = GOLDEN / "saelens_gated_layernorm_nosub"
     dictionary = load_dictionary(case)
@@ -37,6 +39,19 @@ def test_a_foreign_file_becomes_a_published_dictionary(tiny_backbone: Backbone, 
     again = publish(loaded, tmp_path / "again", tiny_backbone, name="other", dtype="bfloat16")
     assert (again.name, again.dtype) == ("other", "bfloat16")
     assert again.provenance == manifest.provenance
+
+
+def test_training_with_bos_is_recorded_and_warned_of(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    dictionary = load_dictionary(GOLDEN / "saelens_gated_layernorm_nosub")
+    with pytest.warns(UserWarning, match="trained on texts that begin with a BOS token"):
+        manifest = publish(dictionary, tmp_path / "d", tiny_backbone)
+    assert manifest.provenance.config["prepend_bos"] is True
+    with pytest.warns(UserWarning, match="trained on texts that begin with a BOS token"):
+        assert load_dictionary(tmp_path / "d", backbone=tiny_backbone).prepend_bos is True
+    unknown = replace(load_dictionary(GOLDEN / "sparsify_topk"), site="0.resid_pre")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "prepend_bos" not in publish(unknown, tmp_path / "e", tiny_backbone).provenance.config
 
 
 def test_what_does_not_fit_is_refused(tiny_backbone: Backbone, tmp_path: Path) -> None:

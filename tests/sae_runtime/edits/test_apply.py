@@ -71,7 +71,7 @@ def make_dictionary(kind: str = "topk", *, seed: int = 0, site: str | None = str
         latent_bias=normal(N_LATENTS) * 0.3,
         activation="relu" if kind.startswith("relu") else "topk",
         k=None if kind.startswith("relu") else K,
-        normalization="layer_norm" if kind.endswith("normalised") else "none",
+        normalization={"normalised": "layer_norm", "centred": "centred"}.get(kind.split()[-1], "none"),
         site=site,
         statistics=statistics,
     )
@@ -96,7 +96,7 @@ def whole_row(edits: Sequence[Edit], length: int = 12, prompt_length: int = 12) 
     return [Row(edits, prompt_length=prompt_length, past=0, length=length)]
 
 
-KINDS = ["topk", "topk normalised", "relu", "relu normalised"]
+KINDS = ["topk", "topk normalised", "topk centred", "relu", "relu normalised"]
 OPERATIONS: dict[str, dict[str, Any]] = {
     "set": {"operation": "set", "value": 3.5},
     "set to zero": {"operation": "set", "value": 0.0},

@@ -42,7 +42,7 @@ def test_known_effects() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("normalization", ["none", "layer_norm", "constant_norm"])
+@pytest.mark.parametrize("normalization", ["none", "centred", "layer_norm", "constant_norm"])
 def test_every_active_latent(
     tiny_backbone_folder: Path, tiny_backbone: Backbone, family: str, normalization: str
 ) -> None:
@@ -67,6 +67,7 @@ def test_every_active_latent(
         wide = x[at]
         std = {
             "none": torch.ones(()),
+            "centred": torch.ones(()),
             "layer_norm": wide.std(),
             "constant_norm": wide.square().mean().sqrt(),
         }[normalization]

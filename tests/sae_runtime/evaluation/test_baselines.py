@@ -23,13 +23,15 @@ def fitted(x: torch.Tensor, normalization: str) -> tuple[Baselines, InputStatist
     return fit_baselines(batches, dictionary.n_latents, seed=3), dictionary.encode(x).input_statistics
 
 
-@pytest.mark.parametrize("normalization", ["none", "layer_norm", "constant_norm"])
+@pytest.mark.parametrize("normalization", ["none", "centred", "layer_norm", "constant_norm"])
 def test_principal_components_are_those_of_numpy(x: torch.Tensor, normalization: str) -> None:
     baselines, statistics = fitted(x, normalization)
     wide = x.double().numpy()
     mean, std = np.zeros((400, 1)), np.ones((400, 1))
     if normalization == "layer_norm":
         mean, std = wide.mean(1, keepdims=True), wide.std(1, ddof=1, keepdims=True)
+    if normalization == "centred":
+        mean = wide.mean(1, keepdims=True)
     if normalization == "constant_norm":
         std = np.sqrt((wide**2).mean(1, keepdims=True))
     inner = (wide - mean) / std

@@ -113,7 +113,7 @@ ALL = [(number, t) for number, row in enumerate(ROWS) for t in range(len(row))]
 
 
 @pytest.mark.parametrize("site", MODULES)
-@pytest.mark.parametrize("normalization", ["none", "layer_norm", "constant_norm"])
+@pytest.mark.parametrize("normalization", ["none", "centred", "layer_norm", "constant_norm"])
 def test_overall_figures(tiny_backbone_folder: Path, tiny_backbone: Backbone, site: str, normalization: str) -> None:
     dictionary = random_dictionary("topk", site, normalization)
     tokens = splice(tiny_backbone, dictionary, site, 60)

@@ -17,6 +17,7 @@ from tests.sae_runtime.evaluation.reference import random_dictionary
             "layer_norm",
             "TopK (k = 6) dictionary of 48 latents for site `0.resid_post_mlp` (16 wide) of backbone",
         ),
+        ("relu", "centred", "ReLU dictionary of 48 latents"),
         ("jumprelu", "none", "JumpReLU dictionary of 48 latents"),
         ("gated", "constant_norm", "Gated dictionary of 48 latents"),
     ],
@@ -51,6 +52,7 @@ def test_the_card_of_a_training_run(family: str, normalization: str, title: str)
     card = render_card(figures, provenance=provenance)
     assert card.startswith(f"# random-{family}\n\n{title}")
     assert ("layer-normalised" in card.split("\n\n")[1]) == (normalization == "layer_norm")
+    assert ("without their mean" in card.split("\n\n")[1]) == (normalization == "centred")
     assert "| NMSE | 0.1235 |" in card or "| NMSE | 0.1234 |" in card
     assert "| Dead latents | 16.67% |" in card
     assert "Over 2,048 tokens" in card

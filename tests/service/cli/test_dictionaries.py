@@ -25,12 +25,13 @@ def test_one(call: Call):
         "input           mean 0 and standard deviation 1 per token",
         "statistics      yes",
         "context         32 tokens",
+        "training text   every row began with a BOS token; texts are run without one",
         "trained on      4,000,000 tokens of corpus",
         "trained by      0.1.0, seed 5",
         "published       2026-11-22 01:02 UTC",
         "loss_recovered  0.9375",
         "nmse            0.125",
-        'config          {"k": 8}',
+        'config          {"k": 8, "prepend_bos": true}',
     ]
 
 

@@ -230,7 +230,7 @@ class FakeServer(
             reply.provenance.tokens = 4_000_000
             reply.provenance.data = "corpus"
             reply.provenance.created.FromDatetime(datetime(2026, 11, 22, 1, 2, 3, tzinfo=UTC))
-            reply.provenance.config_json = '{"k": 8}'
+            reply.provenance.config_json = '{"k": 8, "prepend_bos": true}'
         return reply
 
     def GetServerInfo(self, request: Any, context: Any) -> Any:

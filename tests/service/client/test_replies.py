@@ -102,7 +102,7 @@ def test_dictionaries(run: Run):
     ]
     assert mid.evaluation == {"nmse": 0.125, "loss_recovered": 0.9375}
     assert mid.provenance.created.isoformat() == "2026-11-22T01:02:03+00:00"
-    assert mid.provenance.config == {"k": 8}
+    assert mid.provenance.config == {"k": 8, "prepend_bos": True}
     assert late.provenance is None
 
 

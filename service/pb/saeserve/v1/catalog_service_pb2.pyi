@@ -194,8 +194,8 @@ class Dictionary(_message.Message):
     context_length: _builtins.int
     """Tokens in a training context; it was not trained on later positions. 0: unknown."""
     normalization: _builtins.str
-    """How each input row is normalised: "none", "layer_norm" (mean 0, standard deviation 1) or "constant_norm" (Euclidean
-    norm sqrt(d_in)).
+    """How each input row is normalised: "none", "centred" (mean 0), "layer_norm" (mean 0, standard deviation 1) or
+    "constant_norm" (Euclidean norm sqrt(d_in)).
     """
     has_skip_connection: _builtins.bool
     """Whether decoding also needs the raw input (a skip connection); DecodeFeatures refuses such a dictionary."""

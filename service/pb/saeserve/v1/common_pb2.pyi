@@ -295,7 +295,7 @@ class InputStatistics(_message.Message):
 
     @_builtins.property
     def std(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One standard deviation per row, without epsilon; with "constant_norm" the root mean square."""
+        """One standard deviation per row, without epsilon; 1 with "centred", the root mean square with "constant_norm"."""
 
     def __init__(
         self,

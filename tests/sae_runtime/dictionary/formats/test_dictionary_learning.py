@@ -48,6 +48,12 @@ def test_what_a_folder_says_beyond_its_weights(tmp_path: Path) -> None:
         assert dictionary_elsewhere.origin.hook == trainer["submodule_name"]
 
 
+@pytest.mark.parametrize(("io", "transcoder"), [("out", False), ("in", False), ("in_and_out", True)])
+def test_inputs_decoded_to_outputs_make_a_transcoder(io: str, transcoder: bool, tmp_path: Path) -> None:
+    config = {"trainer": {"dict_class": "AutoEncoderTopK"}, "buffer": {"io": io, "ctx_len": 128}}
+    assert load_dictionary(changed("dl_topk", tmp_path / "d", config=config)).transcoder == transcoder
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_file_alone_is_enough_where_its_keys_tell_the_class(case: str, tmp_path: Path) -> None:
     folder = changed(case, tmp_path / "d", config=None)
@@ -115,6 +121,41 @@ WRONG: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "threshold": ("dl_batchtopk", {"threshold": None}, ..., "threshold is None, expected one number"),
     "NaN": ("dl_gated", {"r_mag": torch.full((96,), float("nan"))}, ..., "r_mag holds NaN or infinite values"),
     "integers": ("dl_gated", {"r_mag": torch.ones(96).int()}, ..., r"r_mag is torch\.int32, expected a floating"),
+    "infinite threshold": ("dl_batchtopk", {"threshold": float("inf")}, ..., "threshold is inf, expected one number"),
+    "half of k": ("dl_topk", {"k": torch.tensor(8.5)}, ..., r"k is 8\.5, expected an integer"),
+    "no number for k": ("dl_topk", {"k": float("nan")}, ..., "k is nan, expected one number"),
+    "unknown tensor": ("dl_topk", {"gain": torch.ones(96)}, ..., r"ae\.pt: gain is tensor\(.*, an unknown key"),
+    "unknown setting": (
+        "dl_topk",
+        {},
+        {"trainer": {"dict_class": "AutoEncoderTopK", "signed": True}},
+        r"config\.json: trainer\.signed is True, an unknown key",
+    ),
+    "factor in the settings": (
+        "dl_topk",
+        {},
+        {"trainer": {"dict_class": "AutoEncoderTopK", "norm_factor": 3.0}},
+        r"trainer\.norm_factor is 3\.0, an unknown key",
+    ),
+    "unknown section": (
+        "dl_topk",
+        {},
+        {"trainer": {"dict_class": "AutoEncoderTopK"}, "normalizer": {}},
+        r"config\.json: normalizer is \{\}, an unknown key",
+    ),
+    "unknown in buffer": (
+        "dl_topk",
+        {},
+        {"trainer": {"dict_class": "AutoEncoderTopK"}, "buffer": {"rescale_acts": 2}},
+        r"buffer\.rescale_acts is 2, an unknown key",
+    ),
+    "buffer": ("dl_topk", {}, {"trainer": {"dict_class": "AutoEncoderTopK"}, "buffer": 3}, "buffer is 3, expected an"),
+    "io": (
+        "dl_topk",
+        {},
+        {"trainer": {"dict_class": "AutoEncoderTopK"}, "buffer": {"io": "both"}},
+        r"buffer\.io is 'both', expected out, in or in_and_out",
+    ),
     "factor": ("dl_topk", {"ae": {}, "norm_factor": -1.0}, ..., r"norm_factor is -1\.0, expected a positive number"),
 }
 

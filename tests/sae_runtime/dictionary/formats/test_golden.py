@@ -15,6 +15,8 @@ from sae_runtime import Dictionary, LatentStatistics, load_dictionary, save_dict
 from sae_runtime.dictionary.manifest import BackboneReference
 from tests import golden
 
+# Some of SAELens' files leave open what they read, which is a warning: see test_saelens_config.py.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 GOLDEN = golden.FOLDER
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/case.json") if path.parent.name != "hooks_gpt2_tiny")
 

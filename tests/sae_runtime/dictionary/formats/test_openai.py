@@ -73,7 +73,7 @@ def state(**changes: Any) -> dict[str, Any]:
 
 
 def test_unknown_activation_name_means_relu_without_normalisation(tmp_path: Path) -> None:
-    torch.save(state(activation="SoftShrink", extra={"ignored": 1}), tmp_path / "file.pt")
+    torch.save(state(activation="SoftShrink", activation_state_dict={}), tmp_path / "file.pt")
     dictionary = load_dictionary(tmp_path / "file.pt")
     assert (dictionary.activation, dictionary.k, dictionary.normalization) == ("relu", None, "none")
 
@@ -100,6 +100,20 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no k": (state(activation_state_dict={}), "expected an integer k"),
     "k too large": (state(activation_state_dict={"k": 7}), "k is 7, expected 1 to n_latents = 6"),
     "postact": (state(activation_state_dict={"k": 2, "postact_fn": "GELU"}), "postact_fn is 'GELU', expected ReLU"),
+    "not a name": (state(activation=["TopK"]), r"activation is \['TopK'\] and activation_state_dict"),
+    "options": (state(activation_state_dict=[("k", 2)]), "expected a name and a mapping"),
+    "an unknown option": (
+        state(activation_state_dict={"k": 2, "signed": True}),
+        r"activation_state_dict\.signed is True, an unknown key",
+    ),
+    "options of ReLU": (state(activation="ReLU"), r"activation_state_dict\.k is 2, an unknown key"),
+    "an unknown tensor": (state(gain=torch.ones(6)), r"gain is tensor\(.*, an unknown key"),
+    "truth for k": (state(activation_state_dict={"k": True}), "expected an integer k"),
+    "nothing": (
+        state(**{"encoder.weight": torch.zeros(0, 4), "decoder.weight": torch.zeros(4, 0)}, latent_bias=torch.zeros(0)),
+        r"encoder has shape \[0, 4\], expected \[n_latents, d_in\] of 1 or more|k is 2",
+    ),
+    "sparse": (state(pre_bias=torch.zeros(4).to_sparse()), "pre_bias is torch.sparse_coo, expected a floating"),
     "dense": (state(activation="Identity"), "activation is Identity"),
 }
 

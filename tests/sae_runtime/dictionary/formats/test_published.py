@@ -66,8 +66,14 @@ def publish(path: Path, dictionary: Dictionary | None = None, **options: Any) ->
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"tied": True}, {"activation": "relu", "k": None, "normalization": "none"}, {"postact": "identity"}],
-    ids=["topk", "tied", "relu", "identity"],
+    [
+        {},
+        {"normalization": "centred"},
+        {"tied": True},
+        {"activation": "relu", "k": None, "normalization": "none"},
+        {"postact": "identity"},
+    ],
+    ids=["topk", "centred", "tied", "relu", "identity"],
 )
 def test_there_and_back(fields: dict[str, Any], tmp_path: Path) -> None:
     dictionary = make_dictionary(**fields)
@@ -175,6 +181,12 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
         ({"n_latents": 49}, r"encoder has shape \[48, 16\], expected \[49, 16\]"),
         ({"d_in": 17}, r"encoder has shape \[48, 16\], expected \[48, 17\]"),
         ({"tied": True}, r"unknown tensors \['decoder'\]"),
+        ({"k": 49}, r"k is 49, expected 1 to n_latents = 48"),
+        ({"k": "6"}, r"manifest\.k is '6', expected"),
+        ({"site": "1.attic"}, r"dictionary\.json: manifest\.site: unknown location 'attic'"),
+        ({"context_length": 0}, r"manifest\.context_length is 0, expected a positive integer"),
+        ({"normalization": ["none"]}, r"manifest\.normalization is \['none'\], expected"),
+        ({"evaluation": {"nmse": float("nan")}}, "NaN is not JSON"),
         ({"files": {}}, r"no checksum of weights\.safetensors"),
     ],
 )
@@ -242,6 +254,21 @@ def test_wrong_statistics_are_refused(tmp_path: Path) -> None:
     save_file(statistics | {"mean": torch.zeros(47)}, folder / "stats.safetensors")
     edit_manifest(folder)
     with pytest.raises(DictionaryFormatError, match=r"mean has shape \[47\], expected \[48\]"):
+        load_dictionary(folder)
+    for name, wrong, message in (
+        ("max", torch.full((48,), torch.nan), "max holds NaN or infinite values"),
+        ("firing_rate", torch.full((48,), 1.5), "firing_rate is not between 0 and 1"),
+        ("firing_rate", torch.zeros(48, 2), r"firing_rate has shape \[48, 2\]"),
+        ("n_tokens", torch.tensor([1, 2]), r"n_tokens is torch\.int64 \[2\], expected one int64"),
+        ("n_tokens", torch.tensor([0]), "n_tokens is 0, expected 1 or more"),
+    ):
+        save_file(statistics | {name: wrong}, folder / "stats.safetensors")
+        edit_manifest(folder)
+        with pytest.raises(DictionaryFormatError, match=rf"stats\.safetensors: statistics: {message}"):
+            load_dictionary(folder)
+    save_file({name: t[:47] if t.shape[0] == 48 else t for name, t in statistics.items()}, folder / "stats.safetensors")
+    edit_manifest(folder)
+    with pytest.raises(DictionaryFormatError, match="statistics are of 47 latents, expected 48"):
         load_dictionary(folder)
     del statistics["max"]
     save_file(statistics, folder / "stats.safetensors")

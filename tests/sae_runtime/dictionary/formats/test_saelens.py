@@ -16,6 +16,7 @@ from sae_runtime import Dictionary, DictionaryFormatError, LatentStatistics, loa
 from sae_runtime.dictionary.formats.saelens import save_saelens
 from tests import golden
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # see test_saelens_config.py
 GOLDEN = golden.FOLDER
 CASES = sorted(path.name for path in GOLDEN.glob("saelens_*"))
 N, D = 6, 4
@@ -60,11 +61,6 @@ def test_an_unknown_place_keeps_its_name(tmp_path: Path) -> None:
 def test_a_file_of_the_folder_names_it_too(name: str) -> None:
     folder = GOLDEN / "saelens_topk_none_sub"
     assert torch.equal(load_dictionary(folder / name).encoder, load_dictionary(folder).encoder)
-
-
-@pytest.mark.parametrize("normalize", [None, False, True, "none", "expected_average_only_in"])
-def test_normalisations_that_do_nothing_at_inference(normalize: object, tmp_path: Path) -> None:
-    assert load_dictionary(write(tmp_path / "d", {"normalize_activations": normalize}, {})).normalization == "none"
 
 
 def test_latent_without_direction_is_silent_under_rescaling(tmp_path: Path) -> None:
@@ -128,7 +124,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DictionaryFormatError, match=r"cfg\.json: cannot be read as JSON, expected SAELens' folder"):
         load_dictionary(folder)
     (folder / "cfg.json").write_text("[]")
-    with pytest.raises(DictionaryFormatError, match=r"found a list, expected SAELens' folder"):
+    with pytest.raises(DictionaryFormatError, match=r"expected SAELens' folder .*: found a list, expected an object"):
         load_dictionary(folder)
     (folder / "cfg.json").unlink()
     with pytest.raises(DictionaryFormatError, match=r"cfg\.json: cannot be read"):
@@ -203,6 +199,39 @@ def test_what_the_format_cannot_say_is_refused(case: str, message: str, tmp_path
     with pytest.raises(ValueError, match=message):
         save_saelens(load_dictionary(GOLDEN / case), tmp_path / "copy")
     assert not list(tmp_path.iterdir())
+
+
+def centred(**fields: Any) -> Dictionary:
+    return replace(load_dictionary(GOLDEN / "saelens_topk_none_sub"), normalization="centred", **fields)
+
+
+@pytest.mark.parametrize("site", ["1.resid_post_mlp", "0.resid_pre", "1.resid_delta_attn"])
+def test_centred_activations_are_written_as_centred_writing_weights(site: str, tmp_path: Path) -> None:
+    dictionary = centred(site=site, origin=None)
+    save_saelens(dictionary, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "cfg.json").read_text())
+    assert config["normalize_activations"] == "none"
+    assert config["metadata"]["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
+    copy = load_dictionary(tmp_path / "copy")
+    assert (copy.site, copy.normalization) == (site, "centred")
+    assert_same(copy, dictionary, torch.randn(20, 16, generator=torch.Generator().manual_seed(1)) + 2)
+
+
+@pytest.mark.parametrize("site", [None, "1.mlp_post_act"])
+def test_centred_activations_outside_the_residual_stream_are_not_written(site: str | None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot express the normalisation 'centred' outside the residual stream"):
+        save_saelens(centred(site=site), tmp_path / "copy")
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False, None])
+def test_whether_rows_began_with_bos_is_kept(prepend_bos: bool | None, tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "d", {"metadata": {"hook_name": "blocks.0.hook_resid_pre"}, "prepend_bos": prepend_bos}, {}
+    )
+    dictionary = load_dictionary(source)
+    assert dictionary.prepend_bos is prepend_bos
+    save_saelens(dictionary, tmp_path / "copy")
+    assert load_dictionary(tmp_path / "copy").prepend_bos is prepend_bos
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

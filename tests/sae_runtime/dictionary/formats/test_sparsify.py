@@ -61,6 +61,13 @@ def test_a_transcoder_is_not_edited(tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "activation": ({"activation": "relu"}, {}, "activation is 'relu', expected topk or groupmax"),
+    "signed": ({"signed": True}, {}, r"cfg\.json: signed is True, which is not supported; expected false or null"),
+    "another encoder": ({"encoder_pkm": True}, {}, "encoder_pkm is True, which is not supported"),
+    "cross-layer": ({"n_targets": 3}, {}, "n_targets is 3, which is not supported; expected false or 0 or null"),
+    "unknown key": ({"gain": 2.0}, {}, r"cfg\.json: gain is 2\.0, an unknown key, which may change what"),
+    "text for k": ({"k": "2"}, {}, "k is '2', expected an integer"),
+    "truth for k": ({"k": True}, {}, "k is True, expected an integer"),
+    "no number for k": ({"k": float("nan")}, {}, "NaN is not JSON"),
     "no width": ({"d_in": None}, {}, "d_in is absent, expected an integer, 1 or more"),
     "width": ({"d_in": 5}, {}, r"encoder\.weight has shape \[6, 4\], expected \[6, 5\]"),
     "latents": ({"num_latents": 0, "expansion_factor": 2}, {}, r"has shape \[6, 4\], expected \[8, 4\]"),
@@ -82,6 +89,13 @@ def test_wrong_contents_are_named(case: str, tmp_path: Path) -> None:
     config, tensors, message = WRONG[case]
     with pytest.raises(DictionaryFormatError, match=message):
         load_dictionary(write(tmp_path / "h.8", config, tensors))
+
+
+def test_keys_of_other_versions_that_change_nothing_are_allowed(tmp_path: Path) -> None:
+    first = {"normalize_decoder": True, "signed": False, "monet": False, "encoder_pkm": False, "pkm_heads": 1}
+    branch = {"optimized_encoder_config": "None_", "pkm_config": {"pkm_pad": False}, "matching_pursuit": False}
+    for number, config in enumerate((first, branch, {"n_targets": 0, "coalesce_topk": "none"})):
+        assert load_dictionary(write(tmp_path / str(number) / "h.8", config)).k == 2
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

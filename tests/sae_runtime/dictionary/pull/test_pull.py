@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from sae_runtime.errors import DictionaryFormatError
 from tests import golden
 from tests.sae_runtime.dictionary.pull.file_server import FileServer, md5_header, put_hub_repository, running
 
-pytestmark = pytest.mark.any_cpu
+pytestmark = [pytest.mark.any_cpu, pytest.mark.filterwarnings("ignore:.*BOS")]
 
 GOLDEN = golden.FOLDER
 OPENAI = "openai/gpt2-small/resid_post_mlp_v5_32k/8"
@@ -104,6 +105,24 @@ def test_hub_repositories(
         assert file.verified == (("sha256",) if large else ("git",))
     if case == "sparsify_topk":
         assert pulled.manifest.site == "8.resid_delta_mlp"  # from the folder's name
+
+
+def test_releases_of_which_saelens_knows_that_they_are_centred(
+    server: FileServer, settings: PullSettings, tmp_path: Path
+) -> None:
+    """Their files do not say it. Another repository with the same files is read as they are, with a warning."""
+    files = golden_files("saelens_legacy_standard", "blocks.1.hook_resid_pre")
+    for repository in ("jbloom/GPT2-Small-SAEs-Reformatted", "some/saes"):
+        put_hub_repository(server, repository, files)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*BOS")
+        centred = pull("jbloom/GPT2-Small-SAEs-Reformatted/blocks.1.hook_resid_pre", tmp_path / "a", settings)
+    assert centred.manifest.normalization == "centred"
+    assert centred.manifest.provenance.config["prepend_bos"] is True
+    with pytest.warns(UserWarning, match="does not say how the model was processed"):
+        plain = pull("some/saes/blocks.1.hook_resid_pre", tmp_path / "b", settings)
+    assert plain.manifest.normalization == "none"
 
 
 def test_an_interrupted_pull_fetches_only_what_is_missing(

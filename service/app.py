@@ -6,6 +6,7 @@ themselves live in service/rpc and know nothing of Ray.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -66,6 +67,7 @@ class FeatureServer:
             from service.rpc.register import build_handlers
 
             self.runtime = await ServiceRuntime.start(settings.replica_settings())
+            self.event_loop = asyncio.get_running_loop()
             self.handlers = build_handlers(self.runtime)
         except Exception as error:
             message = " ".join(str(error).split()) or type(error).__name__
@@ -73,8 +75,13 @@ class FeatureServer:
 
     async def check_health(self) -> None:
         """Raises if the replica is broken; Ray Serve then replaces it."""
-        if not self.runtime.ready:
+        if not self.runtime.engine.ready:  # a replica that drains is sound
             raise RuntimeError("the engine does not run")
+
+    def drain(self) -> bool:
+        """Refuses new calls from now on. Returns whether no call runs any more. Callable from any thread."""
+        self.event_loop.call_soon_threadsafe(self.runtime.begin_drain)
+        return self.runtime.readiness.drained
 
     async def __del__(self) -> None:
         runtime = getattr(self, "runtime", None)
@@ -86,6 +93,12 @@ class FeatureServer:
         from service.rpc.register import RPCS
 
         return build_http(self.runtime, sorted({rpc.service for rpc in RPCS.values()}))
+
+
+def drain_replica(actor: object) -> bool:
+    """`FeatureServer.drain` of the replica whose actor runs this function (Ray's `__ray_call__` passes the actor)."""
+    server: Any = serve.get_replica_context().servable_object
+    return bool(server.drain())
 
 
 def build_app(args: dict[str, Any] | AppSettings) -> serve.Application:

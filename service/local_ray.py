@@ -78,12 +78,17 @@ def environment(settings: ServeSettings, directory: Path, ports: Ports) -> dict[
         directory: for HAProxy's files.
         ports: the ports of this run.
     """
+    start_timeout_s = str(math.ceil(settings.start_timeout_s))
     haproxy = directory / "h"  # short names: Ray adds 56 characters, and HAProxy accepts 97
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # Ray's default of 15 gives every other program priority over replicas
-        # By default Ray kills proxies that are not up after 5 s. A busy machine takes longer, and the start would fail.
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        # How long Ray waits for its node, HAProxy and the proxies. Its defaults, 30 s and 5 s, are too short for a busy
+        # machine.
+        "RAY_gcs_server_port_wait_time_s": start_timeout_s,
+        "RAY_raylet_start_wait_time_s": start_timeout_s,
+        "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": start_timeout_s,
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": start_timeout_s,
         # A token for this run only. Without it Ray would write one to the home directory.
         "RAY_AUTH_MODE": "token",
         TOKEN: secrets.token_hex(32),
@@ -163,7 +168,7 @@ def local_ray(settings: ServeSettings, *, verbose: bool) -> Iterator[Path]:
         finally:
             ignore_signals()
             with ray_is_silent(verbose=verbose):
-                _stop(settings.drain_s)
+                _stop()
 
 
 @contextlib.contextmanager
@@ -179,24 +184,16 @@ def ray_is_silent(*, verbose: bool) -> Iterator[None]:
 def _start_ray(settings: ServeSettings, ray_dir: str, *, verbose: bool) -> None:
     import ray
 
-    for last_try in (False, True):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=max(1, math.ceil(settings.replicas * settings.cpus_per_replica)),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=verbose,
-                logging_level=logging.INFO if verbose else logging.CRITICAL,
-                _node_ip_address="127.0.0.1",  # where replicas listen if the HTTP host is loopback
-                _temp_dir=ray_dir,
-            )
-            return
-        except Exception as error:
-            # Ray gives its node 30 s to come up, which cannot be changed. A busy machine can need a second try.
-            if last_try or "timed out during startup" not in str(error):
-                raise
-            _stop(settings.drain_s)
+    ray.init(
+        address="local",
+        num_cpus=max(1, math.ceil(settings.replicas * settings.cpus_per_replica)),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.CRITICAL,
+        _node_ip_address="127.0.0.1",  # where replicas listen if the HTTP host is loopback
+        _temp_dir=ray_dir,
+    )
 
 
 def ignore_signals() -> None:
@@ -205,7 +202,7 @@ def ignore_signals() -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def _stop(drain_s: float) -> None:
+def _stop() -> None:
     """Ends Serve, then Ray and every process they may have left."""
     import ray
     from ray.serve.context import _get_global_client  # serve.shutdown() waits 30 s for a controller that is gone
@@ -213,7 +210,7 @@ def _stop(drain_s: float) -> None:
     with contextlib.suppress(Exception):  # processes that do not stop are killed below
         client = _get_global_client() if ray.is_initialized() else None
         if client is not None:
-            client.shutdown(timeout_s=drain_s + _SERVE_ENDS_S)
+            client.shutdown(timeout_s=_SERVE_ENDS_S)
     stop_ray()
 
 
@@ -221,26 +218,27 @@ def stop_ray() -> None:
     """Ends Ray and every process of this run."""
     import ray
 
-    if sum(_is_core(process) for process in _our_processes()) == len(_CORE):
+    if core_is_running():
         with contextlib.suppress(Exception):
             ray.shutdown(wait_for_processes=True)
-        _kill(_our_processes(), patience_s=_GONE_AFTER_S)
+        _kill(our_processes(), patience_s=_GONE_AFTER_S)
     else:  # a service manager has signalled all processes at once, and the others would wait for the core in vain
-        _kill(_our_processes(), patience_s=0)
+        _kill(our_processes(), patience_s=0)
         atexit.unregister(ray.shutdown)
 
 
-def _is_core(process: Any) -> bool:
-    """Whether a process belongs to the core that all of Ray needs, and is running."""
+def core_is_running() -> bool:
+    """Whether the processes that all of Ray needs are running. They are children of this process."""
     import psutil  # type: ignore[import-untyped]
 
-    try:
-        return process.name() in _CORE and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    running = 0
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            running += process.name() in _CORE and process.status() != psutil.STATUS_ZOMBIE
+    return running == len(_CORE)
 
 
-def _our_processes() -> list[Any]:
+def our_processes() -> list[Any]:
     """Every process of this run, orphans included: all inherit its token. psutil comes with ray."""
     import psutil
 

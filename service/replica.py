@@ -116,10 +116,10 @@ class ServiceRuntime:
         """Refuses new calls and sets health to NOT_SERVING; running calls go on."""
         self.readiness.set("draining")
 
-    async def stop(self, drain_s: float = 0.0) -> None:
-        """Drains for at most `drain_s` seconds and stops the engine."""
+    async def stop(self) -> None:
+        """Stops the engine. Calls that still run get UNAVAILABLE."""
         self.begin_drain()
-        await self.engine.stop(drain_s)
+        await self.engine.stop()
         self.text_reader.close()
 
     def note_load(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
+from service.drain import drain
 from service.local_ray import StartError, check_ports, local_ray, ray_is_silent, uses_haproxy
 from service.settings import ServeSettings, load_settings
 
@@ -22,6 +23,9 @@ _WATCH_S = 5.0
 
 class _Stop(BaseException):
     """A signal asked the service to stop. A BaseException, so that no handler on its way swallows it."""
+
+
+_STOPPED = (_Stop, KeyboardInterrupt, SystemExit)  # Ray turns _Stop into one of the others
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,16 +50,20 @@ def run(arguments: argparse.Namespace) -> int:
         settings = load_settings(arguments.config, given_settings(arguments, ServeSettings))
     try:
         check_ports(settings)
+        deadline = time.monotonic() + settings.start_timeout_s
         _stop_on_signals()
         with local_ray(settings, verbose=verbose) as directory:
             _stop_on_signals()  # again: ray.init sets its own handler
             with _progress("starting saeserve", quiet=verbose), ray_is_silent(verbose=verbose):
                 metrics_dir = settings.metrics_dir or str(directory / "metrics")
-                device = _start(settings.model_copy(update={"metrics_dir": metrics_dir}))
+                device = _start(settings.model_copy(update={"metrics_dir": metrics_dir}), deadline)
             print(_ready_line(settings, device), flush=True)
-            _watch()
+            try:
+                _watch()
+            except _STOPPED:
+                _drain(settings.drain_s, verbose=verbose)
         return 0
-    except (_Stop, KeyboardInterrupt, SystemExit):  # Ray turns _Stop into one of the others
+    except _STOPPED:  # before it was ready
         return 0
     except StartError as error:
         print(f"saeserve: {error}", file=sys.stderr)
@@ -68,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
 
 
-def _start(settings: ServeSettings) -> str:
+def _start(settings: ServeSettings, deadline: float) -> str:
     """Deploys the application and waits until it answers calls. Returns the device of a replica.
 
     Raises:
@@ -89,7 +97,6 @@ def _start(settings: ServeSettings) -> str:
             f"replicas ({settings.replicas}) x gpus_per_replica ({settings.gpus_per_replica:g}) needs {needed_gpus:g} "
             f"GPUs; this machine has {gpus:g}"
         )
-    deadline = time.monotonic() + settings.start_timeout_s
     serve.start(
         http_options=HTTPOptions(host=settings.host, port=settings.http_port),
         grpc_options=gRPCOptions(port=settings.grpc_port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)),
@@ -179,6 +186,18 @@ def _watch() -> None:
             serve.status()
         except Exception as error:
             raise StartError(f"Ray has stopped: {error}") from None
+
+
+def _drain(drain_s: float, *, verbose: bool) -> None:
+    """Lets running calls end, until `drain_s` seconds have passed or another signal comes."""
+    if drain_s == 0:
+        return
+    signals: list[int] = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: signals.append(number))
+    message = f"waiting up to {drain_s:g} s for running calls (Ctrl-C: stop now)"
+    with _progress(message, quiet=verbose), ray_is_silent(verbose=verbose):
+        drain(drain_s, stop_now=lambda: bool(signals))
 
 
 def _ready_line(settings: ServeSettings, device: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import sys
 import threading
@@ -129,7 +128,6 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._accepting = False
-        self._idle = asyncio.Event()
 
     async def start(self) -> None:
         """Starts the model thread. An engine starts once.
@@ -144,23 +142,19 @@ class Engine:
         self._thread = threading.Thread(target=self._model_thread, name="model", daemon=True)
         self._thread.start()
         self._accepting = True
-        self._idle.set()
 
-    async def stop(self, drain_s: float = 0.0) -> None:
-        """Refuses new work, waits up to `drain_s` for accepted work, and fails the rest with EngineStopped."""
+    async def stop(self) -> None:
+        """Refuses new work, and fails accepted work that does not run yet with EngineStopped."""
         self._accepting = False
         if self._thread is None:
             return
-        if drain_s > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), drain_s)
         self._scheduler.close()
         await asyncio.to_thread(self._thread.join)
         self._fail_everything(EngineStopped("the engine has stopped"))
 
     @property
     def ready(self) -> bool:
-        """Whether work is accepted: started, not draining, and the model thread alive."""
+        """Whether work is accepted: started, not stopped, and the model thread alive."""
         return self._accepting and self._thread is not None and self._thread.is_alive()
 
     def check_fits(self, work: GenerateWork) -> None:
@@ -252,7 +246,6 @@ class Engine:
             request, len(work.prompt), 0 if self._running.n_waiting else free_slots // work.n_sequences
         )
         self._generating.add(request)
-        self._idle.clear()
         running = work.n_sequences
         try:
             while running:
@@ -265,7 +258,6 @@ class Engine:
             request.cancelled = True
             self._scheduler.discard_generation(request)
             self._generating.discard(request)
-            self._note_idle()
 
     async def resolve_references(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
         """The edits as `score` and `generate` take them: every "resample" made a "set"; references are token ids."""
@@ -308,17 +300,11 @@ class Engine:
         work = _AwaitedWork(kind, content, sizes, future=future, arrival=time.monotonic(), number=next(self._numbers))
         self._scheduler.put(work, under_way=under_way)
         self._works.add(work)
-        self._idle.clear()
         try:
             return await work.future
         finally:
             self._works.discard(work)
             self._scheduler.discard(work)
-            self._note_idle()
-
-    def _note_idle(self) -> None:
-        if not self._works and not self._generating:
-            self._idle.set()
 
     def _deliver_batch(self, outcome: _BatchOutcome) -> None:
         """Hands the results of a batch to the works that wait for them."""

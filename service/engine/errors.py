@@ -17,7 +17,7 @@ class QueueFull(Exception):
 
 
 class EngineStopped(Exception):
-    """The engine is not running: not started yet, draining, stopped or broken."""
+    """The engine is not running: not started yet, stopped or broken."""
 
 
 class DeviceLost(EngineStopped):

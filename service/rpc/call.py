@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -100,11 +100,12 @@ State = Literal["starting", "serving", "draining"]
 
 
 class Readiness:
-    """Whether a replica takes calls, as a state to wait on. Use all methods from one event loop."""
+    """Whether a replica takes calls, as a state to wait on, and how many run. Use all methods from one event loop."""
 
     def __init__(self) -> None:
         self._state: State = "starting"
         self._changed = asyncio.Event()
+        self._running_calls = 0
 
     @property
     def state(self) -> State:
@@ -113,6 +114,29 @@ class Readiness:
     @property
     def serving(self) -> bool:
         return self._state == "serving"
+
+    @property
+    def drained(self) -> bool:
+        """Whether the replica drains and no call runs any more."""
+        return self._state == "draining" and self._running_calls == 0
+
+    @contextmanager
+    def running_call(self) -> Iterator[None]:
+        """Counts a call while a `with` block runs it.
+
+        Raises:
+            RpcError: UNAVAILABLE, the replica takes no calls.
+        """
+        if not self.serving:
+            raise self.refusal()
+        self._running_calls += 1
+        try:
+            yield
+        finally:
+            self._running_calls -= 1
+
+    def refusal(self) -> RpcError:
+        return unavailable(f"the server is {self._state}")
 
     def set(self, state: State) -> None:
         """Changes the state and wakes all waiters."""
@@ -146,8 +170,8 @@ class CallWrapper:
             code = grpc.StatusCode.CANCELLED
             try:
                 call.identify(request)
-                self._admit(always)
-                reply = await method(request, call)
+                with self._admitted(always):
+                    reply = await method(request, call)
                 context.set_trailing_metadata([("request-id", call.request_id)])
                 code = grpc.StatusCode.OK
             except Exception as error:
@@ -160,7 +184,10 @@ class CallWrapper:
         return handler
 
     def stream(self, name: str, method: StreamMethod, *, always: bool = False) -> StreamHandler:
-        """A handler with a stream of replies; the request is one message, or an async iterable of messages."""
+        """A handler with a stream of replies; the request is one message, or an async iterable of messages.
+
+        When the replica drains, it reads no further messages: replies to the others go out, then UNAVAILABLE.
+        """
 
         async def handler(request: Any, context: GrpcContext) -> AsyncIterator[Message]:
             call = Call()
@@ -168,9 +195,11 @@ class CallWrapper:
             try:
                 if not isinstance(request, AsyncIterable):
                     call.identify(request)
-                self._admit(always)
-                async with aclosing(method(request, call)) as replies:
-                    async for reply in replies:
+                async with AsyncExitStack() as stack:
+                    stack.enter_context(self._admitted(always))
+                    if isinstance(request, AsyncIterable):
+                        request = await stack.enter_async_context(aclosing(self._until_drain(request)))
+                    async for reply in await stack.enter_async_context(aclosing(method(request, call))):
                         yield reply
                 context.set_trailing_metadata([("request-id", call.request_id)])
                 code = grpc.StatusCode.OK
@@ -181,9 +210,31 @@ class CallWrapper:
 
         return handler
 
-    def _admit(self, always: bool) -> None:
-        if not always and not self._readiness.serving:
-            raise unavailable(f"the server is {self._readiness.state}")
+    def _admitted(self, always: bool) -> AbstractContextManager[None]:
+        return nullcontext() if always else self._readiness.running_call()
+
+    async def _until_drain(self, requests: AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+        """The messages of a stream. A client that keeps an idle stream open would hold up the drain.
+
+        Raises:
+            RpcError: UNAVAILABLE, the replica drains.
+        """
+        iterator = aiter(requests)
+        drain: asyncio.Future[Any] = asyncio.ensure_future(self._readiness.wait_beyond("serving"))
+        message: asyncio.Future[Any] | None = None
+        try:
+            while True:
+                message = asyncio.ensure_future(anext(iterator))
+                await asyncio.wait((message, drain), return_when=asyncio.FIRST_COMPLETED)
+                if drain.done():
+                    raise self._readiness.refusal()
+                try:
+                    request = message.result()
+                except StopAsyncIteration:
+                    return
+                yield request
+        finally:
+            await cancelled_together([task for task in (message, drain) if task is not None])
 
     def _done(self, name: str, code: grpc.StatusCode, call: Call) -> None:
         self._metrics.call_done(name, code.name, time.perf_counter() - call.arrived)
@@ -196,7 +247,7 @@ class CallWrapper:
         return rpc_error.code
 
 
-async def cancelled_together(tasks: list[asyncio.Task[Any]]) -> None:
+async def cancelled_together(tasks: Sequence[asyncio.Future[Any]]) -> None:
     """Cancels tasks and waits until they have ended."""
     for task in tasks:
         task.cancel()

@@ -74,10 +74,22 @@ class RunningService:
         return [process.pid for process in self.processes() if "ServeReplica" in " ".join(process.cmdline())]
 
     def stop(self, signal_number: signal.Signals = signal.SIGINT) -> int:
-        """Signals the process (for Ctrl-C its whole group, as a terminal does); returns the exit code."""
+        """Signals the process and waits for its end; returns the exit code."""
         if self.process.poll() is None:
-            (os.killpg if signal_number == signal.SIGINT else os.kill)(self.process.pid, signal_number)
+            self.signal(signal_number)
         return self.process.wait(60)
+
+    def signal(self, signal_number: signal.Signals) -> None:
+        """Signals the process; with SIGINT its whole group, as a terminal does."""
+        (os.killpg if signal_number == signal.SIGINT else os.kill)(self.process.pid, signal_number)
+
+
+def alive(processes: list[Any]) -> list[Any]:
+    """Those of a service's processes that are still there after a while."""
+    import psutil
+
+    _, left = psutil.wait_procs(processes, timeout=60)
+    return list(left)
 
 
 def run_serve(*flags: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
@@ -13,17 +12,10 @@ import pytest
 import sae_runtime
 from service.client import Client
 from service.ports import free_ports
-from tests.e2e.running_service import RunningService, run_serve, start_service
+from tests.e2e.running_service import RunningService, alive, run_serve, start_service
 from tests.e2e.tiny_model import TinyModel
 
 BUILTIN = Path(sae_runtime.__file__).parent / "builtin" / "backbone"
-
-
-def alive(processes: list[object]) -> list[object]:
-    import psutil
-
-    _, left = psutil.wait_procs(processes, timeout=60)
-    return list(left)
 
 
 def test_port_in_use_is_one_line(service: RunningService) -> None:
@@ -56,7 +48,7 @@ def test_the_ready_line_says_the_device_and_the_addresses(service: RunningServic
 def test_ctrl_c_twice_leaves_no_process(service: RunningService) -> None:
     processes = service.processes()
     assert len(processes) > 5
-    os.killpg(service.process.pid, signal.SIGINT)
+    service.signal(signal.SIGINT)
     assert service.stop() == 0
     assert alive(processes) == []
     assert service.process.stderr is not None

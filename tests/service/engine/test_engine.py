@@ -505,19 +505,6 @@ class TestLifeCycle:
                 assert not engine.ready
                 started = True
 
-    async def test_draining_finishes_what_was_accepted(self) -> None:
-        engine = Engine(BACKBONE, DICTIONARIES, EngineSettings(max_batch_tokens=8, torch_threads=1))
-        await engine.start()
-        tasks = await queued(engine, *(engine.extract(ExtractWork(((1,) * 8,), ("mid",))) for _ in range(10)))
-        tasks += await queued(engine, collect(engine, GenerateWork((1,), 20, GREEDY, ignore_end_of_text=True)))
-        stopping = asyncio.create_task(engine.stop(drain_s=60))
-        await asyncio.sleep(0)
-        with pytest.raises(EngineStopped):
-            await engine.extract(ExtractWork(((1,),), ("mid",)))
-        await asyncio.gather(*tasks)
-        await stopping
-        assert not engine.ready
-
     async def test_stopping_fails_what_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gate = Gate(monkeypatch)
         engine = Engine(BACKBONE, DICTIONARIES, EngineSettings())

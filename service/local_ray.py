@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,16 +185,25 @@ def ray_is_silent(*, verbose: bool) -> Iterator[None]:
 def _start_ray(settings: ServeSettings, ray_dir: str, *, verbose: bool) -> None:
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=max(1, math.ceil(settings.replicas * settings.cpus_per_replica)),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=verbose,
-        logging_level=logging.INFO if verbose else logging.CRITICAL,
-        _node_ip_address="127.0.0.1",  # where replicas listen if the HTTP host is loopback
-        _temp_dir=ray_dir,
-    )
+    deadline = time.monotonic() + settings.start_timeout_s
+    while True:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(1, math.ceil(settings.replicas * settings.cpus_per_replica)),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.CRITICAL,
+                _node_ip_address="127.0.0.1",  # where replicas listen if the HTTP host is loopback
+                _temp_dir=ray_dir,
+            )
+            return
+        except Exception as error:
+            # Ray also gives its node 30 s to register, which cannot be changed. A busy machine can need further tries.
+            if time.monotonic() > deadline or "timed out during startup" not in str(error):
+                raise
+            _stop()
 
 
 def ignore_signals() -> None:

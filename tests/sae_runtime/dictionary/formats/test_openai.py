@@ -111,7 +111,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "truth for k": (state(activation_state_dict={"k": True}), "expected an integer k"),
     "nothing": (
         state(**{"encoder.weight": torch.zeros(0, 4), "decoder.weight": torch.zeros(4, 0)}, latent_bias=torch.zeros(0)),
-        r"encoder has shape \[0, 4\], expected \[n_latents, d_in\] of 1 or more|k is 2",
+        r"encoder has shape \[0, 4\], expected \[n_latents, d_in\] of 1 or more",
     ),
     "sparse": (state(pre_bias=torch.zeros(4).to_sparse()), "pre_bias is torch.sparse_coo, expected a floating"),
     "dense": (state(activation="Identity"), "activation is Identity"),
@@ -167,6 +167,11 @@ def test_code_in_a_file_is_refused_and_not_run(zipped: bool, tmp_path: Path) -> 
     ("change", "message"),
     [
         ({"normalization": "none"}, "cannot express topk with normalization none; it has"),
+        ({"normalization": "centred"}, "cannot express topk with normalization centred"),
+        (
+            {"activation": "relu", "k": None, "normalization": "centred"},
+            "cannot express relu with normalization centred",
+        ),
         ({"normalization": "constant_norm"}, "cannot express topk with normalization constant_norm"),
         ({"activation": "relu", "k": None}, "cannot express relu with normalization layer_norm"),
         ({"activation": "groupmax", "postact": "relu"}, "cannot express the activation groupmax"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -65,14 +66,20 @@ class ServiceRuntime:
     Belongs to the event loop that `start` or `open` runs on.
     """
 
-    def __init__(self, backbone: Backbone, dictionaries: Mapping[str, Dictionary], settings: ReplicaSettings) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        dictionaries: Mapping[str, Dictionary],
+        settings: ReplicaSettings,
+        notes: Sequence[str] = (),
+    ) -> None:
         # Here, because they bring torch, and because Metrics reads PROMETHEUS_MULTIPROC_DIR when it is imported.
         from service.engine.engine import Engine
         from service.metrics import Metrics
 
         self.settings = settings
         presets = Presets.load(settings.edit_presets, dictionaries, backbone)
-        self.model = ServedModel(backbone, {name: dictionaries[name] for name in sorted(dictionaries)}, presets)
+        self.model = ServedModel(backbone, {name: dictionaries[name] for name in sorted(dictionaries)}, presets, notes)
         self.metrics = Metrics()
         self.engine = Engine(backbone, self.model.dictionaries, settings.engine, self.metrics)
         self.limits = settings.limits.for_context(backbone.context_length, self.engine.max_sequence_tokens)
@@ -89,8 +96,13 @@ class ServiceRuntime:
             UnknownDictionary, FileNotFoundError, ValueError: there is no such dictionary, backbone or device.
         """
         began = time.perf_counter()
-        backbone, dictionaries = await asyncio.to_thread(load_model, settings)
-        runtime = cls(backbone, dictionaries, settings)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            backbone, dictionaries = await asyncio.to_thread(load_model, settings)
+        notes = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+        for note in notes:
+            logger.warning(note)
+        runtime = cls(backbone, dictionaries, settings, notes)
         await runtime.open()
         logger.info(
             "serving %s with %d dictionaries on %s after %.1f s",

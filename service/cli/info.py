@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         "dictionaries": ", ".join(info.dictionaries),
         "edit presets": ", ".join(preset.name for preset in info.edit_presets) or "none",
     }
+    facts |= {"notes": "\n".join(info.notes)} if info.notes else {}
     console = open_console()
     print_table(console, fact_table(facts))
     limits = {

@@ -56,7 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
             _stop_on_signals()  # again: ray.init sets its own handler
             with _progress("starting saeserve", quiet=verbose), ray_is_silent(verbose=verbose):
                 metrics_dir = settings.metrics_dir or str(directory / "metrics")
-                device = _start(settings.model_copy(update={"metrics_dir": metrics_dir}), deadline)
+                device, notes = _start(settings.model_copy(update={"metrics_dir": metrics_dir}), deadline)
+            for note in notes:
+                print(f"saeserve: {note}", file=sys.stderr)
             print(_ready_line(settings, device), flush=True)
             try:
                 _watch()
@@ -76,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
 
 
-def _start(settings: ServeSettings, deadline: float) -> str:
-    """Deploys the application and waits until it answers calls. Returns the device of a replica.
+def _start(settings: ServeSettings, deadline: float) -> tuple[str, list[str]]:
+    """Deploys the application and waits until it answers calls. Returns the device of a replica, and what it noted.
 
     Raises:
         StartError: a replica failed, there are too few GPUs, or the start took too long.
@@ -104,8 +106,8 @@ def _start(settings: ServeSettings, deadline: float) -> str:
     target = serve.RunTarget(target=build_app(settings), name=APP_NAME)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     _await_running(deadline)
-    device = _await_serving(settings, deadline)
-    return f"{device}, {settings.gpus_per_replica:g} GPU a replica" if settings.gpus_per_replica else device
+    device, notes = _await_serving(settings, deadline)
+    return f"{device}, {settings.gpus_per_replica:g} GPU a replica" if settings.gpus_per_replica else device, notes
 
 
 def _await_running(deadline: float) -> None:
@@ -144,8 +146,8 @@ def _start_failure(message: str) -> str | None:
     return failure.partition("\n")[0].strip()
 
 
-def _await_serving(settings: ServeSettings, deadline: float) -> str:
-    """Waits until the health service answers on the clients' port. Returns the device of a replica.
+def _await_serving(settings: ServeSettings, deadline: float) -> tuple[str, list[str]]:
+    """Waits until the health service answers on the clients' port. Returns the device of a replica, and its notes.
 
     Raises:
         StartError: the deadline has passed.
@@ -162,8 +164,8 @@ def _await_serving(settings: ServeSettings, deadline: float) -> str:
                 reply = health.Check(health_pb2.HealthCheckRequest(), timeout=5)
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
                     server = server_service_pb2_grpc.ServerServiceStub(channel)
-                    device: str = server.GetServerInfo(server_service_pb2.GetServerInfoRequest(), timeout=5).device
-                    return device
+                    info = server.GetServerInfo(server_service_pb2.GetServerInfoRequest(), timeout=5)
+                    return info.device, list(info.notes)
                 answer = "NOT_SERVING"
             except grpc.RpcError as error:
                 answer = error.code().name

@@ -125,3 +125,5 @@ class ServerInfo:
     """Memory that the key-value cache of a replica takes."""
     edit_presets: tuple[EditPreset, ...]
     """By name, sorted."""
+    notes: tuple[str, ...] = ()
+    """What was noted of the files while they were loaded, such as weights that are not used."""

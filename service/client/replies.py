@@ -251,6 +251,7 @@ def read_server_info(reply: server_service_pb2.GetServerInfoResponse) -> catalog
             catalog.EditPreset(preset.name, preset.description, tuple(read_edit(edit) for edit in preset.edits))
             for preset in reply.edit_presets
         ),
+        notes=tuple(reply.notes),
     )
 
 

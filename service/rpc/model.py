@@ -32,6 +32,8 @@ class ServedModel:
     """By name, sorted. Every one has a site."""
     presets: Presets = field(default_factory=Presets)
     """Edits that requests can name."""
+    notes: Sequence[str] = ()
+    """What was noted of the files while they were loaded."""
 
     def require(self, names: Iterable[str]) -> None:
         """Raises RpcError NOT_FOUND, with all missing names, unless every name is a loaded dictionary."""

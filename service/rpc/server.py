@@ -42,6 +42,7 @@ class ServerRpc:
             cache_bytes=engine_settings.max_cache_tokens * backbone.cache_bytes_per_token,
             device=str(backbone.device),
             edit_presets=model.presets,
+            notes=model.notes,
         )
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sae_runtime.model.sites import LOCATIONS
+from service.engine.settings import EngineSettings
 from service.pb.saeserve.v1 import server_service_pb2
+from service.replica import ReplicaSettings, ServiceRuntime
+from service.rpc.call import Call
+from service.rpc.server import ServerRpc
+from tests import golden
 from tests.service.conftest import LIMITS, Served
 
 pytestmark = pytest.mark.any_cpu
@@ -24,3 +34,23 @@ async def test_server_info(served: Served) -> None:
     assert info.limits.max_text_bytes == limits.max_text_bytes == LIMITS.max_text_bytes
     assert info.limits.max_queued_tokens == served.runtime.settings.engine.max_queued_tokens
     assert info.limits.max_concurrent_generations == served.runtime.settings.engine.max_concurrent_generations
+
+
+async def test_what_was_noted_of_the_files_is_told(tmp_path: Path) -> None:
+    """As `saeserve serve` prints it: warnings of a replica would end in a log that nobody reads."""
+    folder = tmp_path / "model"
+    shutil.copytree(golden.FOLDER / "hooks_gpt2_tiny", folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"v_head.bias": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    runtime = await ServiceRuntime.start(ReplicaSettings(backbone=str(folder), dictionaries=()))
+    await runtime.stop()
+    assert list(runtime.model.notes) == [f"{folder}: these weights are not used: v_head.bias"]
+    served = ServerRpc(runtime.model, LIMITS, EngineSettings())
+    assert list((await served.GetServerInfo(server_service_pb2.GetServerInfoRequest(), Call())).notes) == [
+        *runtime.model.notes
+    ]
+
+
+async def test_without_anything_to_note(served: Served) -> None:
+    reply = await served.server.GetServerInfo(server_service_pb2.GetServerInfoRequest())
+    assert list(reply.notes) == []

@@ -76,6 +76,7 @@ class GetServerInfoResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     EDIT_PRESETS_FIELD_NUMBER: _builtins.int
     CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     version: _builtins.str
@@ -104,6 +105,10 @@ class GetServerInfoResponse(_message.Message):
     def edit_presets(self) -> _containers.RepeatedCompositeFieldContainer[_edits_pb2.EditPreset]:
         """The edit presets that requests can name, sorted by name."""
 
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was noted of the files while they were loaded, such as weights that are not used."""
+
     def __init__(
         self,
         *,
@@ -116,10 +121,11 @@ class GetServerInfoResponse(_message.Message):
         device: _builtins.str = ...,
         edit_presets: _abc.Iterable[_edits_pb2.EditPreset] | None = ...,
         cache_bytes: _builtins.int = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "cache_bytes", b"cache_bytes", "device", b"device", "dictionaries", b"dictionaries", "edit_presets", b"edit_presets", "library_versions", b"library_versions", "limits", b"limits", "request_id", b"request_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone", b"backbone", "cache_bytes", b"cache_bytes", "device", b"device", "dictionaries", b"dictionaries", "edit_presets", b"edit_presets", "library_versions", b"library_versions", "limits", b"limits", "notes", b"notes", "request_id", b"request_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,7 +19,10 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from service.settings import ServeSettings
 OBJECT_STORE_BYTES = 100 * 2**20  # we put nothing into it
 _GONE_AFTER_S = 5.0
 _SERVE_ENDS_S = 5.0
+_POLL_S = 0.1
 _CORE = ("gcs_server", "raylet")
 TOKEN = "RAY_AUTH_TOKEN"
 
@@ -108,6 +112,9 @@ def environment(settings: ServeSettings, directory: Path, ports: Ports) -> dict[
         # No load balancer in front of this HAProxy has to notice that a replica leaves.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(settings.stream_grace_s),
+        # Metadata beyond HAProxy's buffer (by default 16 KiB) ends a call with INTERNAL. With a larger one the replica
+        # answers: RESOURCE_EXHAUSTED.
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # One client connection may carry all the calls that a replica takes (HAProxy's default: 100).
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(settings.max_ongoing_requests),
@@ -184,7 +191,8 @@ def ray_is_silent(*, verbose: bool) -> Iterator[None]:
 def _start_ray(settings: ServeSettings, ray_dir: str, *, verbose: bool) -> None:
     import ray
 
-    ray.init(
+    start_ray = partial(
+        ray.init,
         address="local",
         num_cpus=max(1, math.ceil(settings.replicas * settings.cpus_per_replica)),
         include_dashboard=False,
@@ -194,6 +202,35 @@ def _start_ray(settings: ServeSettings, ray_dir: str, *, verbose: bool) -> None:
         _node_ip_address="127.0.0.1",  # where replicas listen if the HTTP host is loopback
         _temp_dir=ray_dir,
     )
+    start_within(settings.start_timeout_s, start_ray)
+
+
+def start_within(timeout_s: float, start: Callable[[], object]) -> None:
+    """Runs a function that can hold signals up, as ray.init does while it waits for its node.
+
+    Raises:
+        StartError: the time is over; the function goes on in a thread that ends with the process.
+        Exception: what the function raised.
+    """
+    failures: list[Exception] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            start()
+        except Exception as error:
+            failures.append(error)
+        ended.set()
+        # The kernel kills the processes that Ray has started when the thread that started them ends.
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="start", daemon=True).start()
+    deadline = time.monotonic() + timeout_s
+    while not ended.wait(_POLL_S):
+        if time.monotonic() > deadline:
+            raise StartError("Ray did not start in time; raise --start-timeout-s, or see its logs with --verbose")
+    if failures:
+        raise failures[0]
 
 
 def ignore_signals() -> None:
@@ -218,11 +255,11 @@ def stop_ray() -> None:
     """Ends Ray and every process of this run."""
     import ray
 
-    if core_is_running():
+    if core_is_running() and ray.is_initialized():
         with contextlib.suppress(Exception):
             ray.shutdown(wait_for_processes=True)
         _kill(our_processes(), patience_s=_GONE_AFTER_S)
-    else:  # a service manager has signalled all processes at once, and the others would wait for the core in vain
+    else:  # Ray is still starting, or a service manager has signalled all processes: others would wait for the core
         _kill(our_processes(), patience_s=0)
         atexit.unregister(ray.shutdown)
 

@@ -45,7 +45,9 @@ class AppSettings(ReplicaSettings):
         description="Calls that may wait in front of a replica that has max_ongoing_requests; -1: no bound. More calls "
         "get RESOURCE_EXHAUSTED from Ray, without RetryInfo, so the engine's own bounds should apply first.",
     )
-    drain_s: float = Field(5.0, ge=0, description="Seconds that a stopping replica gives its running calls.")
+    drain_s: float = Field(
+        5.0, ge=0, description="Seconds that running calls get to end when the service or a replica stops."
+    )
     metrics_dir: str = Field(
         "",
         description="Folder on each node where its replicas share their metrics, which is never emptied; "

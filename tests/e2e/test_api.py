@@ -59,6 +59,15 @@ def test_health_by_service(channel: grpc.Channel) -> None:
     watch.cancel()
 
 
+@pytest.mark.parametrize("size", [17_000, 60_000])
+def test_metadata_that_is_too_large_is_resource_exhausted(channel: grpc.Channel, size: int) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        FeatureServiceStub(channel).ExtractFeatures(
+            extract_request("x"), timeout=20, metadata=[("x-large", "a" * size)]
+        )
+    assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 def test_reflection_lists_every_service(channel: grpc.Channel) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     request = reflection_pb2.ServerReflectionRequest(list_services="")

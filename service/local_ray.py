@@ -202,6 +202,35 @@ def _start_ray(settings: ServeSettings, ray_dir: str, *, verbose: bool) -> None:
         _node_ip_address="127.0.0.1",  # where replicas listen if the HTTP host is loopback
         _temp_dir=ray_dir,
     )
+    start_within(settings.start_timeout_s, start_ray)
+
+
+def start_within(timeout_s: float, start: Callable[[], object]) -> None:
+    """Runs a function that can hold signals up, as ray.init does while it waits for its node.
+
+    Raises:
+        StartError: the time is over; the function goes on in a thread that ends with the process.
+        Exception: what the function raised.
+    """
+    failures: list[Exception] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            start()
+        except Exception as error:
+            failures.append(error)
+        ended.set()
+        # The kernel kills the processes that Ray has started when the thread that started them ends.
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="start", daemon=True).start()
+    deadline = time.monotonic() + timeout_s
+    while not ended.wait(_POLL_S):
+        if time.monotonic() > deadline:
+            raise StartError("Ray did not start in time; raise --start-timeout-s, or see its logs with --verbose")
+    if failures:
+        raise failures[0]
 
     def start() -> None:
         while True:

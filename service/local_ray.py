@@ -202,7 +202,19 @@ def _start_ray(settings: ServeSettings, ray_dir: str, *, verbose: bool) -> None:
         _node_ip_address="127.0.0.1",  # where replicas listen if the HTTP host is loopback
         _temp_dir=ray_dir,
     )
-    start_within(settings.start_timeout_s, start_ray)
+
+    def start() -> None:
+        while True:
+            try:
+                start_ray()
+                return
+            except Exception as error:
+                # Ray gives its node 30 s to register, which cannot be changed. A busy machine can need further tries.
+                if "timed out during startup" not in str(error):
+                    raise
+                _stop()
+
+    start_within(settings.start_timeout_s, start)
 
 
 def start_within(timeout_s: float, start: Callable[[], object]) -> None:
@@ -229,45 +241,6 @@ def start_within(timeout_s: float, start: Callable[[], object]) -> None:
     while not ended.wait(_POLL_S):
         if time.monotonic() > deadline:
             raise StartError("Ray did not start in time; raise --start-timeout-s, or see its logs with --verbose")
-    if failures:
-        raise failures[0]
-
-    def start() -> None:
-        while True:
-            try:
-                start_ray()
-                return
-            except Exception as error:
-                # Ray gives its node 30 s to register, which cannot be changed. A busy machine can need further tries.
-                if "timed out during startup" not in str(error):
-                    raise
-                _stop()
-
-    start_within(settings.start_timeout_s, start)
-
-
-def start_within(timeout_s: float, start: Callable[[], object]) -> None:
-    """Runs a function that can hold signals up, as ray.init does while it waits for its node.
-
-    Raises:
-        StartError: the time is over; the function goes on in a thread that ends with the process.
-        Exception: what the function raised.
-    """
-    failures: list[Exception] = []
-
-    def run() -> None:
-        try:
-            start()
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name="start", daemon=True)
-    deadline = time.monotonic() + timeout_s
-    thread.start()
-    while thread.is_alive():
-        if time.monotonic() > deadline:
-            raise StartError("Ray did not start in time; raise --start-timeout-s, or see its logs with --verbose")
-        thread.join(_POLL_S)
     if failures:
         raise failures[0]
 

@@ -27,11 +27,13 @@ def errors_of(path: Path, kind: str) -> Iterator[None]:
         raise CatalogueError(f"{path}: what it holds is not that of {kind}: {error}") from error
 
 
-def connect(path: Path, mode: str) -> sqlite3.Connection:
-    """A connection for several threads, which take turns; `mode` as in SQLite's URIs, such as "ro"."""
-    return sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}", uri=True, check_same_thread=False, isolation_level=None, timeout=5
-    )
+def connect(path: Path, mode: str, timeout_s: float = 5.0) -> sqlite3.Connection:
+    """A connection for several threads, which take turns. It waits `timeout_s` for the locks of other processes.
+
+    `mode` is that of SQLite's URIs, such as "ro".
+    """
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=timeout_s)
 
 
 def check_version(connection: sqlite3.Connection, path: Path, kind: str, application_id: int) -> None:

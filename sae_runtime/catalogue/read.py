@@ -120,13 +120,6 @@ class Catalogue:
         with self._lock, errors_of(self.path, _KIND):
             return self._summaries_of(wanted)
 
-    def labels_of(self, features: Iterable[int]) -> dict[int, str]:
-        """The best label of each of these features that has one."""
-        numbers = json.dumps([int(feature) for feature in features])
-        where = "feature IN (SELECT value FROM json_each(?)) AND label <> ''"
-        with self._lock, errors_of(self.path, _KIND):
-            return dict(self._query(f"SELECT feature, label FROM feature WHERE {where}", numbers))
-
     def neighbors(self, feature: int) -> tuple[Neighbor, ...]:
         """The features near one, in its page's order."""
         with self._lock, errors_of(self.path, _KIND):
@@ -141,7 +134,8 @@ class Catalogue:
         query = SearchQuery.parse(text)
         most = max(limit, _COMBINED) if query.words and query.symbols else limit
         with self._lock, errors_of(self.path, _KIND):
-            words, symbols = dict(self._with_words(query, most)), dict(self._with_symbols(query, most))
+            words: dict[int, float] = dict(self._with_words(query, most))
+            symbols: dict[int, float] = dict(self._with_symbols(query, most))
             together = words.keys() & symbols.keys() or words.keys() | symbols.keys()
             scores = {feature: words.get(feature, 0.0) + symbols.get(feature, 0.0) for feature in together}
             best = sorted(scores, key=lambda feature: (-scores[feature], feature))[:limit]

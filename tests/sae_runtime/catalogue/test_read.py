@@ -88,7 +88,6 @@ def test_paged(catalogue: Catalogue) -> None:
 def test_summaries_of_features_keep_their_order(catalogue: Catalogue) -> None:
     expected = [pages()[i].summary for i in (3, 0)]
     assert list(catalogue.summaries_of([3, 77, 0])) == expected
-    assert catalogue.labels_of([3, 77, 2, 0]) == {3: "Python keywords", 0: "any token of Spanish text"}
     assert catalogue.neighbors(3) == pages()[3].neighbors
 
 

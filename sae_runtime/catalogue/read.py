@@ -128,34 +128,45 @@ class Catalogue:
     def search(self, text: str, limit: int = 20) -> tuple[SearchHit, ...]:
         """The features whose labels, tokens or contexts have the words of a text, the best first.
 
-        All should occur; if they nowhere do together, any of them. The last word also stands for all words that begin
-        with it. A symbol, such as "=" or "{", means the token that is just this symbol.
+        All should occur; if they nowhere do together, any of them. Contexts are searched where labels and tokens do not
+        fill the limit, and then also words that begin with the last one. A symbol, such as "=" or "{", means the token
+        that is just this symbol.
         """
         query = SearchQuery.parse(text)
         most = max(limit, _COMBINED) if query.words and query.symbols else limit
         with self._lock, errors_of(self.path, _KIND):
-            words: dict[int, float] = dict(self._with_words(query, most))
-            symbols: dict[int, float] = dict(self._with_symbols(query, most))
+            words, symbols = self._with_words(query, most), self._with_symbols(query, most)
             together = words.keys() & symbols.keys() or words.keys() | symbols.keys()
             scores = {feature: words.get(feature, 0.0) + symbols.get(feature, 0.0) for feature in together}
             best = sorted(scores, key=lambda feature: (-scores[feature], feature))[:limit]
             return tuple(SearchHit(summary, scores[summary.feature]) for summary in self._summaries_of(best))
 
-    def _with_words(self, query: SearchQuery, limit: int) -> Rows:
-        """(feature, score) by BM25."""
+    def _with_words(self, query: SearchQuery, limit: int) -> dict[int, float]:
+        """Scores by BM25."""
         if not query.words:
-            return []
-        weights = ", ".join(map(str, SEARCH_WEIGHTS))
-        sql = (
-            f"SELECT rowid, -bm25(search, {weights}) AS score FROM search WHERE search MATCH ? ORDER BY 2 DESC LIMIT ?"
-        )
-        found = self._query(sql, query.match("AND"), limit)
-        return found or (self._query(sql, query.match("OR"), limit) if len(query.words) > 1 else [])
+            return {}
+        scores = self._matches(query.match("AND", prefix=False), limit)
+        if len(scores) < limit and query.ends_with_word:
+            scores = self._matches(query.match("AND"), limit) | scores
+        if not scores and len(query.words) > 1:
+            scores = self._matches(query.match("OR"), limit)
+        return scores
 
-    def _with_symbols(self, query: SearchQuery, limit: int) -> Rows:
-        """(feature, score): the share of a feature's firings that are on the symbols, weighted as tokens are."""
+    def _matches(self, expression: str, limit: int) -> dict[int, float]:
+        scores: dict[int, float] = {}
+        *of_labels, of_contexts = SEARCH_WEIGHTS
+        for table, weights in (("search", of_labels), ("search_context", [of_contexts])):
+            if len(scores) < limit:
+                score = f"-bm25({table}, {', '.join(map(str, weights))})"
+                sql = f"SELECT rowid, {score} FROM {table} WHERE {table} MATCH ? ORDER BY 2 DESC LIMIT ?"
+                for feature, value in self._query(sql, expression, limit):
+                    scores[feature] = scores.get(feature, 0.0) + value
+        return scores
+
+    def _with_symbols(self, query: SearchQuery, limit: int) -> dict[int, float]:
+        """Scores: the share of a feature's firings that are on the symbols, weighted as tokens are."""
         if not query.symbols:
-            return []
+            return {}
         marks = ", ".join("?" * len(query.pieces))
         sql = f"""
             SELECT feature, {SEARCH_WEIGHTS[1]} * sum(
@@ -166,7 +177,7 @@ class Catalogue:
             WHERE list <> 'suppressed' AND piece IN (SELECT id FROM piece WHERE bytes IN ({marks}))
             GROUP BY feature ORDER BY score DESC, feature LIMIT ?
         """
-        return self._query(sql, *query.pieces, limit)
+        return dict(self._query(sql, *query.pieces, limit))
 
     def _query(self, sql: str, *values: object) -> Rows:
         return self._db.execute(sql, values).fetchall()

@@ -62,9 +62,11 @@ CREATE TABLE label (
     predicate TEXT NOT NULL, author TEXT NOT NULL, created TEXT NOT NULL,
     PRIMARY KEY (feature, rank)
 ) WITHOUT ROWID;
-CREATE VIRTUAL TABLE search USING fts5 (label, tokens, contexts, content='', tokenize='unicode61');
+CREATE VIRTUAL TABLE search USING fts5 (label, tokens, content='', tokenize='unicode61');
+CREATE VIRTUAL TABLE search_context USING fts5 (text, content='', tokenize='unicode61');
 """
-"""`rank` counts from 0 in the order of a page. The rowid of `search` is the feature."""
+"""`rank` counts from 0 in the order of a page. The rowid of both tables for searches is the feature. Contexts have one
+of their own, since common words occur in those of most features: they are searched only where the other has too few."""
 
 INDEXES = """
 CREATE INDEX feature_by_rate ON feature (firing_rate);

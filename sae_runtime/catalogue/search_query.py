@@ -18,7 +18,6 @@ class SearchQuery:
     words: tuple[str, ...]
     symbols: tuple[str, ...]
     ends_with_word: bool
-    """Whether a word is last, which then stands for all words that begin with it."""
 
     @classmethod
     def parse(cls, text: str) -> SearchQuery:
@@ -33,10 +32,13 @@ class SearchQuery:
             ends_with_word=bool(is_word) and is_word[-1],
         )
 
-    def match(self, operator: Literal["AND", "OR"]) -> str:
-        """The words as an FTS5 expression: every word is a string in quotes."""
+    def match(self, operator: Literal["AND", "OR"], *, prefix: bool = True) -> str:
+        """The words as an FTS5 expression: every word is a string in quotes.
+
+        With `prefix` a word at the end of the query also stands for all words that begin with it.
+        """
         quoted = ['"' + word.replace('"', '""') + '"' for word in self.words]
-        return f" {operator} ".join(quoted) + ("*" if self.ends_with_word else "")
+        return f" {operator} ".join(quoted) + ("*" if prefix and self.ends_with_word else "")
 
     @property
     def pieces(self) -> tuple[bytes, ...]:

@@ -44,7 +44,8 @@ def write_catalogue(path: Path, info: CatalogueInfo, pages: Iterable[FeaturePage
             _Writer(connection, info).write(pages)
             connection.execute("COMMIT")
             connection.executescript(INDEXES)
-            connection.execute("INSERT INTO search (search) VALUES ('optimize')")
+            for table in ("search", "search_context"):
+                connection.execute(f"INSERT INTO {table} ({table}) VALUES ('optimize')")
         except sqlite3.OperationalError as error:  # such as a full disk
             raise OSError(f"{path}: cannot be written: {error}") from error
         finally:
@@ -81,10 +82,10 @@ class _Writer:
                     for rank, near in enumerate(page.neighbors)
                 ],
             )
-            self._db.execute(
-                "INSERT INTO search (rowid, label, tokens, contexts) VALUES (?, ?, ?, ?)",
-                (feature, *searched_texts(page)),
-            )
+            labels, tokens, contexts = searched_texts(page)
+            self._db.execute("INSERT INTO search (rowid, label, tokens) VALUES (?, ?, ?)", (feature, labels, tokens))
+            if contexts:
+                self._db.execute("INSERT INTO search_context (rowid, text) VALUES (?, ?)", (feature, contexts))
         self._insert("piece", [(number, piece) for piece, number in self._pieces.items()])
         self._insert("source", [(number, name) for name, number in self._sources.items()])
 

@@ -29,21 +29,28 @@ class Annotations:
     catalogue: the best of all is shown in summaries.
     """
 
-    def __init__(self, dictionary: Dictionary, catalogue: Catalogue | None, written: LabelStore) -> None:
+    def __init__(
+        self, dictionary: Dictionary, catalogue: Catalogue | None, written: LabelStore | None, problem: str = ""
+    ) -> None:
+        """`catalogue` and `written` are None where there is none that can be used.
+
+        `problem` says why a catalogue that is there cannot be used.
+        """
         self._dictionary = dictionary
         self.catalogue = catalogue
-        """None if there is none, or none that can be used."""
         self.written = written
+        self.problem = problem
 
     def close(self) -> None:
         if self.catalogue is not None:
             self.catalogue.close()
-        self.written.close()
+        if self.written is not None:
+            self.written.close()
 
     def page(self, feature: int) -> FeaturePage | None:
         """All that is known of a feature; None without a catalogue, or if the catalogue lacks the feature."""
         page = None if self.catalogue is None else self.catalogue.page(feature)
-        written = self.written.labels_of([feature]).get(feature)
+        written = self._written([feature]).get(feature)
         if page is None or written is None:
             return page
         return replace(page, summary=_shown(page.summary, written), labels=best_first((*written, *page.labels)))
@@ -72,13 +79,16 @@ class Annotations:
         """The features that `Catalogue.search` finds, and those whose written labels have all the words; best first."""
         hits = () if self.catalogue is None else self.catalogue.search(text, limit)
         scores = {hit.summary.feature: hit.score for hit in hits}
-        for feature, score in self.written.search(text, limit):
+        for feature, score in [] if self.written is None else self.written.search(text, limit):
             scores[feature] = scores.get(feature, 0.0) + score
         best = sorted(scores, key=lambda feature: (-scores[feature], feature))[:limit]
         return tuple(SearchHit(summary, scores[summary.feature]) for summary in self.summaries_of(best))
 
+    def _written(self, features: Iterable[int]) -> dict[int, tuple[Label, ...]]:
+        return {} if self.written is None else self.written.labels_of(features)
+
     def _with_written(self, summaries: Sequence[FeatureSummary]) -> tuple[FeatureSummary, ...]:
-        written = self.written.labels_of(summary.feature for summary in summaries)
+        written = self._written(summary.feature for summary in summaries)
         return tuple(
             _shown(summary, written[summary.feature]) if summary.feature in written else summary
             for summary in summaries

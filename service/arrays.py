@@ -96,11 +96,13 @@ def dictionary_features_bytes(
     indices: NDArray[Any],
     values: NDArray[Any],
     reconstruction_error: NDArray[Any] | None,
+    fingerprint: str,
 ) -> bytes:
     """Wire bytes of a DictionaryFeatures message; `reconstruction_error` is [n tokens] or None."""
     fields = [length_delimited(1, name.encode()), length_delimited(2, sparse_rows_bytes(row_splits, indices, values))]
     if reconstruction_error is not None:
         fields.append(length_delimited(3, _little_endian(reconstruction_error, "<f4")))
+    fields.append(length_delimited(4, fingerprint.encode()))
     return b"".join(fields)
 
 

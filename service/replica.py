@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_runtime.errors import DictionaryFormatError
+from service.catalogues import open_annotations
 from service.engine.settings import EngineSettings
 from service.presets import Presets
 from service.rpc.call import Readiness
@@ -54,6 +55,9 @@ class ReplicaSettings(BaseModel):
     """Type that the backbone and the dictionaries compute in."""
     edit_presets: str = ""
     """A YAML file of named sets of edits that requests can use (`presets` of Generate); empty: none."""
+    labels_dir: str = ""
+    """Folder for the labels that LabelFeature writes, which replicas on several nodes must share. Empty: the folder of
+    the dictionary if it can be written, else the user's folder for data (XDG_DATA_HOME)."""
     limits: Limits = Field(default_factory=Limits)
     """What a request may ask for."""
     engine: EngineSettings = Field(default_factory=EngineSettings)
@@ -79,7 +83,9 @@ class ServiceRuntime:
 
         self.settings = settings
         presets = Presets.load(settings.edit_presets, dictionaries, backbone)
-        self.model = ServedModel(backbone, {name: dictionaries[name] for name in sorted(dictionaries)}, presets, notes)
+        by_name = {name: dictionaries[name] for name in sorted(dictionaries)}
+        annotations = open_annotations(by_name, settings.labels_dir)
+        self.model = ServedModel(backbone, by_name, presets, notes, annotations)
         self.metrics = Metrics()
         self.engine = Engine(backbone, self.model.dictionaries, settings.engine, self.metrics)
         self.limits = settings.limits.for_context(backbone.context_length, self.engine.max_sequence_tokens)
@@ -133,6 +139,8 @@ class ServiceRuntime:
         self.begin_drain()
         await self.engine.stop()
         self.text_reader.close()
+        for known in self.model.annotations.values():
+            known.close()
 
     def note_load(self) -> None:
         """Writes the engine's load to the metrics."""
@@ -174,4 +182,6 @@ def _load_dictionary(entry: DictionarySettings, backbone: Backbone) -> tuple[str
     except ValueError as error:
         raise DictionaryFormatError(f"{entry.path}: {error}") from None
     check_backbone(dictionary, backbone)
-    return name, dictionary.with_fast_encoder()
+    dictionary = dictionary.with_fast_encoder()
+    _ = dictionary.fingerprint  # here, since it may take seconds: later it is at hand
+    return name, dictionary

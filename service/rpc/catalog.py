@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from service.pb.saeserve.v1 import catalog_service_pb2 as pb
 from service.rpc.call import Call
+from service.rpc.catalogue.messages import catalogue_message
 from service.rpc.errors import Violation, invalid_argument
 from service.rpc.model import ServedModel
 
 if TYPE_CHECKING:
-    from sae_runtime import Dictionary
     from sae_runtime.dictionary.manifest import Provenance
 
 
@@ -25,7 +26,7 @@ class CatalogRpc:
     async def ListDictionaries(self, request: pb.ListDictionariesRequest, call: Call) -> pb.ListDictionariesResponse:
         return pb.ListDictionariesResponse(
             request_id=call.request_id,
-            dictionaries=[_describe(name, dictionary) for name, dictionary in self._model.dictionaries.items()],
+            dictionaries=[self._describe(name) for name in self._model.dictionaries],
         )
 
     async def GetDictionary(self, request: pb.GetDictionaryRequest, call: Call) -> pb.GetDictionaryResponse:
@@ -33,29 +34,37 @@ class CatalogRpc:
             raise invalid_argument([Violation("name", "is empty, expected a dictionary's name")])
         self._model.require([request.name])
         dictionary = self._model.dictionaries[request.name]
-        reply = pb.GetDictionaryResponse(request_id=call.request_id, dictionary=_describe(request.name, dictionary))
+        annotations = self._model.annotations[request.name]
+        hidden = 0 if annotations.written is None else await asyncio.to_thread(annotations.written.n_hidden)
+        reply = pb.GetDictionaryResponse(
+            request_id=call.request_id, dictionary=self._describe(request.name), hidden_labels=hidden
+        )
+        if annotations.catalogue is not None:
+            reply.catalogue.CopyFrom(catalogue_message(annotations.catalogue.info))
         if dictionary.manifest is not None:
             reply.provenance.CopyFrom(_provenance(dictionary.manifest.provenance))
             reply.evaluation.update(dictionary.manifest.evaluation)
         return reply
 
-
-def _describe(name: str, dictionary: Dictionary) -> pb.Dictionary:
-    manifest = dictionary.manifest
-    return pb.Dictionary(
-        name=name,
-        site=dictionary.site or "",
-        architecture=dictionary.activation,
-        d_in=dictionary.d_in,
-        n_latents=dictionary.n_latents,
-        k=dictionary.k or 0,
-        normalizes_input=dictionary.normalizes_input,
-        normalization=dictionary.normalization,
-        has_skip_connection=dictionary.skip is not None,
-        transcoder=dictionary.transcoder,
-        has_statistics=dictionary.statistics is not None,
-        context_length=0 if manifest is None else manifest.context_length or 0,
-    )
+    def _describe(self, name: str) -> pb.Dictionary:
+        dictionary = self._model.dictionaries[name]
+        manifest = dictionary.manifest
+        return pb.Dictionary(
+            name=name,
+            site=dictionary.site or "",
+            architecture=dictionary.activation,
+            d_in=dictionary.d_in,
+            n_latents=dictionary.n_latents,
+            k=dictionary.k or 0,
+            normalizes_input=dictionary.normalizes_input,
+            normalization=dictionary.normalization,
+            has_skip_connection=dictionary.skip is not None,
+            transcoder=dictionary.transcoder,
+            has_statistics=dictionary.statistics is not None,
+            context_length=0 if manifest is None else manifest.context_length or 0,
+            fingerprint=dictionary.fingerprint,
+            has_catalogue=self._model.annotations[name].catalogue is not None,
+        )
 
 
 def _provenance(provenance: Provenance) -> pb.Provenance:

@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from sae_runtime.errors import UnknownDictionary
+from sae_runtime.errors import CatalogueError, UnknownDictionary
 from service.engine.errors import EngineStopped, NonFiniteActivations, QueueFull
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,15 @@ def features_not_found(features: Sequence[tuple[str, int, int]]) -> RpcError:
     return RpcError(grpc.StatusCode.NOT_FOUND, message, *details)
 
 
+def not_in_catalogue(dictionary: str, feature: int) -> RpcError:
+    """NOT_FOUND with ResourceInfo: the dictionary has the feature, but its catalogue does not."""
+    message = f"the catalogue of {shown(dictionary)} has no feature {feature}"
+    details = error_details_pb2.ResourceInfo(
+        resource_type="saeserve.v1.Feature", resource_name=f"{shortened(dictionary)}:{feature}", description=message
+    )
+    return RpcError(grpc.StatusCode.NOT_FOUND, message, details)
+
+
 def failed_precondition(subjects: Sequence[Violation], kind: str) -> RpcError:
     """FAILED_PRECONDITION with PreconditionFailure: the request is well formed, but what it names lacks something."""
     message = "; ".join(f"{field}: {description}" for field, description in subjects)
@@ -139,6 +148,10 @@ def as_rpc_error(error: Exception, request_id: str) -> RpcError:
         return unavailable("the replica does not take work")
     if isinstance(error, UnknownDictionary):
         return RpcError(grpc.StatusCode.NOT_FOUND, shortened(str(error), _MAX_MESSAGE_CHARACTERS))
+    if isinstance(error, CatalogueError):
+        logger.error("request %s failed: %s", request_id, error)
+        reason = "the catalogue or the labels of the dictionary are damaged; the server's log says more"
+        return failed_precondition([Violation("dictionary", reason)], "CATALOGUE")
     if isinstance(error, NonFiniteActivations):
         return invalid_argument([Violation("", str(error))])
     logger.error("request %s failed", request_id, exc_info=error)

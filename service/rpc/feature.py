@@ -22,6 +22,7 @@ from service.rpc.array_inputs import read_activations, read_input_statistics, re
 from service.rpc.call import Call, Undecodable, cancelled_together
 from service.rpc.checks import Violations
 from service.rpc.errors import Violation, invalid_argument, out_of_range, shown
+from service.rpc.labels import dictionary_labels
 from service.rpc.model import ModelRpc
 from service.rpc.text_inputs import TokenRow
 
@@ -45,7 +46,13 @@ class FeatureRpc(ModelRpc):
         rows, work = await self._read_extraction(request)
         call.submit()
         result = await self.engine.extract(work)
-        return self._pack_extraction(request, rows, result, call)
+        reply = self._pack_extraction(request, rows, result, call)
+        if request.include_labels:
+            named: dict[str, set[int]] = {name: set() for name in request.dictionaries}
+            for entry in (entry for dictionaries in result.inputs for entry in dictionaries):
+                named[entry.dictionary].update(entry.features.indices.tolist())
+            reply.labels.extend(await dictionary_labels(self.model, named, include_labels=True))
+        return reply
 
     async def _read_extraction(self, request: pb.ExtractFeaturesRequest) -> tuple[list[TokenRow], ExtractWork]:
         violations = Violations(self.limits)
@@ -91,7 +98,12 @@ class FeatureRpc(ModelRpc):
                     length_delimited(
                         4,
                         dictionary_features_bytes(
-                            entry.dictionary, csr.row_splits, csr.indices, csr.values, entry.reconstruction_error
+                            entry.dictionary,
+                            csr.row_splits,
+                            csr.indices,
+                            csr.values,
+                            entry.reconstruction_error,
+                            self.model.dictionaries[entry.dictionary].fingerprint,
                         ),
                     )
                 )
@@ -210,7 +222,9 @@ class FeatureRpc(ModelRpc):
             result = await self.engine.encode(EncodeWork(request.dictionary, x, selection))
         csr = result.features
         reply = pb.EncodeActivationsResponse(
-            request_id=call.request_id, features=pack_sparse_rows(csr.row_splits, csr.indices, csr.values)
+            request_id=call.request_id,
+            features=pack_sparse_rows(csr.row_splits, csr.indices, csr.values),
+            fingerprint=self.model.dictionaries[request.dictionary].fingerprint,
         )
         if result.mean is not None and result.std is not None:
             reply.input_statistics.CopyFrom(pack_input_statistics(result.mean, result.std))

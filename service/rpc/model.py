@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from service.rpc.errors import Violation, dictionary_not_found, failed_precondit
 
 if TYPE_CHECKING:
     from sae_runtime import Backbone, Dictionary
+    from sae_runtime.catalogue.annotations import Annotations
     from sae_runtime.causal.report import FeatureId
     from sae_runtime.dictionary.ranking import Ranking
     from service.engine.engine import Engine
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 LACKS_STATISTICS = "STATISTICS"
 """Type of the PreconditionFailure violations of dictionaries without statistics."""
+LACKS_CATALOGUE = "CATALOGUE"
+"""Type of the PreconditionFailure violations of dictionaries without a catalogue that can be used."""
 IS_TRANSCODER = "TRANSCODER"
 """Type of the PreconditionFailure violations of dictionaries that decode to another site than they read."""
 
@@ -34,6 +38,8 @@ class ServedModel:
     """Edits that requests can name."""
     notes: Sequence[str] = ()
     """What was noted of the files while they were loaded."""
+    annotations: Mapping[str, Annotations] = field(default_factory=dict)
+    """What is known of the features of each dictionary, by its name."""
 
     def require(self, names: Iterable[str]) -> None:
         """Raises RpcError NOT_FOUND, with all missing names, unless every name is a loaded dictionary."""
@@ -46,6 +52,14 @@ class ServedModel:
         sized = [(name, feature, self.dictionaries[name].n_latents) for name, feature in features]
         if unknown := [(name, feature, size) for name, feature, size in sized if feature >= size]:
             raise features_not_found(unknown)
+
+    def require_catalogue(self, name: str) -> Annotations:
+        """Raises RpcError NOT_FOUND for a dictionary not loaded, FAILED_PRECONDITION for one without a catalogue."""
+        self.require([name])
+        annotations = self.annotations[name]
+        if annotations.catalogue is None:
+            raise failed_precondition([lacks_catalogue(name, annotations.problem)], LACKS_CATALOGUE)
+        return annotations
 
     def require_ablatable(self, names: Sequence[str], where: str) -> None:
         """Raises RpcError NOT_FOUND for dictionaries not loaded, FAILED_PRECONDITION at `where` for transcoders."""
@@ -66,6 +80,13 @@ class ServedModel:
         """Raises RpcError FAILED_PRECONDITION at `where` if the order needs statistics that a dictionary lacks."""
         if ranking != "activation":
             self.require_statistics(names, f"FEATURE_RANKING_{ranking.upper()}", where)
+
+
+def lacks_catalogue(name: str, problem: str = "") -> Violation:
+    """The violation of a dictionary without a catalogue, or with one that cannot be used."""
+    lack = "has a catalogue that cannot be used (the server's log says why)" if problem else "has no catalogue"
+    build = f"saeserve catalogue build {shlex.quote(name)} --data TEXT"
+    return Violation("dictionary", f"dictionary {shown(name)} {lack}; build one with `{build}`, and restart the server")
 
 
 def lacks_statistics(dictionary: Dictionary, what: str, where: str) -> Violation | None:

@@ -71,6 +71,9 @@ def build_handlers(runtime: ServiceRuntime) -> Handlers:
     """A handler for every RPC in RPCS, for one replica."""
     # Here, because they bring torch, which the processes that only register services (Ray Serve's proxies) do not need.
     from service.rpc.catalog import CatalogRpc
+    from service.rpc.catalogue.features import CatalogueRpc
+    from service.rpc.catalogue.label import LabelRpc
+    from service.rpc.catalogue.search import SearchRpc
     from service.rpc.feature import FeatureRpc
     from service.rpc.health import HealthRpc
     from service.rpc.intervention.ablate import AblateRpc
@@ -80,11 +83,13 @@ def build_handlers(runtime: ServiceRuntime) -> Handlers:
     from service.rpc.intervention.score import ScoreRpc
     from service.rpc.server import ServerRpc
 
-    with_model = (FeatureRpc, GenerateRpc, ScoreRpc, AblateRpc, AttributeRpc, ContrastRpc)
+    with_model = (FeatureRpc, GenerateRpc, ScoreRpc, AblateRpc, AttributeRpc, ContrastRpc, SearchRpc)
     services = {rpc.service for rpc in RPCS.values()} - {HEALTH_SERVICE}
     objects: list[Any] = [
         *(made(runtime.engine, runtime.model, runtime.limits, runtime.text_reader) for made in with_model),
         CatalogRpc(runtime.model),
+        CatalogueRpc(runtime.model, runtime.limits),
+        LabelRpc(runtime.model, runtime.limits),
         ServerRpc(runtime.model, runtime.limits, runtime.settings.engine),
         HealthRpc(runtime.readiness, lambda: runtime.ready, services),
     ]

@@ -47,11 +47,12 @@ def test_input_statistics_both_ways(values: list[float]) -> None:
 
 def test_dictionary_features() -> None:
     splits, indices, values = np.array([0, 2, 3]), np.array([5, 1, 2]), np.array([0.5, 0.25, 3.0])
-    data = arrays.dictionary_features_bytes("wörter", splits, indices, values, np.array([0.1, 0.2]))
+    data = arrays.dictionary_features_bytes("wörter", splits, indices, values, np.array([0.1, 0.2]), "ab12")
     assert feature_service_pb2.DictionaryFeatures.FromString(data) == feature_service_pb2.DictionaryFeatures(
         dictionary="wörter",
         features=common_pb2.SparseRows(row_splits=[0, 2, 3], indices=[5, 1, 2], values=[0.5, 0.25, 3.0]),
         reconstruction_error=[0.1, 0.2],
+        fingerprint="ab12",
     )
 
 

@@ -13,6 +13,7 @@ from service.rpc.array_inputs import read_ranking
 from service.rpc.call import Call
 from service.rpc.checks import Violations
 from service.rpc.errors import out_of_range
+from service.rpc.labels import by_dictionary, dictionary_labels
 from service.rpc.model import ModelRpc
 from service.rpc.text_inputs import TokenRow
 
@@ -40,6 +41,9 @@ class AblateRpc(ModelRpc):
         with out_of_range("inputs"):
             result = await self.engine.ablate(work)
         report = result.report
+        features = [effect.feature for effect in report.effects]
+        names = work.dictionaries or dict.fromkeys(feature.dictionary for feature in features)
+        labels = await dictionary_labels(self.model, by_dictionary(names, features), request.include_labels)
         return pb.AblateFeaturesResponse(
             request_id=call.request_id,
             n_texts=report.n_texts,
@@ -50,6 +54,7 @@ class AblateRpc(ModelRpc):
             logit_token_ids=work.logit_tokens,
             truncated_tokens=[row.truncated for row in rows],
             n_variants=result.n_variants,
+            labels=labels,
             timing=call.timing(result.timing),
         )
 

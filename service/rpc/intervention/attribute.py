@@ -9,6 +9,7 @@ from service.rpc.array_inputs import read_ranking
 from service.rpc.call import Call
 from service.rpc.checks import Violations
 from service.rpc.errors import out_of_range
+from service.rpc.labels import by_dictionary, dictionary_labels
 from service.rpc.model import ModelRpc
 from service.rpc.text_inputs import TokenRow
 
@@ -25,6 +26,7 @@ class AttributeRpc(ModelRpc):
         with out_of_range("input"):
             result = await self.engine.attribute(work)
         report = result.report
+        features = by_dictionary(work.dictionaries, (pair.feature for pair in report.attributions))
         reply = pb.AttributeFeaturesResponse(
             request_id=call.request_id,
             metric=report.metric,
@@ -37,6 +39,7 @@ class AttributeRpc(ModelRpc):
             foil_id=work.foil,
             position=len(work.row) - 1,
             truncated_tokens=row.truncated,
+            labels=await dictionary_labels(self.model, features, request.include_labels),
             timing=call.timing(result.timing),
         )
         if request.include_tokens:

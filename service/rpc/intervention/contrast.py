@@ -12,6 +12,7 @@ from service.pb.saeserve.v1 import feature_service_pb2
 from service.rpc.call import Call
 from service.rpc.checks import Violations
 from service.rpc.errors import out_of_range
+from service.rpc.labels import by_dictionary, dictionary_labels
 from service.rpc.model import ModelRpc
 from service.rpc.text_inputs import TokenRow
 
@@ -34,14 +35,17 @@ class ContrastRpc(ModelRpc):
             result = await self.engine.contrast(work)
         rate = request.false_discovery_rate
         listed = [feature for feature in result.features if not rate or feature.q_value <= rate]
+        listed = listed[: request.count or DEFAULT_COUNT]
+        features = by_dictionary(work.dictionaries, (contrast.feature for contrast in listed))
         return pb.ContrastFeaturesResponse(
             request_id=call.request_id,
-            features=[_contrast(feature) for feature in listed[: request.count or DEFAULT_COUNT]],
+            features=[_contrast(feature) for feature in listed],
             n_tested=len(result.features),
             n_found=sum(feature.q_value <= 0.05 for feature in result.features),
             suggestion=[edit_message(edit) for edit in result.suggestion],
             trials=[_trial(trial) for trial in result.trials],
             truncated_tokens=[row.truncated for row in rows],
+            labels=await dictionary_labels(self.model, features, request.include_labels),
             timing=call.timing(result.timing),
         )
 

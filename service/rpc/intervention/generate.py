@@ -10,6 +10,7 @@ from typing import cast
 
 from service.arrays import dictionary_features_bytes, length_delimited
 from service.engine.work import (
+    Csr,
     GeneratedTokens,
     GenerateWork,
     GenerationEnd,
@@ -24,6 +25,7 @@ from service.rpc.call import Call
 from service.rpc.checks import Violations
 from service.rpc.edits import EditReader
 from service.rpc.errors import Violation, invalid_argument, out_of_range
+from service.rpc.labels import dictionary_labels
 from service.rpc.model import ModelRpc
 from service.rpc.text_inputs import TokenRow
 
@@ -44,6 +46,7 @@ class GenerateRpc(ModelRpc):
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> AsyncGenerator[pb.GenerateResponse, None]:
         prompt, work = await self._read(request)
+        unlabelled = _Unlabelled()
         call.submit()
         # The engine promises an async generator: closing it frees the generation's slots.
         events = cast("AsyncGenerator[GeneratedTokens | GenerationEnd, None]", self.engine.generate(work))
@@ -55,6 +58,8 @@ class GenerateRpc(ModelRpc):
                     )
                     if isinstance(event, GeneratedTokens):
                         reply.chunk.CopyFrom(self._pack_chunk(event))
+                        if request.features.include_labels and (new := unlabelled.take(event)):
+                            reply.chunk.labels.extend(await dictionary_labels(self.model, new, include_labels=True))
                     else:
                         reply.finish.CopyFrom(_finish(event, prompt, work.sampling.seed, call))
                     yield reply
@@ -158,15 +163,33 @@ class GenerateRpc(ModelRpc):
     def _pack_features(self, tokens: TokenFeatures) -> pb.TokenFeatures:
         # The arrays as wire bytes, see service.arrays; field 4 is `dictionaries`.
         message = pb.TokenFeatures.FromString(
-            b"".join(
-                length_delimited(4, dictionary_features_bytes(name, csr.row_splits, csr.indices, csr.values, None))
-                for name, csr in tokens.features.items()
-            )
+            b"".join(length_delimited(4, self._dictionary_features(name, csr)) for name, csr in tokens.features.items())
         )
         message.first_position = tokens.first_position
         message.token_ids.extend(tokens.ids)
         message.pieces.extend(self.reader.pieces(tokens.ids))
         return message
+
+    def _dictionary_features(self, name: str, csr: Csr) -> bytes:
+        fingerprint = self.model.dictionaries[name].fingerprint
+        return dictionary_features_bytes(name, csr.row_splits, csr.indices, csr.values, None, fingerprint)
+
+
+class _Unlabelled:
+    """Finds the features of a call whose labels were not sent yet."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, set[int]] = {}
+
+    def take(self, tokens: GeneratedTokens) -> dict[str, set[int]]:
+        """The new features of each dictionary, which from now on are not new."""
+        new: dict[str, set[int]] = {}
+        for name, csr in (item for features in tokens.features for item in features.features.items()):
+            sent = self._sent.setdefault(name, set())
+            if fresh := set(csr.indices.tolist()) - sent:
+                new.setdefault(name, set()).update(fresh)
+                sent |= fresh
+        return new
 
 
 def _read_sampling(message: pb.Sampling, violations: Violations) -> SamplingOptions:

@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from service.pb.saeserve.v1 import catalogue_pb2 as saeserve_dot_v1_dot_catalogue__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!saeserve/v1/catalog_service.proto\x12\x0bsaeserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"-\n\x17ListDictionariesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"]\n\x18ListDictionariesResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x0c\x64ictionaries\x18\x02 \x03(\x0b\x32\x17.saeserve.v1.Dictionary\"8\n\x14GetDictionaryRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x80\x02\n\x15GetDictionaryResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\ndictionary\x18\x02 \x01(\x0b\x32\x17.saeserve.v1.Dictionary\x12+\n\nprovenance\x18\x03 \x01(\x0b\x32\x17.saeserve.v1.Provenance\x12\x46\n\nevaluation\x18\x04 \x03(\x0b\x32\x32.saeserve.v1.GetDictionaryResponse.EvaluationEntry\x1a\x31\n\x0f\x45valuationEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xfc\x01\n\nDictionary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0c\n\x04\x64_in\x18\x04 \x01(\r\x12\x11\n\tn_latents\x18\x05 \x01(\r\x12\t\n\x01k\x18\x06 \x01(\r\x12\x18\n\x10normalizes_input\x18\x07 \x01(\x08\x12\x16\n\x0ehas_statistics\x18\x08 \x01(\x08\x12\x16\n\x0e\x63ontext_length\x18\t \x01(\r\x12\x15\n\rnormalization\x18\n \x01(\t\x12\x1b\n\x13has_skip_connection\x18\x0b \x01(\x08\x12\x12\n\ntranscoder\x18\x0c \x01(\x08\"\x90\x01\n\nProvenance\x12\x14\n\x0c\x63ode_version\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\t\x12+\n\x07\x63reated\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x63onfig_json\x18\x06 \x01(\t2\xc9\x01\n\x0e\x43\x61talogService\x12_\n\x10ListDictionaries\x12$.saeserve.v1.ListDictionariesRequest\x1a%.saeserve.v1.ListDictionariesResponse\x12V\n\rGetDictionary\x12!.saeserve.v1.GetDictionaryRequest\x1a\".saeserve.v1.GetDictionaryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!saeserve/v1/catalog_service.proto\x12\x0bsaeserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bsaeserve/v1/catalogue.proto\"-\n\x17ListDictionariesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"]\n\x18ListDictionariesResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x0c\x64ictionaries\x18\x02 \x03(\x0b\x32\x17.saeserve.v1.Dictionary\"8\n\x14GetDictionaryRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xc6\x02\n\x15GetDictionaryResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\ndictionary\x18\x02 \x01(\x0b\x32\x17.saeserve.v1.Dictionary\x12+\n\nprovenance\x18\x03 \x01(\x0b\x32\x17.saeserve.v1.Provenance\x12\x46\n\nevaluation\x18\x04 \x03(\x0b\x32\x32.saeserve.v1.GetDictionaryResponse.EvaluationEntry\x12-\n\tcatalogue\x18\x05 \x01(\x0b\x32\x1a.saeserve.v1.CatalogueInfo\x12\x15\n\rhidden_labels\x18\x06 \x01(\r\x1a\x31\n\x0f\x45valuationEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa8\x02\n\nDictionary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0c\n\x04\x64_in\x18\x04 \x01(\r\x12\x11\n\tn_latents\x18\x05 \x01(\r\x12\t\n\x01k\x18\x06 \x01(\r\x12\x18\n\x10normalizes_input\x18\x07 \x01(\x08\x12\x16\n\x0ehas_statistics\x18\x08 \x01(\x08\x12\x16\n\x0e\x63ontext_length\x18\t \x01(\r\x12\x15\n\rnormalization\x18\n \x01(\t\x12\x1b\n\x13has_skip_connection\x18\x0b \x01(\x08\x12\x12\n\ntranscoder\x18\x0c \x01(\x08\x12\x13\n\x0b\x66ingerprint\x18\r \x01(\t\x12\x15\n\rhas_catalogue\x18\x0e \x01(\x08\"\x90\x01\n\nProvenance\x12\x14\n\x0c\x63ode_version\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\t\x12+\n\x07\x63reated\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x63onfig_json\x18\x06 \x01(\t2\xfe\x04\n\x0e\x43\x61talogService\x12_\n\x10ListDictionaries\x12$.saeserve.v1.ListDictionariesRequest\x1a%.saeserve.v1.ListDictionariesResponse\x12V\n\rGetDictionary\x12!.saeserve.v1.GetDictionaryRequest\x1a\".saeserve.v1.GetDictionaryResponse\x12S\n\x0cListFeatures\x12 .saeserve.v1.ListFeaturesRequest\x1a!.saeserve.v1.ListFeaturesResponse\x12M\n\nGetFeature\x12\x1e.saeserve.v1.GetFeatureRequest\x1a\x1f.saeserve.v1.GetFeatureResponse\x12Y\n\x0eSearchFeatures\x12\".saeserve.v1.SearchFeaturesRequest\x1a#.saeserve.v1.SearchFeaturesResponse\x12_\n\x10NeighborFeatures\x12$.saeserve.v1.NeighborFeaturesRequest\x1a%.saeserve.v1.NeighborFeaturesResponse\x12S\n\x0cLabelFeature\x12 .saeserve.v1.LabelFeatureRequest\x1a!.saeserve.v1.LabelFeatureResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,20 +35,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETDICTIONARYRESPONSE_EVALUATIONENTRY']._loaded_options = None
   _globals['_GETDICTIONARYRESPONSE_EVALUATIONENTRY']._serialized_options = b'8\001'
-  _globals['_LISTDICTIONARIESREQUEST']._serialized_start=83
-  _globals['_LISTDICTIONARIESREQUEST']._serialized_end=128
-  _globals['_LISTDICTIONARIESRESPONSE']._serialized_start=130
-  _globals['_LISTDICTIONARIESRESPONSE']._serialized_end=223
-  _globals['_GETDICTIONARYREQUEST']._serialized_start=225
-  _globals['_GETDICTIONARYREQUEST']._serialized_end=281
-  _globals['_GETDICTIONARYRESPONSE']._serialized_start=284
-  _globals['_GETDICTIONARYRESPONSE']._serialized_end=540
-  _globals['_GETDICTIONARYRESPONSE_EVALUATIONENTRY']._serialized_start=491
-  _globals['_GETDICTIONARYRESPONSE_EVALUATIONENTRY']._serialized_end=540
-  _globals['_DICTIONARY']._serialized_start=543
-  _globals['_DICTIONARY']._serialized_end=795
-  _globals['_PROVENANCE']._serialized_start=798
-  _globals['_PROVENANCE']._serialized_end=942
-  _globals['_CATALOGSERVICE']._serialized_start=945
-  _globals['_CATALOGSERVICE']._serialized_end=1146
+  _globals['_LISTDICTIONARIESREQUEST']._serialized_start=112
+  _globals['_LISTDICTIONARIESREQUEST']._serialized_end=157
+  _globals['_LISTDICTIONARIESRESPONSE']._serialized_start=159
+  _globals['_LISTDICTIONARIESRESPONSE']._serialized_end=252
+  _globals['_GETDICTIONARYREQUEST']._serialized_start=254
+  _globals['_GETDICTIONARYREQUEST']._serialized_end=310
+  _globals['_GETDICTIONARYRESPONSE']._serialized_start=313
+  _globals['_GETDICTIONARYRESPONSE']._serialized_end=639
+  _globals['_GETDICTIONARYRESPONSE_EVALUATIONENTRY']._serialized_start=590
+  _globals['_GETDICTIONARYRESPONSE_EVALUATIONENTRY']._serialized_end=639
+  _globals['_DICTIONARY']._serialized_start=642
+  _globals['_DICTIONARY']._serialized_end=938
+  _globals['_PROVENANCE']._serialized_start=941
+  _globals['_PROVENANCE']._serialized_end=1085
+  _globals['_CATALOGSERVICE']._serialized_start=1088
+  _globals['_CATALOGSERVICE']._serialized_end=1726
 # @@protoc_insertion_point(module_scope)

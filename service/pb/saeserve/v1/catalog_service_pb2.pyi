@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from service.pb.saeserve.v1 import catalogue_pb2 as _catalogue_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -125,8 +126,12 @@ class GetDictionaryResponse(_message.Message):
     DICTIONARY_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
+    CATALOGUE_FIELD_NUMBER: _builtins.int
+    HIDDEN_LABELS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
+    hidden_labels: _builtins.int
+    """Labels that were written for another version of the dictionary: they are kept, but not shown."""
     @_builtins.property
     def dictionary(self) -> Global___Dictionary:
         """The dictionary."""
@@ -139,6 +144,10 @@ class GetDictionaryResponse(_message.Message):
     def evaluation(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Figures measured on held-out text when it was published, by name, such as "nmse", "l0", "loss_recovered"."""
 
+    @_builtins.property
+    def catalogue(self) -> _catalogue_pb2.CatalogueInfo:
+        """What its catalogue says of itself. Absent if there is none."""
+
     def __init__(
         self,
         *,
@@ -146,10 +155,12 @@ class GetDictionaryResponse(_message.Message):
         dictionary: Global___Dictionary | None = ...,
         provenance: Global___Provenance | None = ...,
         evaluation: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        catalogue: _catalogue_pb2.CatalogueInfo | None = ...,
+        hidden_labels: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dictionary", b"dictionary", "provenance", b"provenance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["catalogue", b"catalogue", "dictionary", b"dictionary", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionary", b"dictionary", "evaluation", b"evaluation", "provenance", b"provenance", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue", b"catalogue", "dictionary", b"dictionary", "evaluation", b"evaluation", "hidden_labels", b"hidden_labels", "provenance", b"provenance", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -173,6 +184,8 @@ class Dictionary(_message.Message):
     NORMALIZATION_FIELD_NUMBER: _builtins.int
     HAS_SKIP_CONNECTION_FIELD_NUMBER: _builtins.int
     TRANSCODER_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    HAS_CATALOGUE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique in the server."""
     site: _builtins.str
@@ -201,6 +214,12 @@ class Dictionary(_message.Message):
     """Whether decoding also needs the raw input (a skip connection); DecodeFeatures refuses such a dictionary."""
     transcoder: _builtins.bool
     """Whether it decodes to another activation than it reads; it then has no reconstruction error and cannot be edited."""
+    fingerprint: _builtins.str
+    """Tells its features from those of another version: the sha256 of a published dictionary's weights file, else one
+    of its tensors.
+    """
+    has_catalogue: _builtins.bool
+    """Whether it has a catalogue, which ListFeatures, GetFeature and NeighborFeatures need."""
     def __init__(
         self,
         *,
@@ -216,10 +235,12 @@ class Dictionary(_message.Message):
         normalization: _builtins.str = ...,
         has_skip_connection: _builtins.bool = ...,
         transcoder: _builtins.bool = ...,
+        fingerprint: _builtins.str = ...,
+        has_catalogue: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "d_in", b"d_in", "has_skip_connection", b"has_skip_connection", "has_statistics", b"has_statistics", "k", b"k", "n_latents", b"n_latents", "name", b"name", "normalization", b"normalization", "normalizes_input", b"normalizes_input", "site", b"site", "transcoder", b"transcoder"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "d_in", b"d_in", "fingerprint", b"fingerprint", "has_catalogue", b"has_catalogue", "has_skip_connection", b"has_skip_connection", "has_statistics", b"has_statistics", "k", b"k", "n_latents", b"n_latents", "name", b"name", "normalization", b"normalization", "normalizes_input", b"normalizes_input", "site", b"site", "transcoder", b"transcoder"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from service.pb.saeserve.v1 import catalog_service_pb2 as saeserve_dot_v1_dot_catalog__service__pb2
+from service.pb.saeserve.v1 import catalogue_pb2 as saeserve_dot_v1_dot_catalogue__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -26,7 +27,7 @@ if _version_not_supported:
 
 
 class CatalogServiceStub:
-    """The served dictionaries, and how they were made.
+    """The served dictionaries, how they were made, and what their features mean.
     """
 
     def __init__(self, channel):
@@ -45,10 +46,35 @@ class CatalogServiceStub:
                 request_serializer=saeserve_dot_v1_dot_catalog__service__pb2.GetDictionaryRequest.SerializeToString,
                 response_deserializer=saeserve_dot_v1_dot_catalog__service__pb2.GetDictionaryResponse.FromString,
                 _registered_method=True)
+        self.ListFeatures = channel.unary_unary(
+                '/saeserve.v1.CatalogService/ListFeatures',
+                request_serializer=saeserve_dot_v1_dot_catalogue__pb2.ListFeaturesRequest.SerializeToString,
+                response_deserializer=saeserve_dot_v1_dot_catalogue__pb2.ListFeaturesResponse.FromString,
+                _registered_method=True)
+        self.GetFeature = channel.unary_unary(
+                '/saeserve.v1.CatalogService/GetFeature',
+                request_serializer=saeserve_dot_v1_dot_catalogue__pb2.GetFeatureRequest.SerializeToString,
+                response_deserializer=saeserve_dot_v1_dot_catalogue__pb2.GetFeatureResponse.FromString,
+                _registered_method=True)
+        self.SearchFeatures = channel.unary_unary(
+                '/saeserve.v1.CatalogService/SearchFeatures',
+                request_serializer=saeserve_dot_v1_dot_catalogue__pb2.SearchFeaturesRequest.SerializeToString,
+                response_deserializer=saeserve_dot_v1_dot_catalogue__pb2.SearchFeaturesResponse.FromString,
+                _registered_method=True)
+        self.NeighborFeatures = channel.unary_unary(
+                '/saeserve.v1.CatalogService/NeighborFeatures',
+                request_serializer=saeserve_dot_v1_dot_catalogue__pb2.NeighborFeaturesRequest.SerializeToString,
+                response_deserializer=saeserve_dot_v1_dot_catalogue__pb2.NeighborFeaturesResponse.FromString,
+                _registered_method=True)
+        self.LabelFeature = channel.unary_unary(
+                '/saeserve.v1.CatalogService/LabelFeature',
+                request_serializer=saeserve_dot_v1_dot_catalogue__pb2.LabelFeatureRequest.SerializeToString,
+                response_deserializer=saeserve_dot_v1_dot_catalogue__pb2.LabelFeatureResponse.FromString,
+                _registered_method=True)
 
 
 class CatalogServiceServicer:
-    """The served dictionaries, and how they were made.
+    """The served dictionaries, how they were made, and what their features mean.
     """
 
     def ListDictionaries(self, request, context):
@@ -60,6 +86,41 @@ class CatalogServiceServicer:
 
     def GetDictionary(self, request, context):
         """One dictionary in full.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFeatures(self, request, context):
+        """The features of a dictionary, sorted and filtered, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetFeature(self, request, context):
+        """All that is known of a feature.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchFeatures(self, request, context):
+        """Features by words of their labels, tokens and contexts; or those that fire on one text and not on another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def NeighborFeatures(self, request, context):
+        """The features that lie near one, or fire together with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LabelFeature(self, request, context):
+        """Writes what a feature means, or removes what was written.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +139,31 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     request_deserializer=saeserve_dot_v1_dot_catalog__service__pb2.GetDictionaryRequest.FromString,
                     response_serializer=saeserve_dot_v1_dot_catalog__service__pb2.GetDictionaryResponse.SerializeToString,
             ),
+            'ListFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFeatures,
+                    request_deserializer=saeserve_dot_v1_dot_catalogue__pb2.ListFeaturesRequest.FromString,
+                    response_serializer=saeserve_dot_v1_dot_catalogue__pb2.ListFeaturesResponse.SerializeToString,
+            ),
+            'GetFeature': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFeature,
+                    request_deserializer=saeserve_dot_v1_dot_catalogue__pb2.GetFeatureRequest.FromString,
+                    response_serializer=saeserve_dot_v1_dot_catalogue__pb2.GetFeatureResponse.SerializeToString,
+            ),
+            'SearchFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchFeatures,
+                    request_deserializer=saeserve_dot_v1_dot_catalogue__pb2.SearchFeaturesRequest.FromString,
+                    response_serializer=saeserve_dot_v1_dot_catalogue__pb2.SearchFeaturesResponse.SerializeToString,
+            ),
+            'NeighborFeatures': grpc.unary_unary_rpc_method_handler(
+                    servicer.NeighborFeatures,
+                    request_deserializer=saeserve_dot_v1_dot_catalogue__pb2.NeighborFeaturesRequest.FromString,
+                    response_serializer=saeserve_dot_v1_dot_catalogue__pb2.NeighborFeaturesResponse.SerializeToString,
+            ),
+            'LabelFeature': grpc.unary_unary_rpc_method_handler(
+                    servicer.LabelFeature,
+                    request_deserializer=saeserve_dot_v1_dot_catalogue__pb2.LabelFeatureRequest.FromString,
+                    response_serializer=saeserve_dot_v1_dot_catalogue__pb2.LabelFeatureResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'saeserve.v1.CatalogService', rpc_method_handlers)
@@ -87,7 +173,7 @@ def add_CatalogServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CatalogService:
-    """The served dictionaries, and how they were made.
+    """The served dictionaries, how they were made, and what their features mean.
     """
 
     @staticmethod
@@ -134,6 +220,141 @@ class CatalogService:
             '/saeserve.v1.CatalogService/GetDictionary',
             saeserve_dot_v1_dot_catalog__service__pb2.GetDictionaryRequest.SerializeToString,
             saeserve_dot_v1_dot_catalog__service__pb2.GetDictionaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeserve.v1.CatalogService/ListFeatures',
+            saeserve_dot_v1_dot_catalogue__pb2.ListFeaturesRequest.SerializeToString,
+            saeserve_dot_v1_dot_catalogue__pb2.ListFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetFeature(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeserve.v1.CatalogService/GetFeature',
+            saeserve_dot_v1_dot_catalogue__pb2.GetFeatureRequest.SerializeToString,
+            saeserve_dot_v1_dot_catalogue__pb2.GetFeatureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeserve.v1.CatalogService/SearchFeatures',
+            saeserve_dot_v1_dot_catalogue__pb2.SearchFeaturesRequest.SerializeToString,
+            saeserve_dot_v1_dot_catalogue__pb2.SearchFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NeighborFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeserve.v1.CatalogService/NeighborFeatures',
+            saeserve_dot_v1_dot_catalogue__pb2.NeighborFeaturesRequest.SerializeToString,
+            saeserve_dot_v1_dot_catalogue__pb2.NeighborFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LabelFeature(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeserve.v1.CatalogService/LabelFeature',
+            saeserve_dot_v1_dot_catalogue__pb2.LabelFeatureRequest.SerializeToString,
+            saeserve_dot_v1_dot_catalogue__pb2.LabelFeatureResponse.FromString,
             options,
             channel_credentials,
             insecure,

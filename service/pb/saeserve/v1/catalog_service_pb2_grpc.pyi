@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from grpc import aio as _aio
 from service.pb.saeserve.v1 import catalog_service_pb2 as _catalog_service_pb2
+from service.pb.saeserve.v1 import catalogue_pb2 as _catalogue_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -27,7 +28,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CatalogServiceStub:
-    """The served dictionaries, and how they were made."""
+    """The served dictionaries, how they were made, and what their features mean."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,19 +38,39 @@ class CatalogServiceStub:
     """The loaded dictionaries."""
     GetDictionary: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.GetDictionaryRequest, _catalog_service_pb2.GetDictionaryResponse]
     """One dictionary in full."""
+    ListFeatures: _grpc.UnaryUnaryMultiCallable[_catalogue_pb2.ListFeaturesRequest, _catalogue_pb2.ListFeaturesResponse]
+    """The features of a dictionary, sorted and filtered, page by page."""
+    GetFeature: _grpc.UnaryUnaryMultiCallable[_catalogue_pb2.GetFeatureRequest, _catalogue_pb2.GetFeatureResponse]
+    """All that is known of a feature."""
+    SearchFeatures: _grpc.UnaryUnaryMultiCallable[_catalogue_pb2.SearchFeaturesRequest, _catalogue_pb2.SearchFeaturesResponse]
+    """Features by words of their labels, tokens and contexts; or those that fire on one text and not on another."""
+    NeighborFeatures: _grpc.UnaryUnaryMultiCallable[_catalogue_pb2.NeighborFeaturesRequest, _catalogue_pb2.NeighborFeaturesResponse]
+    """The features that lie near one, or fire together with it."""
+    LabelFeature: _grpc.UnaryUnaryMultiCallable[_catalogue_pb2.LabelFeatureRequest, _catalogue_pb2.LabelFeatureResponse]
+    """Writes what a feature means, or removes what was written."""
 
 @_typing.type_check_only
 class CatalogServiceAsyncStub(CatalogServiceStub):
-    """The served dictionaries, and how they were made."""
+    """The served dictionaries, how they were made, and what their features mean."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListDictionaries: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.ListDictionariesRequest, _catalog_service_pb2.ListDictionariesResponse]  # type: ignore[assignment]
     """The loaded dictionaries."""
     GetDictionary: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.GetDictionaryRequest, _catalog_service_pb2.GetDictionaryResponse]  # type: ignore[assignment]
     """One dictionary in full."""
+    ListFeatures: _aio.UnaryUnaryMultiCallable[_catalogue_pb2.ListFeaturesRequest, _catalogue_pb2.ListFeaturesResponse]  # type: ignore[assignment]
+    """The features of a dictionary, sorted and filtered, page by page."""
+    GetFeature: _aio.UnaryUnaryMultiCallable[_catalogue_pb2.GetFeatureRequest, _catalogue_pb2.GetFeatureResponse]  # type: ignore[assignment]
+    """All that is known of a feature."""
+    SearchFeatures: _aio.UnaryUnaryMultiCallable[_catalogue_pb2.SearchFeaturesRequest, _catalogue_pb2.SearchFeaturesResponse]  # type: ignore[assignment]
+    """Features by words of their labels, tokens and contexts; or those that fire on one text and not on another."""
+    NeighborFeatures: _aio.UnaryUnaryMultiCallable[_catalogue_pb2.NeighborFeaturesRequest, _catalogue_pb2.NeighborFeaturesResponse]  # type: ignore[assignment]
+    """The features that lie near one, or fire together with it."""
+    LabelFeature: _aio.UnaryUnaryMultiCallable[_catalogue_pb2.LabelFeatureRequest, _catalogue_pb2.LabelFeatureResponse]  # type: ignore[assignment]
+    """Writes what a feature means, or removes what was written."""
 
 class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The served dictionaries, and how they were made."""
+    """The served dictionaries, how they were made, and what their features mean."""
 
     @_abc_1.abstractmethod
     def ListDictionaries(
@@ -66,5 +87,45 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_catalog_service_pb2.GetDictionaryResponse, _abc.Awaitable[_catalog_service_pb2.GetDictionaryResponse]]:
         """One dictionary in full."""
+
+    @_abc_1.abstractmethod
+    def ListFeatures(
+        self,
+        request: _catalogue_pb2.ListFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalogue_pb2.ListFeaturesResponse, _abc.Awaitable[_catalogue_pb2.ListFeaturesResponse]]:
+        """The features of a dictionary, sorted and filtered, page by page."""
+
+    @_abc_1.abstractmethod
+    def GetFeature(
+        self,
+        request: _catalogue_pb2.GetFeatureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalogue_pb2.GetFeatureResponse, _abc.Awaitable[_catalogue_pb2.GetFeatureResponse]]:
+        """All that is known of a feature."""
+
+    @_abc_1.abstractmethod
+    def SearchFeatures(
+        self,
+        request: _catalogue_pb2.SearchFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalogue_pb2.SearchFeaturesResponse, _abc.Awaitable[_catalogue_pb2.SearchFeaturesResponse]]:
+        """Features by words of their labels, tokens and contexts; or those that fire on one text and not on another."""
+
+    @_abc_1.abstractmethod
+    def NeighborFeatures(
+        self,
+        request: _catalogue_pb2.NeighborFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalogue_pb2.NeighborFeaturesResponse, _abc.Awaitable[_catalogue_pb2.NeighborFeaturesResponse]]:
+        """The features that lie near one, or fire together with it."""
+
+    @_abc_1.abstractmethod
+    def LabelFeature(
+        self,
+        request: _catalogue_pb2.LabelFeatureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalogue_pb2.LabelFeatureResponse, _abc.Awaitable[_catalogue_pb2.LabelFeatureResponse]]:
+        """Writes what a feature means, or removes what was written."""
 
 def add_CatalogServiceServicer_to_server(servicer: CatalogServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -317,6 +317,7 @@ class AblateFeaturesRequest(_message.Message):
     SINGLE_TOKENS_FIELD_NUMBER: _builtins.int
     RANK_BY_FIELD_NUMBER: _builtins.int
     OVERFLOW_FIELD_NUMBER: _builtins.int
+    INCLUDE_LABELS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     single_tokens: _builtins.int
@@ -327,6 +328,8 @@ class AblateFeaturesRequest(_message.Message):
     """What the features are sorted by."""
     overflow: _common_pb2.Overflow.ValueType
     """What to do with inputs that are too long."""
+    include_labels: _builtins.bool
+    """Also return the labels of the features."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TextInput]:
         """One or more texts of at least two tokens."""
@@ -359,10 +362,11 @@ class AblateFeaturesRequest(_message.Message):
         single_tokens: _builtins.int = ...,
         rank_by: Global___AblationRanking.ValueType = ...,
         overflow: _common_pb2.Overflow.ValueType = ...,
+        include_labels: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["strongest", b"strongest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ablations", b"ablations", "features", b"features", "inputs", b"inputs", "logit_tokens", b"logit_tokens", "overflow", b"overflow", "rank_by", b"rank_by", "request_id", b"request_id", "single_tokens", b"single_tokens", "strongest", b"strongest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ablations", b"ablations", "features", b"features", "include_labels", b"include_labels", "inputs", b"inputs", "logit_tokens", b"logit_tokens", "overflow", b"overflow", "rank_by", b"rank_by", "request_id", b"request_id", "single_tokens", b"single_tokens", "strongest", b"strongest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -420,6 +424,7 @@ class AblateFeaturesResponse(_message.Message):
     TRUNCATED_TOKENS_FIELD_NUMBER: _builtins.int
     N_VARIANTS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     n_texts: _builtins.int
@@ -448,6 +453,10 @@ class AblateFeaturesResponse(_message.Message):
     def timing(self) -> _common_pb2.Timing:
         """Where the time went."""
 
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.DictionaryLabels]:
+        """One entry for each dictionary whose features are named, with labels if they are requested."""
+
     def __init__(
         self,
         *,
@@ -461,10 +470,11 @@ class AblateFeaturesResponse(_message.Message):
         truncated_tokens: _abc.Iterable[_builtins.int] | None = ...,
         n_variants: _builtins.int = ...,
         timing: _common_pb2.Timing | None = ...,
+        labels: _abc.Iterable[_common_pb2.DictionaryLabels] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "effects", b"effects", "logit_token_ids", b"logit_token_ids", "loss", b"loss", "n_targets", b"n_targets", "n_texts", b"n_texts", "n_variants", b"n_variants", "request_id", b"request_id", "timing", b"timing", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "effects", b"effects", "labels", b"labels", "logit_token_ids", b"logit_token_ids", "loss", b"loss", "n_targets", b"n_targets", "n_texts", b"n_texts", "n_variants", b"n_variants", "request_id", b"request_id", "timing", b"timing", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -644,6 +654,7 @@ class AttributeFeaturesRequest(_message.Message):
     OVERFLOW_FIELD_NUMBER: _builtins.int
     INCLUDE_TOKENS_FIELD_NUMBER: _builtins.int
     RANK_BY_FIELD_NUMBER: _builtins.int
+    INCLUDE_LABELS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     position: _builtins.int
@@ -658,6 +669,8 @@ class AttributeFeaturesRequest(_message.Message):
     """Which pairs are returned: those of the largest attributions in size. With surprise, sizes are multiplied by
     -log10(firing rate); with z-score, they are divided by the standard deviation of the feature.
     """
+    include_labels: _builtins.bool
+    """Also return the labels of the features."""
     @_builtins.property
     def input(self) -> _common_pb2.TextInput:
         """The text."""
@@ -687,10 +700,11 @@ class AttributeFeaturesRequest(_message.Message):
         overflow: _common_pb2.Overflow.ValueType = ...,
         include_tokens: _builtins.bool = ...,
         rank_by: _common_pb2.FeatureRanking.ValueType = ...,
+        include_labels: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "foil", b"foil", "input", b"input", "position", b"position", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "count", b"count", "dictionaries", b"dictionaries", "foil", b"foil", "include_tokens", b"include_tokens", "input", b"input", "overflow", b"overflow", "position", b"position", "rank_by", b"rank_by", "request_id", b"request_id", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "count", b"count", "dictionaries", b"dictionaries", "foil", b"foil", "include_labels", b"include_labels", "include_tokens", b"include_tokens", "input", b"input", "overflow", b"overflow", "position", b"position", "rank_by", b"rank_by", "request_id", b"request_id", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__position: _TypeAlias = _typing.Literal["position"]  # noqa: Y015
     _WhichOneofArgType__position: _TypeAlias = _typing.Literal["_position", b"_position"]  # noqa: Y015
@@ -737,6 +751,7 @@ class AttributeFeaturesResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     TRUNCATED_TOKENS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     metric: _builtins.float
@@ -771,6 +786,10 @@ class AttributeFeaturesResponse(_message.Message):
     def timing(self) -> _common_pb2.Timing:
         """Where the time went."""
 
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.DictionaryLabels]:
+        """One entry for each dictionary whose features are named, with labels if they are requested."""
+
     def __init__(
         self,
         *,
@@ -787,10 +806,11 @@ class AttributeFeaturesResponse(_message.Message):
         tokens: _common_pb2.Tokens | None = ...,
         truncated_tokens: _builtins.int = ...,
         timing: _common_pb2.Timing | None = ...,
+        labels: _abc.Iterable[_common_pb2.DictionaryLabels] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_foil_id", b"_foil_id", "_pearson", b"_pearson", "_spearman", b"_spearman", "foil_id", b"foil_id", "pearson", b"pearson", "spearman", b"spearman", "timing", b"timing", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_foil_id", b"_foil_id", "_pearson", b"_pearson", "_spearman", b"_spearman", "attributions", b"attributions", "foil_id", b"foil_id", "metric", b"metric", "n_active", b"n_active", "pearson", b"pearson", "position", b"position", "request_id", b"request_id", "spearman", b"spearman", "target_id", b"target_id", "timing", b"timing", "tokens", b"tokens", "totals", b"totals", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_foil_id", b"_foil_id", "_pearson", b"_pearson", "_spearman", b"_spearman", "attributions", b"attributions", "foil_id", b"foil_id", "labels", b"labels", "metric", b"metric", "n_active", b"n_active", "pearson", b"pearson", "position", b"position", "request_id", b"request_id", "spearman", b"spearman", "target_id", b"target_id", "timing", b"timing", "tokens", b"tokens", "totals", b"totals", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__foil_id: _TypeAlias = _typing.Literal["foil_id"]  # noqa: Y015
     _WhichOneofArgType__foil_id: _TypeAlias = _typing.Literal["_foil_id", b"_foil_id"]  # noqa: Y015
@@ -867,6 +887,7 @@ class ContrastFeaturesRequest(_message.Message):
     SUGGEST_FIELD_NUMBER: _builtins.int
     VALIDATE_FIELD_NUMBER: _builtins.int
     OVERFLOW_FIELD_NUMBER: _builtins.int
+    INCLUDE_LABELS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     aggregation: _feature_service_pb2.Aggregation.ValueType
@@ -881,6 +902,8 @@ class ContrastFeaturesRequest(_message.Message):
     """Score the suggested edits at several strengths on both sets, and suggest the strength that favours a most."""
     overflow: _common_pb2.Overflow.ValueType
     """What to do with inputs that are too long."""
+    include_labels: _builtins.bool
+    """Also return the labels of the features."""
     @_builtins.property
     def a(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TextInput]:
         """One set of at least two texts."""
@@ -906,10 +929,11 @@ class ContrastFeaturesRequest(_message.Message):
         suggest: _builtins.int = ...,
         validate: _builtins.bool = ...,
         overflow: _common_pb2.Overflow.ValueType = ...,
+        include_labels: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["a", b"a", "aggregation", b"aggregation", "b", b"b", "count", b"count", "dictionaries", b"dictionaries", "false_discovery_rate", b"false_discovery_rate", "overflow", b"overflow", "request_id", b"request_id", "suggest", b"suggest", "validate", b"validate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["a", b"a", "aggregation", b"aggregation", "b", b"b", "count", b"count", "dictionaries", b"dictionaries", "false_discovery_rate", b"false_discovery_rate", "include_labels", b"include_labels", "overflow", b"overflow", "request_id", b"request_id", "suggest", b"suggest", "validate", b"validate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -929,6 +953,7 @@ class ContrastFeaturesResponse(_message.Message):
     TRIALS_FIELD_NUMBER: _builtins.int
     TRUNCATED_TOKENS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     n_tested: _builtins.int
@@ -955,6 +980,10 @@ class ContrastFeaturesResponse(_message.Message):
     def timing(self) -> _common_pb2.Timing:
         """Where the time went."""
 
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.DictionaryLabels]:
+        """One entry for each dictionary whose features are named, with labels if they are requested."""
+
     def __init__(
         self,
         *,
@@ -966,10 +995,11 @@ class ContrastFeaturesResponse(_message.Message):
         trials: _abc.Iterable[Global___SuggestionTrial] | None = ...,
         truncated_tokens: _abc.Iterable[_builtins.int] | None = ...,
         timing: _common_pb2.Timing | None = ...,
+        labels: _abc.Iterable[_common_pb2.DictionaryLabels] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "n_found", b"n_found", "n_tested", b"n_tested", "request_id", b"request_id", "suggestion", b"suggestion", "timing", b"timing", "trials", b"trials", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "labels", b"labels", "n_found", b"n_found", "n_tested", b"n_tested", "request_id", b"request_id", "suggestion", b"suggestion", "timing", b"timing", "trials", b"trials", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,19 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18saeserve/v1/common.proto\x12\x0bsaeserve.v1\"P\n\tTextInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.saeserve.v1.TokenIdsH\x00\x42\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"u\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\x12\x13\n\x0b\x62yte_starts\x18\x03 \x03(\r\x12\x11\n\tbyte_ends\x18\x04 \x03(\r\x12\x13\n\x0b\x63har_starts\x18\x05 \x03(\r\x12\x11\n\tchar_ends\x18\x06 \x03(\r\"A\n\nSparseRows\x12\x12\n\nrow_splits\x18\x01 \x03(\x07\x12\x0f\n\x07indices\x18\x02 \x03(\x07\x12\x0e\n\x06values\x18\x03 \x03(\x02\"K\n\x06Tensor\x12\r\n\x05shape\x18\x01 \x03(\r\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.saeserve.v1.DataType\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\",\n\x0fInputStatistics\x12\x0c\n\x04mean\x18\x01 \x03(\x02\x12\x0b\n\x03std\x18\x02 \x03(\x02\"@\n\x06Timing\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x12\n\ncompute_ms\x18\x02 \x01(\x02\x12\x10\n\x08total_ms\x18\x03 \x01(\x02*O\n\x08Overflow\x12\x18\n\x14OVERFLOW_UNSPECIFIED\x10\x00\x12\x12\n\x0eOVERFLOW_ERROR\x10\x01\x12\x15\n\x11OVERFLOW_TRUNCATE\x10\x02*k\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03*\x8c\x01\n\x0e\x46\x65\x61tureRanking\x12\x1f\n\x1b\x46\x45\x41TURE_RANKING_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x46\x45\x41TURE_RANKING_ACTIVATION\x10\x01\x12\x1c\n\x18\x46\x45\x41TURE_RANKING_SURPRISE\x10\x02\x12\x1b\n\x17\x46\x45\x41TURE_RANKING_Z_SCORE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18saeserve/v1/common.proto\x12\x0bsaeserve.v1\"P\n\tTextInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.saeserve.v1.TokenIdsH\x00\x42\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"u\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\x12\x13\n\x0b\x62yte_starts\x18\x03 \x03(\r\x12\x11\n\tbyte_ends\x18\x04 \x03(\r\x12\x13\n\x0b\x63har_starts\x18\x05 \x03(\r\x12\x11\n\tchar_ends\x18\x06 \x03(\r\"A\n\nSparseRows\x12\x12\n\nrow_splits\x18\x01 \x03(\x07\x12\x0f\n\x07indices\x18\x02 \x03(\x07\x12\x0e\n\x06values\x18\x03 \x03(\x02\"K\n\x06Tensor\x12\r\n\x05shape\x18\x01 \x03(\r\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.saeserve.v1.DataType\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\",\n\x0fInputStatistics\x12\x0c\n\x04mean\x18\x01 \x03(\x02\x12\x0b\n\x03std\x18\x02 \x03(\x02\"\xa5\x01\n\x10\x44ictionaryLabels\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x39\n\x06labels\x18\x03 \x03(\x0b\x32).saeserve.v1.DictionaryLabels.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"@\n\x06Timing\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x12\n\ncompute_ms\x18\x02 \x01(\x02\x12\x10\n\x08total_ms\x18\x03 \x01(\x02*O\n\x08Overflow\x12\x18\n\x14OVERFLOW_UNSPECIFIED\x10\x00\x12\x12\n\x0eOVERFLOW_ERROR\x10\x01\x12\x15\n\x11OVERFLOW_TRUNCATE\x10\x02*k\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03*\x8c\x01\n\x0e\x46\x65\x61tureRanking\x12\x1f\n\x1b\x46\x45\x41TURE_RANKING_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x46\x45\x41TURE_RANKING_ACTIVATION\x10\x01\x12\x1c\n\x18\x46\x45\x41TURE_RANKING_SURPRISE\x10\x02\x12\x1b\n\x17\x46\x45\x41TURE_RANKING_Z_SCORE\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'service.pb.saeserve.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OVERFLOW']._serialized_start=523
-  _globals['_OVERFLOW']._serialized_end=602
-  _globals['_DATATYPE']._serialized_start=604
-  _globals['_DATATYPE']._serialized_end=711
-  _globals['_FEATURERANKING']._serialized_start=714
-  _globals['_FEATURERANKING']._serialized_end=854
+  _globals['_DICTIONARYLABELS_LABELSENTRY']._loaded_options = None
+  _globals['_DICTIONARYLABELS_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_OVERFLOW']._serialized_start=691
+  _globals['_OVERFLOW']._serialized_end=770
+  _globals['_DATATYPE']._serialized_start=772
+  _globals['_DATATYPE']._serialized_end=879
+  _globals['_FEATURERANKING']._serialized_start=882
+  _globals['_FEATURERANKING']._serialized_end=1022
   _globals['_TEXTINPUT']._serialized_start=41
   _globals['_TEXTINPUT']._serialized_end=121
   _globals['_TOKENIDS']._serialized_start=123
@@ -49,6 +51,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSOR']._serialized_end=409
   _globals['_INPUTSTATISTICS']._serialized_start=411
   _globals['_INPUTSTATISTICS']._serialized_end=455
-  _globals['_TIMING']._serialized_start=457
-  _globals['_TIMING']._serialized_end=521
+  _globals['_DICTIONARYLABELS']._serialized_start=458
+  _globals['_DICTIONARYLABELS']._serialized_end=623
+  _globals['_DICTIONARYLABELS_LABELSENTRY']._serialized_start=578
+  _globals['_DICTIONARYLABELS_LABELSENTRY']._serialized_end=623
+  _globals['_TIMING']._serialized_start=625
+  _globals['_TIMING']._serialized_end=689
 # @@protoc_insertion_point(module_scope)

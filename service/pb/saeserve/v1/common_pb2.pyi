@@ -312,6 +312,58 @@ class InputStatistics(_message.Message):
 Global___InputStatistics: _TypeAlias = InputStatistics  # noqa: Y015
 
 @_typing.final
+class DictionaryLabels(_message.Message):
+    """A dictionary whose features a reply names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DICTIONARY_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    dictionary: _builtins.str
+    """The dictionary's name."""
+    fingerprint: _builtins.str
+    """Its fingerprint: which version of it answered."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.int, _builtins.str]:
+        """If requested: the best label of each feature in the reply that has one."""
+
+    def __init__(
+        self,
+        *,
+        dictionary: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionary", b"dictionary", "fingerprint", b"fingerprint", "labels", b"labels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DictionaryLabels: _TypeAlias = DictionaryLabels  # noqa: Y015
+
+@_typing.final
 class Timing(_message.Message):
     """Where a call spent its time."""
 

@@ -25,47 +25,47 @@ _sym_db = _symbol_database.Default()
 from service.pb.saeserve.v1 import common_pb2 as saeserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!saeserve/v1/feature_service.proto\x12\x0bsaeserve.v1\x1a\x18saeserve/v1/common.proto\"\xb2\x02\n\x16\x45xtractFeaturesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06inputs\x18\x02 \x03(\x0b\x32\x16.saeserve.v1.TextInput\x12\x14\n\x0c\x64ictionaries\x18\x03 \x03(\t\x12\x30\n\tselection\x18\x04 \x01(\x0b\x32\x1d.saeserve.v1.FeatureSelection\x12-\n\x0b\x61ggregation\x18\x05 \x01(\x0e\x32\x18.saeserve.v1.Aggregation\x12\x16\n\x0einclude_tokens\x18\x06 \x01(\x08\x12$\n\x1cinclude_reconstruction_error\x18\x07 \x01(\x08\x12\'\n\x08overflow\x18\x08 \x01(\x0e\x32\x15.saeserve.v1.Overflow\"\xa0\x01\n\x10\x46\x65\x61tureSelection\x12\x0f\n\x05top_k\x18\x01 \x01(\rH\x00\x12+\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x17.saeserve.v1.FeatureIdsH\x00\x12\x13\n\tthreshold\x18\x03 \x01(\x02H\x00\x12,\n\x07rank_by\x18\x04 \x01(\x0e\x32\x1b.saeserve.v1.FeatureRankingB\x0b\n\tselection\"\x19\n\nFeatureIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x7f\n\x17\x45xtractFeaturesResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07results\x18\x02 \x03(\x0b\x32\x1a.saeserve.v1.InputFeatures\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.saeserve.v1.Timing\"\x97\x01\n\rInputFeatures\x12#\n\x06tokens\x18\x01 \x01(\x0b\x32\x13.saeserve.v1.Tokens\x12\x10\n\x08n_tokens\x18\x02 \x01(\r\x12\x18\n\x10truncated_tokens\x18\x03 \x01(\r\x12\x35\n\x0c\x64ictionaries\x18\x04 \x03(\x0b\x32\x1f.saeserve.v1.DictionaryFeatures\"q\n\x12\x44ictionaryFeatures\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12)\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x17.saeserve.v1.SparseRows\x12\x1c\n\x14reconstruction_error\x18\x03 \x03(\x02\"T\n\x1c\x45xtractFeaturesStreamRequest\x12\x34\n\x07request\x18\x01 \x01(\x0b\x32#.saeserve.v1.ExtractFeaturesRequest\"W\n\x1d\x45xtractFeaturesStreamResponse\x12\x36\n\x08response\x18\x01 \x01(\x0b\x32$.saeserve.v1.ExtractFeaturesResponse\"\x9e\x01\n\x18\x45ncodeActivationsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ndictionary\x18\x02 \x01(\t\x12(\n\x0b\x61\x63tivations\x18\x03 \x01(\x0b\x32\x13.saeserve.v1.Tensor\x12\x30\n\tselection\x18\x04 \x01(\x0b\x32\x1d.saeserve.v1.FeatureSelection\"\xb7\x01\n\x19\x45ncodeActivationsResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x17.saeserve.v1.SparseRows\x12\x36\n\x10input_statistics\x18\x03 \x01(\x0b\x32\x1c.saeserve.v1.InputStatistics\x12#\n\x06timing\x18\x04 \x01(\x0b\x32\x13.saeserve.v1.Timing\"\xa2\x01\n\x15\x44\x65\x63odeFeaturesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ndictionary\x18\x02 \x01(\t\x12)\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x17.saeserve.v1.SparseRows\x12\x36\n\x10input_statistics\x18\x04 \x01(\x0b\x32\x1c.saeserve.v1.InputStatistics\"{\n\x16\x44\x65\x63odeFeaturesResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x0b\x61\x63tivations\x18\x02 \x01(\x0b\x32\x13.saeserve.v1.Tensor\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.saeserve.v1.Timing\"\xc9\x01\n\x15GetActivationsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06inputs\x18\x02 \x03(\x0b\x32\x16.saeserve.v1.TextInput\x12\r\n\x05sites\x18\x03 \x03(\t\x12$\n\x05\x64type\x18\x04 \x01(\x0e\x32\x15.saeserve.v1.DataType\x12\'\n\x08overflow\x18\x05 \x01(\x0e\x32\x15.saeserve.v1.Overflow\x12\x16\n\x0einclude_tokens\x18\x06 \x01(\x08\"\x81\x01\n\x16GetActivationsResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x07results\x18\x02 \x03(\x0b\x32\x1d.saeserve.v1.InputActivations\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.saeserve.v1.Timing\"\x90\x01\n\x10InputActivations\x12#\n\x06tokens\x18\x01 \x01(\x0b\x32\x13.saeserve.v1.Tokens\x12\x10\n\x08n_tokens\x18\x02 \x01(\r\x12\x18\n\x10truncated_tokens\x18\x03 \x01(\r\x12+\n\x05sites\x18\x04 \x03(\x0b\x32\x1c.saeserve.v1.SiteActivations\"I\n\x0fSiteActivations\x12\x0c\n\x04site\x18\x01 \x01(\t\x12(\n\x0b\x61\x63tivations\x18\x02 \x01(\x0b\x32\x13.saeserve.v1.Tensor*\x96\x01\n\x0b\x41ggregation\x12\x1b\n\x17\x41GGREGATION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41GGREGATION_NONE\x10\x01\x12\x13\n\x0f\x41GGREGATION_MAX\x10\x02\x12\x14\n\x10\x41GGREGATION_MEAN\x10\x03\x12\x13\n\x0f\x41GGREGATION_SUM\x10\x04\x12\x14\n\x10\x41GGREGATION_LAST\x10\x05\x32\xfc\x03\n\x0e\x46\x65\x61tureService\x12\\\n\x0f\x45xtractFeatures\x12#.saeserve.v1.ExtractFeaturesRequest\x1a$.saeserve.v1.ExtractFeaturesResponse\x12r\n\x15\x45xtractFeaturesStream\x12).saeserve.v1.ExtractFeaturesStreamRequest\x1a*.saeserve.v1.ExtractFeaturesStreamResponse(\x01\x30\x01\x12\x62\n\x11\x45ncodeActivations\x12%.saeserve.v1.EncodeActivationsRequest\x1a&.saeserve.v1.EncodeActivationsResponse\x12Y\n\x0e\x44\x65\x63odeFeatures\x12\".saeserve.v1.DecodeFeaturesRequest\x1a#.saeserve.v1.DecodeFeaturesResponse\x12Y\n\x0eGetActivations\x12\".saeserve.v1.GetActivationsRequest\x1a#.saeserve.v1.GetActivationsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!saeserve/v1/feature_service.proto\x12\x0bsaeserve.v1\x1a\x18saeserve/v1/common.proto\"\xca\x02\n\x16\x45xtractFeaturesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06inputs\x18\x02 \x03(\x0b\x32\x16.saeserve.v1.TextInput\x12\x14\n\x0c\x64ictionaries\x18\x03 \x03(\t\x12\x30\n\tselection\x18\x04 \x01(\x0b\x32\x1d.saeserve.v1.FeatureSelection\x12-\n\x0b\x61ggregation\x18\x05 \x01(\x0e\x32\x18.saeserve.v1.Aggregation\x12\x16\n\x0einclude_tokens\x18\x06 \x01(\x08\x12$\n\x1cinclude_reconstruction_error\x18\x07 \x01(\x08\x12\'\n\x08overflow\x18\x08 \x01(\x0e\x32\x15.saeserve.v1.Overflow\x12\x16\n\x0einclude_labels\x18\t \x01(\x08\"\xa0\x01\n\x10\x46\x65\x61tureSelection\x12\x0f\n\x05top_k\x18\x01 \x01(\rH\x00\x12+\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x17.saeserve.v1.FeatureIdsH\x00\x12\x13\n\tthreshold\x18\x03 \x01(\x02H\x00\x12,\n\x07rank_by\x18\x04 \x01(\x0e\x32\x1b.saeserve.v1.FeatureRankingB\x0b\n\tselection\"\x19\n\nFeatureIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xae\x01\n\x17\x45xtractFeaturesResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07results\x18\x02 \x03(\x0b\x32\x1a.saeserve.v1.InputFeatures\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.saeserve.v1.Timing\x12-\n\x06labels\x18\x04 \x03(\x0b\x32\x1d.saeserve.v1.DictionaryLabels\"\x97\x01\n\rInputFeatures\x12#\n\x06tokens\x18\x01 \x01(\x0b\x32\x13.saeserve.v1.Tokens\x12\x10\n\x08n_tokens\x18\x02 \x01(\r\x12\x18\n\x10truncated_tokens\x18\x03 \x01(\r\x12\x35\n\x0c\x64ictionaries\x18\x04 \x03(\x0b\x32\x1f.saeserve.v1.DictionaryFeatures\"\x86\x01\n\x12\x44ictionaryFeatures\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12)\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x17.saeserve.v1.SparseRows\x12\x1c\n\x14reconstruction_error\x18\x03 \x03(\x02\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"T\n\x1c\x45xtractFeaturesStreamRequest\x12\x34\n\x07request\x18\x01 \x01(\x0b\x32#.saeserve.v1.ExtractFeaturesRequest\"W\n\x1d\x45xtractFeaturesStreamResponse\x12\x36\n\x08response\x18\x01 \x01(\x0b\x32$.saeserve.v1.ExtractFeaturesResponse\"\x9e\x01\n\x18\x45ncodeActivationsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ndictionary\x18\x02 \x01(\t\x12(\n\x0b\x61\x63tivations\x18\x03 \x01(\x0b\x32\x13.saeserve.v1.Tensor\x12\x30\n\tselection\x18\x04 \x01(\x0b\x32\x1d.saeserve.v1.FeatureSelection\"\xcc\x01\n\x19\x45ncodeActivationsResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x17.saeserve.v1.SparseRows\x12\x36\n\x10input_statistics\x18\x03 \x01(\x0b\x32\x1c.saeserve.v1.InputStatistics\x12#\n\x06timing\x18\x04 \x01(\x0b\x32\x13.saeserve.v1.Timing\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"\xa2\x01\n\x15\x44\x65\x63odeFeaturesRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ndictionary\x18\x02 \x01(\t\x12)\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x17.saeserve.v1.SparseRows\x12\x36\n\x10input_statistics\x18\x04 \x01(\x0b\x32\x1c.saeserve.v1.InputStatistics\"{\n\x16\x44\x65\x63odeFeaturesResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x0b\x61\x63tivations\x18\x02 \x01(\x0b\x32\x13.saeserve.v1.Tensor\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.saeserve.v1.Timing\"\xc9\x01\n\x15GetActivationsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06inputs\x18\x02 \x03(\x0b\x32\x16.saeserve.v1.TextInput\x12\r\n\x05sites\x18\x03 \x03(\t\x12$\n\x05\x64type\x18\x04 \x01(\x0e\x32\x15.saeserve.v1.DataType\x12\'\n\x08overflow\x18\x05 \x01(\x0e\x32\x15.saeserve.v1.Overflow\x12\x16\n\x0einclude_tokens\x18\x06 \x01(\x08\"\x81\x01\n\x16GetActivationsResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x07results\x18\x02 \x03(\x0b\x32\x1d.saeserve.v1.InputActivations\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.saeserve.v1.Timing\"\x90\x01\n\x10InputActivations\x12#\n\x06tokens\x18\x01 \x01(\x0b\x32\x13.saeserve.v1.Tokens\x12\x10\n\x08n_tokens\x18\x02 \x01(\r\x12\x18\n\x10truncated_tokens\x18\x03 \x01(\r\x12+\n\x05sites\x18\x04 \x03(\x0b\x32\x1c.saeserve.v1.SiteActivations\"I\n\x0fSiteActivations\x12\x0c\n\x04site\x18\x01 \x01(\t\x12(\n\x0b\x61\x63tivations\x18\x02 \x01(\x0b\x32\x13.saeserve.v1.Tensor*\x96\x01\n\x0b\x41ggregation\x12\x1b\n\x17\x41GGREGATION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41GGREGATION_NONE\x10\x01\x12\x13\n\x0f\x41GGREGATION_MAX\x10\x02\x12\x14\n\x10\x41GGREGATION_MEAN\x10\x03\x12\x13\n\x0f\x41GGREGATION_SUM\x10\x04\x12\x14\n\x10\x41GGREGATION_LAST\x10\x05\x32\xfc\x03\n\x0e\x46\x65\x61tureService\x12\\\n\x0f\x45xtractFeatures\x12#.saeserve.v1.ExtractFeaturesRequest\x1a$.saeserve.v1.ExtractFeaturesResponse\x12r\n\x15\x45xtractFeaturesStream\x12).saeserve.v1.ExtractFeaturesStreamRequest\x1a*.saeserve.v1.ExtractFeaturesStreamResponse(\x01\x30\x01\x12\x62\n\x11\x45ncodeActivations\x12%.saeserve.v1.EncodeActivationsRequest\x1a&.saeserve.v1.EncodeActivationsResponse\x12Y\n\x0e\x44\x65\x63odeFeatures\x12\".saeserve.v1.DecodeFeaturesRequest\x1a#.saeserve.v1.DecodeFeaturesResponse\x12Y\n\x0eGetActivations\x12\".saeserve.v1.GetActivationsRequest\x1a#.saeserve.v1.GetActivationsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'service.pb.saeserve.v1.feature_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_AGGREGATION']._serialized_start=2344
-  _globals['_AGGREGATION']._serialized_end=2494
+  _globals['_AGGREGATION']._serialized_start=2459
+  _globals['_AGGREGATION']._serialized_end=2609
   _globals['_EXTRACTFEATURESREQUEST']._serialized_start=77
-  _globals['_EXTRACTFEATURESREQUEST']._serialized_end=383
-  _globals['_FEATURESELECTION']._serialized_start=386
-  _globals['_FEATURESELECTION']._serialized_end=546
-  _globals['_FEATUREIDS']._serialized_start=548
-  _globals['_FEATUREIDS']._serialized_end=573
-  _globals['_EXTRACTFEATURESRESPONSE']._serialized_start=575
-  _globals['_EXTRACTFEATURESRESPONSE']._serialized_end=702
-  _globals['_INPUTFEATURES']._serialized_start=705
-  _globals['_INPUTFEATURES']._serialized_end=856
-  _globals['_DICTIONARYFEATURES']._serialized_start=858
-  _globals['_DICTIONARYFEATURES']._serialized_end=971
-  _globals['_EXTRACTFEATURESSTREAMREQUEST']._serialized_start=973
-  _globals['_EXTRACTFEATURESSTREAMREQUEST']._serialized_end=1057
-  _globals['_EXTRACTFEATURESSTREAMRESPONSE']._serialized_start=1059
-  _globals['_EXTRACTFEATURESSTREAMRESPONSE']._serialized_end=1146
-  _globals['_ENCODEACTIVATIONSREQUEST']._serialized_start=1149
-  _globals['_ENCODEACTIVATIONSREQUEST']._serialized_end=1307
-  _globals['_ENCODEACTIVATIONSRESPONSE']._serialized_start=1310
-  _globals['_ENCODEACTIVATIONSRESPONSE']._serialized_end=1493
-  _globals['_DECODEFEATURESREQUEST']._serialized_start=1496
-  _globals['_DECODEFEATURESREQUEST']._serialized_end=1658
-  _globals['_DECODEFEATURESRESPONSE']._serialized_start=1660
-  _globals['_DECODEFEATURESRESPONSE']._serialized_end=1783
-  _globals['_GETACTIVATIONSREQUEST']._serialized_start=1786
-  _globals['_GETACTIVATIONSREQUEST']._serialized_end=1987
-  _globals['_GETACTIVATIONSRESPONSE']._serialized_start=1990
-  _globals['_GETACTIVATIONSRESPONSE']._serialized_end=2119
-  _globals['_INPUTACTIVATIONS']._serialized_start=2122
-  _globals['_INPUTACTIVATIONS']._serialized_end=2266
-  _globals['_SITEACTIVATIONS']._serialized_start=2268
-  _globals['_SITEACTIVATIONS']._serialized_end=2341
-  _globals['_FEATURESERVICE']._serialized_start=2497
-  _globals['_FEATURESERVICE']._serialized_end=3005
+  _globals['_EXTRACTFEATURESREQUEST']._serialized_end=407
+  _globals['_FEATURESELECTION']._serialized_start=410
+  _globals['_FEATURESELECTION']._serialized_end=570
+  _globals['_FEATUREIDS']._serialized_start=572
+  _globals['_FEATUREIDS']._serialized_end=597
+  _globals['_EXTRACTFEATURESRESPONSE']._serialized_start=600
+  _globals['_EXTRACTFEATURESRESPONSE']._serialized_end=774
+  _globals['_INPUTFEATURES']._serialized_start=777
+  _globals['_INPUTFEATURES']._serialized_end=928
+  _globals['_DICTIONARYFEATURES']._serialized_start=931
+  _globals['_DICTIONARYFEATURES']._serialized_end=1065
+  _globals['_EXTRACTFEATURESSTREAMREQUEST']._serialized_start=1067
+  _globals['_EXTRACTFEATURESSTREAMREQUEST']._serialized_end=1151
+  _globals['_EXTRACTFEATURESSTREAMRESPONSE']._serialized_start=1153
+  _globals['_EXTRACTFEATURESSTREAMRESPONSE']._serialized_end=1240
+  _globals['_ENCODEACTIVATIONSREQUEST']._serialized_start=1243
+  _globals['_ENCODEACTIVATIONSREQUEST']._serialized_end=1401
+  _globals['_ENCODEACTIVATIONSRESPONSE']._serialized_start=1404
+  _globals['_ENCODEACTIVATIONSRESPONSE']._serialized_end=1608
+  _globals['_DECODEFEATURESREQUEST']._serialized_start=1611
+  _globals['_DECODEFEATURESREQUEST']._serialized_end=1773
+  _globals['_DECODEFEATURESRESPONSE']._serialized_start=1775
+  _globals['_DECODEFEATURESRESPONSE']._serialized_end=1898
+  _globals['_GETACTIVATIONSREQUEST']._serialized_start=1901
+  _globals['_GETACTIVATIONSREQUEST']._serialized_end=2102
+  _globals['_GETACTIVATIONSRESPONSE']._serialized_start=2105
+  _globals['_GETACTIVATIONSRESPONSE']._serialized_end=2234
+  _globals['_INPUTACTIVATIONS']._serialized_start=2237
+  _globals['_INPUTACTIVATIONS']._serialized_end=2381
+  _globals['_SITEACTIVATIONS']._serialized_start=2383
+  _globals['_SITEACTIVATIONS']._serialized_end=2456
+  _globals['_FEATURESERVICE']._serialized_start=2612
+  _globals['_FEATURESERVICE']._serialized_end=3120
 # @@protoc_insertion_point(module_scope)

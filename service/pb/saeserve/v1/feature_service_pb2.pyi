@@ -70,6 +70,7 @@ class ExtractFeaturesRequest(_message.Message):
     INCLUDE_TOKENS_FIELD_NUMBER: _builtins.int
     INCLUDE_RECONSTRUCTION_ERROR_FIELD_NUMBER: _builtins.int
     OVERFLOW_FIELD_NUMBER: _builtins.int
+    INCLUDE_LABELS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
     aggregation: Global___Aggregation.ValueType
@@ -80,6 +81,8 @@ class ExtractFeaturesRequest(_message.Message):
     """Also return the error of each token's reconstruction. Not with a dictionary that is a transcoder."""
     overflow: _common_pb2.Overflow.ValueType
     """What to do with inputs that are too long."""
+    include_labels: _builtins.bool
+    """Also return the labels of the features."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TextInput]:
         """One or more texts."""
@@ -103,10 +106,11 @@ class ExtractFeaturesRequest(_message.Message):
         include_tokens: _builtins.bool = ...,
         include_reconstruction_error: _builtins.bool = ...,
         overflow: _common_pb2.Overflow.ValueType = ...,
+        include_labels: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregation", b"aggregation", "dictionaries", b"dictionaries", "include_reconstruction_error", b"include_reconstruction_error", "include_tokens", b"include_tokens", "inputs", b"inputs", "overflow", b"overflow", "request_id", b"request_id", "selection", b"selection"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregation", b"aggregation", "dictionaries", b"dictionaries", "include_labels", b"include_labels", "include_reconstruction_error", b"include_reconstruction_error", "include_tokens", b"include_tokens", "inputs", b"inputs", "overflow", b"overflow", "request_id", b"request_id", "selection", b"selection"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -183,6 +187,7 @@ class ExtractFeaturesResponse(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     @_builtins.property
@@ -193,16 +198,21 @@ class ExtractFeaturesResponse(_message.Message):
     def timing(self) -> _common_pb2.Timing:
         """Where the time went."""
 
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.DictionaryLabels]:
+        """If requested: the labels of all features in `results`, one entry per dictionary."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         results: _abc.Iterable[Global___InputFeatures] | None = ...,
         timing: _common_pb2.Timing | None = ...,
+        labels: _abc.Iterable[_common_pb2.DictionaryLabels] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "results", b"results", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "request_id", b"request_id", "results", b"results", "timing", b"timing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -255,8 +265,11 @@ class DictionaryFeatures(_message.Message):
     DICTIONARY_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     RECONSTRUCTION_ERROR_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     dictionary: _builtins.str
     """The dictionary's name."""
+    fingerprint: _builtins.str
+    """The dictionary's fingerprint."""
     @_builtins.property
     def features(self) -> _common_pb2.SparseRows:
         """One row per token, or a single row with aggregation."""
@@ -271,10 +284,11 @@ class DictionaryFeatures(_message.Message):
         dictionary: _builtins.str = ...,
         features: _common_pb2.SparseRows | None = ...,
         reconstruction_error: _abc.Iterable[_builtins.float] | None = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionary", b"dictionary", "features", b"features", "reconstruction_error", b"reconstruction_error"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionary", b"dictionary", "features", b"features", "fingerprint", b"fingerprint", "reconstruction_error", b"reconstruction_error"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -376,8 +390,11 @@ class EncodeActivationsResponse(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     INPUT_STATISTICS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
+    fingerprint: _builtins.str
+    """The dictionary's fingerprint."""
     @_builtins.property
     def features(self) -> _common_pb2.SparseRows:
         """One row per activation."""
@@ -397,10 +414,11 @@ class EncodeActivationsResponse(_message.Message):
         features: _common_pb2.SparseRows | None = ...,
         input_statistics: _common_pb2.InputStatistics | None = ...,
         timing: _common_pb2.Timing | None = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "input_statistics", b"input_statistics", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "input_statistics", b"input_statistics", "request_id", b"request_id", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "fingerprint", b"fingerprint", "input_statistics", b"input_statistics", "request_id", b"request_id", "timing", b"timing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,31 +28,31 @@ from service.pb.saeserve.v1 import edits_pb2 as saeserve_dot_v1_dot_edits__pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as saeserve_dot_v1_dot_feature__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&saeserve/v1/intervention_service.proto\x12\x0bsaeserve.v1\x1a\x18saeserve/v1/causal.proto\x1a\x18saeserve/v1/common.proto\x1a\x17saeserve/v1/edits.proto\x1a!saeserve/v1/feature_service.proto\"u\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x42\x07\n\x05_seed\"\xfc\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.saeserve.v1.TextInput\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.saeserve.v1.Sampling\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12 \n\x05\x65\x64its\x18\x06 \x03(\x0b\x32\x11.saeserve.v1.Edit\x12\x1a\n\x12ignore_end_of_text\x18\x07 \x01(\x08\x12\'\n\x08overflow\x18\x08 \x01(\x0e\x32\x15.saeserve.v1.Overflow\x12\x0f\n\x07presets\x18\t \x03(\t\x12\x0f\n\x07samples\x18\n \x01(\r\x12\x0f\n\x07\x63ompare\x18\x0b \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x0c \x01(\r\x12.\n\x08\x66\x65\x61tures\x18\r \x01(\x0b\x32\x1c.saeserve.v1.WatchedFeatures\"t\n\x0fWatchedFeatures\x12\x14\n\x0c\x64ictionaries\x18\x01 \x03(\t\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x0e\n\x06prompt\x18\x03 \x01(\x08\x12,\n\x07rank_by\x18\x04 \x01(\x0e\x32\x1b.saeserve.v1.FeatureRanking\"\xb0\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.saeserve.v1.GeneratedChunkH\x00\x12/\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1d.saeserve.v1.GenerationFinishH\x00\x12\x0e\n\x06sample\x18\x04 \x01(\r\x12\x10\n\x08unedited\x18\x05 \x01(\x08\x42\x07\n\x05\x65vent\"\x96\x01\n\x0eGeneratedChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12#\n\x03top\x18\x04 \x03(\x0b\x32\x16.saeserve.v1.TopTokens\x12,\n\x08\x66\x65\x61tures\x18\x05 \x03(\x0b\x32\x1a.saeserve.v1.TokenFeatures\"@\n\tTopTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0e\n\x06pieces\x18\x03 \x03(\x0c\"\x81\x01\n\rTokenFeatures\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06pieces\x18\x03 \x03(\x0c\x12\x35\n\x0c\x64ictionaries\x18\x04 \x03(\x0b\x32\x1f.saeserve.v1.DictionaryFeatures\"\xc9\x01\n\x10GenerationFinish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.saeserve.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x18\n\x10truncated_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0c\n\x04stop\x18\x06 \x01(\t\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.saeserve.v1.Timing*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x1d\n\x19\x46INISH_REASON_END_OF_TEXT\x10\x03\x32\xc0\x03\n\x13InterventionService\x12I\n\x08Generate\x12\x1c.saeserve.v1.GenerateRequest\x1a\x1d.saeserve.v1.GenerateResponse0\x01\x12>\n\x05Score\x12\x19.saeserve.v1.ScoreRequest\x1a\x1a.saeserve.v1.ScoreResponse\x12Y\n\x0e\x41\x62lateFeatures\x12\".saeserve.v1.AblateFeaturesRequest\x1a#.saeserve.v1.AblateFeaturesResponse\x12\x62\n\x11\x41ttributeFeatures\x12%.saeserve.v1.AttributeFeaturesRequest\x1a&.saeserve.v1.AttributeFeaturesResponse\x12_\n\x10\x43ontrastFeatures\x12$.saeserve.v1.ContrastFeaturesRequest\x1a%.saeserve.v1.ContrastFeaturesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&saeserve/v1/intervention_service.proto\x12\x0bsaeserve.v1\x1a\x18saeserve/v1/causal.proto\x1a\x18saeserve/v1/common.proto\x1a\x17saeserve/v1/edits.proto\x1a!saeserve/v1/feature_service.proto\"u\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x42\x07\n\x05_seed\"\xfc\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.saeserve.v1.TextInput\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.saeserve.v1.Sampling\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12 \n\x05\x65\x64its\x18\x06 \x03(\x0b\x32\x11.saeserve.v1.Edit\x12\x1a\n\x12ignore_end_of_text\x18\x07 \x01(\x08\x12\'\n\x08overflow\x18\x08 \x01(\x0e\x32\x15.saeserve.v1.Overflow\x12\x0f\n\x07presets\x18\t \x03(\t\x12\x0f\n\x07samples\x18\n \x01(\r\x12\x0f\n\x07\x63ompare\x18\x0b \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x0c \x01(\r\x12.\n\x08\x66\x65\x61tures\x18\r \x01(\x0b\x32\x1c.saeserve.v1.WatchedFeatures\"\x8c\x01\n\x0fWatchedFeatures\x12\x14\n\x0c\x64ictionaries\x18\x01 \x03(\t\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x0e\n\x06prompt\x18\x03 \x01(\x08\x12,\n\x07rank_by\x18\x04 \x01(\x0e\x32\x1b.saeserve.v1.FeatureRanking\x12\x16\n\x0einclude_labels\x18\x05 \x01(\x08\"\xb0\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.saeserve.v1.GeneratedChunkH\x00\x12/\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1d.saeserve.v1.GenerationFinishH\x00\x12\x0e\n\x06sample\x18\x04 \x01(\r\x12\x10\n\x08unedited\x18\x05 \x01(\x08\x42\x07\n\x05\x65vent\"\xc5\x01\n\x0eGeneratedChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12#\n\x03top\x18\x04 \x03(\x0b\x32\x16.saeserve.v1.TopTokens\x12,\n\x08\x66\x65\x61tures\x18\x05 \x03(\x0b\x32\x1a.saeserve.v1.TokenFeatures\x12-\n\x06labels\x18\x06 \x03(\x0b\x32\x1d.saeserve.v1.DictionaryLabels\"@\n\tTopTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0e\n\x06pieces\x18\x03 \x03(\x0c\"\x81\x01\n\rTokenFeatures\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06pieces\x18\x03 \x03(\x0c\x12\x35\n\x0c\x64ictionaries\x18\x04 \x03(\x0b\x32\x1f.saeserve.v1.DictionaryFeatures\"\xc9\x01\n\x10GenerationFinish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.saeserve.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x18\n\x10truncated_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0c\n\x04stop\x18\x06 \x01(\t\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.saeserve.v1.Timing*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x1d\n\x19\x46INISH_REASON_END_OF_TEXT\x10\x03\x32\xc0\x03\n\x13InterventionService\x12I\n\x08Generate\x12\x1c.saeserve.v1.GenerateRequest\x1a\x1d.saeserve.v1.GenerateResponse0\x01\x12>\n\x05Score\x12\x19.saeserve.v1.ScoreRequest\x1a\x1a.saeserve.v1.ScoreResponse\x12Y\n\x0e\x41\x62lateFeatures\x12\".saeserve.v1.AblateFeaturesRequest\x1a#.saeserve.v1.AblateFeaturesResponse\x12\x62\n\x11\x41ttributeFeatures\x12%.saeserve.v1.AttributeFeaturesRequest\x1a&.saeserve.v1.AttributeFeaturesResponse\x12_\n\x10\x43ontrastFeatures\x12$.saeserve.v1.ContrastFeaturesRequest\x1a%.saeserve.v1.ContrastFeaturesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'service.pb.saeserve.v1.intervention_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1521
-  _globals['_FINISHREASON']._serialized_end=1647
+  _globals['_FINISHREASON']._serialized_start=1593
+  _globals['_FINISHREASON']._serialized_end=1719
   _globals['_SAMPLING']._serialized_start=167
   _globals['_SAMPLING']._serialized_end=284
   _globals['_GENERATEREQUEST']._serialized_start=287
   _globals['_GENERATEREQUEST']._serialized_end=667
-  _globals['_WATCHEDFEATURES']._serialized_start=669
-  _globals['_WATCHEDFEATURES']._serialized_end=785
-  _globals['_GENERATERESPONSE']._serialized_start=788
-  _globals['_GENERATERESPONSE']._serialized_end=964
-  _globals['_GENERATEDCHUNK']._serialized_start=967
-  _globals['_GENERATEDCHUNK']._serialized_end=1117
-  _globals['_TOPTOKENS']._serialized_start=1119
-  _globals['_TOPTOKENS']._serialized_end=1183
-  _globals['_TOKENFEATURES']._serialized_start=1186
-  _globals['_TOKENFEATURES']._serialized_end=1315
-  _globals['_GENERATIONFINISH']._serialized_start=1318
-  _globals['_GENERATIONFINISH']._serialized_end=1519
-  _globals['_INTERVENTIONSERVICE']._serialized_start=1650
-  _globals['_INTERVENTIONSERVICE']._serialized_end=2098
+  _globals['_WATCHEDFEATURES']._serialized_start=670
+  _globals['_WATCHEDFEATURES']._serialized_end=810
+  _globals['_GENERATERESPONSE']._serialized_start=813
+  _globals['_GENERATERESPONSE']._serialized_end=989
+  _globals['_GENERATEDCHUNK']._serialized_start=992
+  _globals['_GENERATEDCHUNK']._serialized_end=1189
+  _globals['_TOPTOKENS']._serialized_start=1191
+  _globals['_TOPTOKENS']._serialized_end=1255
+  _globals['_TOKENFEATURES']._serialized_start=1258
+  _globals['_TOKENFEATURES']._serialized_end=1387
+  _globals['_GENERATIONFINISH']._serialized_start=1390
+  _globals['_GENERATIONFINISH']._serialized_end=1591
+  _globals['_INTERVENTIONSERVICE']._serialized_start=1722
+  _globals['_INTERVENTIONSERVICE']._serialized_end=2170
 # @@protoc_insertion_point(module_scope)

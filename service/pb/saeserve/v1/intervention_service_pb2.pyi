@@ -191,12 +191,15 @@ class WatchedFeatures(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     RANK_BY_FIELD_NUMBER: _builtins.int
+    INCLUDE_LABELS_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """How many features of each dictionary to return on each token: the first in the order of `rank_by`. 0: 5."""
     prompt: _builtins.bool
     """Also return the features of the prompt's tokens."""
     rank_by: _common_pb2.FeatureRanking.ValueType
     """The order of the features of a token."""
+    include_labels: _builtins.bool
+    """Also return the labels of the features."""
     @_builtins.property
     def dictionaries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of dictionaries, without repeats; at least one."""
@@ -208,10 +211,11 @@ class WatchedFeatures(_message.Message):
         top_k: _builtins.int = ...,
         prompt: _builtins.bool = ...,
         rank_by: _common_pb2.FeatureRanking.ValueType = ...,
+        include_labels: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionaries", b"dictionaries", "prompt", b"prompt", "rank_by", b"rank_by", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionaries", b"dictionaries", "include_labels", b"include_labels", "prompt", b"prompt", "rank_by", b"rank_by", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,6 +278,7 @@ class GeneratedChunk(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text since the last chunk: whole characters only. Text that may yet become a stop string is held back."""
     @_builtins.property
@@ -294,6 +299,10 @@ class GeneratedChunk(_message.Message):
         come one chunk later, and the last token of a sequence has none. Those of the prompt come with sample 0 alone.
         """
 
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.DictionaryLabels]:
+        """If requested: the labels of those features in `features` that no earlier chunk of the call had."""
+
     def __init__(
         self,
         *,
@@ -302,10 +311,11 @@ class GeneratedChunk(_message.Message):
         logprobs: _abc.Iterable[_builtins.float] | None = ...,
         top: _abc.Iterable[Global___TopTokens] | None = ...,
         features: _abc.Iterable[Global___TokenFeatures] | None = ...,
+        labels: _abc.Iterable[_common_pb2.DictionaryLabels] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "labels", b"labels", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

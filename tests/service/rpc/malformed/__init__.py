@@ -18,7 +18,7 @@ from service.pb.saeserve.v1 import catalog_service_pb2 as catalog_pb
 from service.pb.saeserve.v1 import feature_service_pb2 as feature_pb
 from service.pb.saeserve.v1 import server_service_pb2 as server_pb
 from service.rpc.register import RPCS
-from tests.service.rpc.malformed import feature, generate, measures
+from tests.service.rpc.malformed import catalogue, feature, generate, measures
 from tests.service.rpc.malformed.common import INVALID, NOT_FOUND, Facts, Service, request_id_defects, set_fields
 
 
@@ -73,7 +73,7 @@ async def send(channel: grpc.aio.Channel, request: MalformedRequest, timeout_s: 
 
 def _services(facts: Facts) -> Iterator[Service]:
     ids = request_id_defects()
-    for module in (feature, generate, measures):
+    for module in (catalogue, feature, generate, measures):
         for rpc, make, defects in module.services(facts):
             yield rpc, make, defects | ids
     yield "ListDictionaries", lambda rng, d: catalog_pb.ListDictionariesRequest(), ids

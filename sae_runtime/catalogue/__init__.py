@@ -1,0 +1,1 @@
+"""What features mean: contexts, figures, labels and their scores, neighbours, search. One SQLite file a dictionary."""

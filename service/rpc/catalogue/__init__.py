@@ -1,0 +1,1 @@
+"""What features mean, one file a call or two; the messages of catalogues."""

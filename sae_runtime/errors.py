@@ -16,5 +16,9 @@ class UnknownDictionary(KeyError):
         return str(self.args[0])
 
 
+class CatalogueError(ValueError):
+    """A catalogue of features or a file of labels is missing, damaged, or of another dictionary; names the file."""
+
+
 class EditConflict(ValueError):
     """Two edits write the same feature at the same positions; names both."""

@@ -103,7 +103,7 @@ def read_yaml(file: Path, what: str) -> Any:
     """What a YAML file holds. SettingsError: it cannot be read; `what` it should hold is named."""
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise SettingsError(f"cannot read {what} from {file}: {error}") from None
 
 

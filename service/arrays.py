@@ -109,9 +109,22 @@ def unpack_reconstruction_error(features: feature_service_pb2.DictionaryFeatures
     return np.array(features.reconstruction_error, dtype=np.float32)
 
 
-def pack_tensor(array: NDArray[Any]) -> common_pb2.Tensor:
-    """An array of any shape as a float32 message."""
-    return common_pb2.Tensor(shape=array.shape, dtype=common_pb2.DATA_TYPE_FLOAT32, data=_little_endian(array, "<f4"))
+def pack_tensor(
+    array: NDArray[Any], dtype: common_pb2.DataType.ValueType = common_pb2.DATA_TYPE_FLOAT32
+) -> common_pb2.Tensor:
+    """An array of any shape as a message, rounded to the nearest number of its type (half: to even).
+
+    Numbers beyond the range of float16 become infinite.
+    """
+    if dtype == common_pb2.DATA_TYPE_BFLOAT16:
+        bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+        data = _little_endian((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, "<u2")
+    elif dtype == common_pb2.DATA_TYPE_FLOAT16:
+        with np.errstate(over="ignore"):
+            data = _little_endian(array, "<f2")
+    else:
+        data = _little_endian(array, "<f4")
+    return common_pb2.Tensor(shape=array.shape, dtype=dtype, data=data)
 
 
 def unpack_tensor(tensor: common_pb2.Tensor) -> FloatArray:

@@ -1,1 +1,1 @@
-"""What features mean: contexts, figures, labels with scores, neighbours and search; one SQLite file a dictionary."""
+"""What features mean: contexts, figures, labels and their scores, neighbours, search. One SQLite file a dictionary."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,10 +21,8 @@ from sae_runtime.catalogue.firings import Firings
 from sae_runtime.catalogue.rates import FiringRates
 from sae_runtime.catalogue.row_sample import RowSampler
 from sae_runtime.catalogue.settings import CatalogueSettings
-from sae_runtime.catalogue.text import Text, TextPass, read_passes
+from sae_runtime.catalogue.text import Text, TextPass, TextReader
 from sae_runtime.catalogue.token_sums import TokenSums
-from sae_runtime.data.rows import encode_texts
-from sae_runtime.data.sources import DocumentSource
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.statistics import LatentStatistics, LatentStatisticsBuilder
 from sae_runtime.model.backbone import Backbone
@@ -87,13 +85,10 @@ class Collection:
             collector.load({key.removeprefix(prefix): a for key, a in state.items() if key.startswith(prefix)})
 
 
-def measure_first(
-    backbone: Backbone, dictionary: Dictionary, sources: Sequence[DocumentSource], settings: CatalogueSettings
-) -> LatentStatistics:
-    """Statistics on the first `settings.statistics_tokens` tokens, for a dictionary that has none."""
+def measure_first(backbone: Backbone, dictionary: Dictionary, reader: TextReader) -> LatentStatistics:
+    """Statistics on the first `statistics_tokens` tokens, for a dictionary that has none. ValueError: no text."""
     builder = LatentStatisticsBuilder(dictionary.n_latents)
-    limited = settings.model_copy(update={"tokens": min(settings.statistics_tokens, settings.tokens)})
-    for passed in read_passes(Text(np.uint32), sources, *encode_texts(backbone), limited):
+    for passed in reader.passes(Text(np.uint32), min(reader.settings.statistics_tokens, reader.settings.tokens)):
         builder.add(_encode(backbone, dictionary, passed))
     return builder.build()
 
@@ -103,8 +98,7 @@ def collect(
     collection: Collection,
     backbone: Backbone,
     dictionary: Dictionary,
-    sources: Sequence[DocumentSource],
-    settings: CatalogueSettings,
+    reader: TextReader,
     checkpoint: Path,
     identity: Mapping[str, Any],
     progress: ProgressMeter,
@@ -116,8 +110,8 @@ def collect(
     written over.
     """
     stopped = _Checkpoint.read(checkpoint, identity)
-    passes, digest = read_passes(collection.text, sources, *encode_texts(backbone), settings), hashlib.sha256()
-    progress.begin("text", settings.tokens)
+    passes, digest = reader.passes(collection.text), hashlib.sha256()
+    progress.begin("text", reader.settings.tokens)
     if stopped is not None:
         for passed in passes:
             digest.update(passed.ids.tobytes())
@@ -128,20 +122,20 @@ def collect(
             collection.load(stopped.arrays)
         else:  # the text is another one by now
             collection.text = Text(collection.text.id_dtype)
-            passes, digest = read_passes(collection.text, sources, *encode_texts(backbone), settings), hashlib.sha256()
+            passes, digest = reader.passes(collection.text), hashlib.sha256()
             stopped = None
     saved, saved_at = stopped.n_tokens if stopped is not None else 0, time.monotonic()
     for passed in passes:
         digest.update(passed.ids.tobytes())
         collection.add(Firings.of(_encode(backbone, dictionary, passed), passed.is_text), passed)
-        if time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes:
+        if time.monotonic() - saved_at >= 60 * reader.settings.checkpoint_minutes:
             saved = collection.text.n_tokens
             _Checkpoint(saved, digest.hexdigest(), collection.state()).write(checkpoint, identity)
             saved_at = time.monotonic()
         progress.reach(collection.text.n_tokens)
     if saved < collection.text.n_tokens:  # what follows the pass can be interrupted, too
         _Checkpoint(collection.text.n_tokens, digest.hexdigest(), collection.state()).write(checkpoint, identity)
-    progress.reach(settings.tokens)
+    progress.begin("text", collection.text.n_tokens, done=collection.text.n_tokens)  # there may be less than wanted
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Kind = Literal["strongest", "quantile", "random", "silent"]
 """How a context was chosen: the strongest ones (at most one a document), some from each quantile of the activations,
@@ -105,6 +105,11 @@ class Label:
     """ISO 8601, UTC."""
 
 
+def best_first(labels: Iterable[Label]) -> tuple[Label, ...]:
+    """A person's label, then models' and rules' by F1, then those that were not tested."""
+    return tuple(sorted(labels, key=lambda label: (label.source != "person", 1.0 if label.f1 is None else -label.f1)))
+
+
 @dataclass(frozen=True)
 class FeatureSummary:
     """One line of a list of features."""
@@ -120,6 +125,31 @@ class FeatureSummary:
     the catalogue's text on which it fires."""
     flags: tuple[Flag, ...]
     top_tokens: tuple[bytes, ...]
+
+
+Sort = Literal["feature", "firing_rate", "label_f1", "max_activation", "token_r2", "ablation_kl", "output_score"]
+SORTS: tuple[Sort, ...] = get_args(Sort)
+
+
+@dataclass(frozen=True)
+class FeatureFilter:
+    """Which features to list. All conditions must hold."""
+
+    with_flags: tuple[Flag, ...] = ()
+    without_flags: tuple[Flag, ...] = ()
+    min_rate: float = 0.0
+    max_rate: float = 1.0
+    min_f1: float = 0.0
+    """Of the best label of the catalogue; above 0 leaves out features without a tested label."""
+
+
+@dataclass(frozen=True)
+class SearchHit:
+    """A feature that a search came upon."""
+
+    summary: FeatureSummary
+    score: float
+    """The larger, the better. BM25 of the words, plus the shares of the firings that are on the symbols."""
 
 
 @dataclass(frozen=True)

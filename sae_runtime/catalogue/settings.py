@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sae_runtime.builtin import HELD_OUT
+from sae_runtime.data.bad_documents import BadDocumentRule
 from sae_runtime.dictionary.dictionary import Dictionary
 
 MAX_TOKENS = 2**32 - 1
@@ -29,6 +30,7 @@ class CatalogueSettings(BaseModel):
         description="Text: .txt, .md, .jsonl (each also .xz, .gz or .zst) or .parquet files, folders of them, or data "
         "sets; the builtin model's held-out text if not given.",
     )
+    bad_documents: BadDocumentRule = "stop"
     out: Path | None = Field(
         None, description="The file to write; features.sqlite in the dictionary's folder if not given."
     )
@@ -112,9 +114,8 @@ class CatalogueSettings(BaseModel):
 
     def recorded(self) -> dict[str, Any]:
         """The settings that decide what a catalogue holds; files by their names."""
-        kept = self.model_dump(
-            mode="json", exclude={"out", "device", "backbone", "checkpoint_minutes", "neighbor_dictionaries"}
-        )
+        others = {"out", "device", "backbone", "checkpoint_minutes", "neighbor_dictionaries", "bad_documents"}
+        kept = self.model_dump(mode="json", exclude=others)
         return kept | {"data": [Path(name).name for name in self.data]}
 
 

@@ -21,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_runtime.catalogue.settings import CatalogueSettings
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.data.documents import Document, mix
-from sae_runtime.data.rows import Encode, encoded
-from sae_runtime.data.sources import DocumentSource
+from sae_runtime.data.rows import Encode, encode_texts, encoded
+from sae_runtime.data.sources import DocumentSource, find_sources
+from sae_runtime.model.backbone import Backbone
 
 Array = npt.NDArray[Any]
 Integers = npt.NDArray[np.int64]
@@ -162,32 +164,47 @@ def _sums_before(places: Integers, values: Callable[[int, int], Integers], n: in
     return sums[index]
 
 
-def read_passes(
-    text: Text, sources: Sequence[DocumentSource], encode: Encode, end_of_text: int, settings: CatalogueSettings
-) -> Iterator[TextPass]:
-    """Passes over the documents of all sources, mixed, until `settings.tokens` were read; fills `text` on the way.
+@dataclass(frozen=True, eq=False)
+class TextReader:
+    """Reads documents of all sources, mixed, as rows for the model."""
 
-    settings.context_length must be given. The last pass goes no further than the tokens that are wanted, in whole rows.
-    """
-    assert settings.context_length is not None
-    documents = mix((source.size, _listed(text, source)) for source in sources)
-    cut = _documents if settings.rows == "documents" else _packed
-    rows = cut(
-        encoded(documents, encode), settings.context_length, end_of_text, prepend=bool(settings.prepend_end_of_text)
-    )
-    batch: list[_Row] = []
-    size = wanted = 0
-    for row in rows:
-        if batch and size + len(row.ids) > settings.tokens_per_pass:
+    sources: Sequence[DocumentSource]
+    encode: Encode
+    end_of_text: int
+    settings: CatalogueSettings
+    bad: BadDocuments
+
+    @classmethod
+    def open(cls, backbone: Backbone, settings: CatalogueSettings, bad: BadDocuments | None = None) -> TextReader:
+        """For the text of the settings, whose context_length must be given.
+
+        `bad`: what becomes of documents that cannot be read; the first is an error if not given. ValueError: there is
+        no tokenizer. FileNotFoundError: there is no such text.
+        """
+        bad = bad or BadDocuments()
+        return cls(find_sources(settings.data, bad=bad), *encode_texts(backbone), settings, bad)
+
+    def passes(self, text: Text, n_tokens: int | None = None) -> Iterator[TextPass]:
+        """Passes until `n_tokens` (`settings.tokens` if not given) were read, in whole rows; fills `text`."""
+        s = self.settings
+        assert s.context_length is not None
+        documents = mix((source.size, _listed(text, source)) for source in self.sources)
+        tokenized = (ids for _, ids in encoded(documents, self.encode, self.bad))
+        cut = _documents if s.rows == "documents" else _packed
+        batch: list[_Row] = []
+        size = 0
+        left = s.tokens if n_tokens is None else n_tokens
+        for row in cut(tokenized, s.context_length, self.end_of_text, prepend=bool(s.prepend_end_of_text)):
+            if batch and size + len(row.ids) > s.tokens_per_pass:
+                yield _pass(batch, text)
+                batch, size = [], 0
+            batch.append(row)
+            size += len(row.ids)
+            left -= int((row.document >= 0).sum())
+            if left <= 0:
+                break
+        if batch:
             yield _pass(batch, text)
-            batch, size = [], 0
-        batch.append(row)
-        size += len(row.ids)
-        wanted += int((row.document >= 0).sum())
-        if wanted >= settings.tokens:
-            break
-    if batch:
-        yield _pass(batch, text)
 
 
 @dataclass(frozen=True, eq=False)

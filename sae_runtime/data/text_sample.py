@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.data.documents import Document
 from sae_runtime.data.rows import encode_texts, encoded, mixed_documents, shuffled_held_out
 from sae_runtime.data.token_folder.manifest import lone_token_folder
@@ -101,11 +102,14 @@ def read_sample(
     rows: Literal["packed", "documents"] = "packed",
     prepend_end_of_text: bool = False,
     seed: int = 0,
+    bad: BadDocuments | None = None,
 ) -> TextSample:
     """At least `n_tokens` tokens in whole rows, or all there is: a seeded mixture of the documents of all files.
 
     `paths` may be one token folder instead (see `saeserve tokenize`): then the documents are its held-out ones, which
     have no text and no label but the folder's name. The default row length is then the folder's.
+
+    `bad` says what becomes of documents that cannot be used; the first is an error if not given.
 
     The rows are those that the training job evaluates on for the same seed (`held_out_rows`).
 
@@ -120,8 +124,8 @@ def read_sample(
         raise ValueError(f"context_length is {length}, the backbone reads at most {backbone.context_length}")
     encode, end_of_text = encode_texts(backbone)
     if folder is None:
-        documents = shuffled_held_out(mixed_documents(paths), n_tokens * _CHARACTERS_PER_TOKEN, seed)
-        tokenized = encoded(documents, encode)
+        documents = shuffled_held_out(mixed_documents(paths, bad), n_tokens * _CHARACTERS_PER_TOKEN, seed)
+        tokenized = (ids for _, ids in encoded(documents, encode, bad))
     else:
         order = shuffled_documents(folder, seed)
         documents = [Document("", folder.path.name)] * len(order)

@@ -18,12 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sae_runtime.dictionary.features import InputStatistics, SparseFeatures, all_finite
+from sae_runtime.dictionary.fingerprint import fingerprint_of
 from sae_runtime.dictionary.normalization import NORMALIZATIONS, Normalization, normalize_rows, restore_rows
 from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.errors import UnknownDictionary
@@ -71,6 +74,7 @@ class Dictionary:
     manifest: Manifest | None = None  # of a published dictionary
     origin: Origin | None = None  # of a file of another project: what it says beyond the weights
     statistics: LatentStatistics | None = None
+    folder: Path | None = None  # that it was read from, where its catalogue may lie
     screen: Screen | None = None  # see `with_fast_encoder`
 
     def __post_init__(self) -> None:
@@ -111,6 +115,11 @@ class Dictionary:
             raise ValueError(f"layer_norm needs d_in of at least 2, found {d_in}")
         if self.statistics is not None and self.statistics.n_latents != n_latents:
             raise ValueError(f"statistics are of {self.statistics.n_latents} latents, expected {n_latents}")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `fingerprint_of`. The first use may take seconds, if the dictionary is large and not published."""
+        return fingerprint_of(self)
 
     @property
     def n_latents(self) -> int:

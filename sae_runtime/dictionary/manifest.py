@@ -12,6 +12,7 @@ from sae_runtime.dictionary.normalization import Normalization
 from sae_runtime.errors import DictionaryFormatError
 
 SCHEMA_VERSION = 1
+WEIGHTS_FILE = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Manifest:
     evaluation: dict[str, float] = field(default_factory=dict)  # held-out figures: nmse, l0, loss_recovered, ...
     files: dict[str, str] = field(default_factory=dict)  # sha256 (hex) of each data file beside the manifest
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """The checksum of the weights file; None of a manifest that no folder was written with."""
+        return self.files.get(WEIGHTS_FILE)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sae_runtime.data.documents import Document
-from sae_runtime.data.rows import encode_texts
+from sae_runtime.data.rows import encode_texts, encoded
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.packed import PackedTokens
 
@@ -25,15 +25,16 @@ def bits_per_byte(
     backbone's context length that do not overlap: a window's tokens see only the tokens before them in it.
 
     Raises:
-        ValueError: the backbone has no tokenizer with an end-of-text token.
+        ValueError: the backbone has no tokenizer with an end-of-text token, or a document cannot be tokenized.
     """
     nats: dict[str, float] = defaultdict(float)
     n_bytes: dict[str, int] = defaultdict(int)
     windows: list[tuple[str, list[int], list[int]]] = []  # kind, inputs, targets
     size = 0
-    for document in documents:
+    encode, end_of_text = encode_texts(backbone)
+    for document, ids in encoded(documents, encode):
         n_bytes[document.kind] += len(document.text.encode())
-        for inputs, targets in _windows(backbone, document):
+        for inputs, targets in _windows([end_of_text, *ids], backbone.context_length):
             if windows and size + len(inputs) > tokens_per_pass:
                 _add_nats(backbone, windows, nats)
                 windows, size = [], 0
@@ -44,13 +45,10 @@ def bits_per_byte(
     return {kind: nats[kind] / math.log(2) / n_bytes[kind] for kind in sorted(n_bytes) if n_bytes[kind]}
 
 
-def _windows(backbone: Backbone, document: Document) -> Iterable[tuple[list[int], list[int]]]:
-    encode, end_of_text = encode_texts(backbone)
-    ids = [end_of_text, *encode([document.text])[0]]
-    for start in range(0, len(ids) - 1, backbone.context_length):
-        inputs = ids[start : start + backbone.context_length]
-        targets = ids[start + 1 : start + 1 + backbone.context_length]
-        yield inputs[: len(targets)], targets
+def _windows(ids: list[int], length: int) -> Iterable[tuple[list[int], list[int]]]:
+    for start in range(0, len(ids) - 1, length):
+        targets = ids[start + 1 : start + 1 + length]
+        yield ids[start : start + len(targets)], targets
 
 
 def _add_nats(backbone: Backbone, windows: list[tuple[str, list[int], list[int]]], nats: dict[str, float]) -> None:

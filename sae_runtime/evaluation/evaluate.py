@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_runtime.builtin import HELD_OUT
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.data.rows import encode_texts, packed_passes
 from sae_runtime.data.text_sample import TextSample, read_sample
 from sae_runtime.dictionary.dictionary import Dictionary
@@ -59,8 +60,9 @@ def evaluate(
     """
     settings = complete_settings(settings or EvaluationSettings(), dictionary)
     site = _check(backbone, dictionary, settings)
-    run = _Run(backbone, dictionary, site, settings, progress)
-    figures = run.figures()
+    with BadDocuments(settings.bad_documents) as bad:
+        run = _Run(backbone, dictionary, site, settings, bad, progress)
+        figures = run.figures()
     described = describe_dictionary(dictionary, backbone.name) | {"site": str(site)}
     asked = {f"setting_{name}": value for name, value in settings.sample_settings().items()}
     return EvaluationReport(described | figures | asked, run.explanations, _token_text(backbone))
@@ -96,13 +98,14 @@ class _Run:
         dictionary: Dictionary,
         site: Site,
         settings: EvaluationSettings,
+        bad: BadDocuments,
         progress: ProgressCallback | None,
     ) -> None:
         self.backbone, self.dictionary, self.site, self.settings = backbone, dictionary, site, settings
         self.meter = ProgressMeter(progress)
         self.seed = settings.seed or 0
-        self.spliced_text = self._read(settings.tokens)
-        self.feature_text = self._read(settings.feature_tokens)
+        self.spliced_text = self._read(settings.tokens, bad)
+        self.feature_text = self._read(settings.feature_tokens, bad)
         self.explanations: list[Explanation] = []
 
     def figures(self) -> dict[str, Any]:
@@ -113,7 +116,7 @@ class _Run:
         progress = self._stage("geometry", min(self.dictionary.n_latents, self.settings.geometry_latents), "latents")
         return figures | geometry_figures(self.dictionary.decoder, self.settings.geometry_latents, self.seed, progress)
 
-    def _read(self, n_tokens: int) -> TextSample:
+    def _read(self, n_tokens: int, bad: BadDocuments) -> TextSample:
         s = self.settings
         return read_sample(
             self.backbone,
@@ -123,6 +126,7 @@ class _Run:
             rows=s.rows or "packed",
             prepend_end_of_text=bool(s.prepend_end_of_text),
             seed=self.seed,
+            bad=bad,
         )
 
     def _stage(self, name: str, total: int, unit: str) -> ProgressMeter:

@@ -8,6 +8,8 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sae_runtime.data.bad_documents import BadDocumentRule
+from sae_runtime.data.text_files import unicode_name
 from sae_runtime.model.sites import Site
 from sae_runtime.settings import read_settings
 
@@ -26,6 +28,7 @@ class EvaluationSettings(BaseModel):
         description="Held-out text: .txt, .md, .jsonl (each also .xz, .gz or .zst) or .parquet files, or one token "
         "folder, of which the held-out documents are read; the builtin model's if not given.",
     )
+    bad_documents: BadDocumentRule = "stop"
     out: Path | None = Field(
         None,
         description="Folder for evaluation.json, explanations.json, CARD.md and plots; <name>-evaluation if not given.",
@@ -124,5 +127,5 @@ class EvaluationSettings(BaseModel):
 
     def sample_settings(self) -> dict[str, Any]:
         """The settings that decide the figures, as a report records them: no folders, files by their names."""
-        kept = self.model_dump(mode="json", exclude={"out", "device", "backbone"})
-        return kept | {"data": [path.name for path in self.data]}
+        kept = self.model_dump(mode="json", exclude={"out", "device", "backbone", "bad_documents"})
+        return kept | {"data": [unicode_name(path) for path in self.data]}

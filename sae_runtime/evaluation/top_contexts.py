@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_runtime.data.documents import Document
-from sae_runtime.data.rows import encode_texts, packed_passes
+from sae_runtime.data.rows import encode_texts, encoded, packed_passes
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.features import SparseFeatures
 from sae_runtime.model.backbone import Backbone
@@ -89,8 +89,7 @@ def _batches(
     encode, _ = encode_texts(backbone)
     batch: list[tuple[str, list[int]]] = []
     size = 0
-    for document in documents:
-        ids = encode([document.text])[0]
+    for document, ids in encoded(documents, encode):
         batch.append((document.kind, ids))
         size += len(ids)
         if size >= tokens_per_batch:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.data.rows import packed_passes
 from sae_runtime.data.text_sample import read_sample
 from sae_runtime.dictionary.dictionary import Dictionary
@@ -46,13 +47,15 @@ def measure_on_text(
     *,
     context_length: int | None = None,
     seed: int = 0,
+    bad: BadDocuments | None = None,
 ) -> LatentStatistics:
     """Statistics of every latent on about `n_tokens` tokens of text files, a seeded mixture of their documents.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the dictionary's site is not known, or there is no text.
+        ValueError: the dictionary's site is not known, there is no text, or a document cannot be used and `bad` does
+            not say skip.
     """
     dictionary.site_in(backbone)  # before text is read
-    sample = read_sample(backbone, texts, n_tokens, context_length=context_length, seed=seed)
+    sample = read_sample(backbone, texts, n_tokens, context_length=context_length, seed=seed, bad=bad)
     return measure_statistics(backbone, dictionary, sample.rows)

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
+from sae_runtime.data.bad_documents import BadDocumentRule
 from sae_runtime.model.sites import Site
 from sae_runtime.settings import SettingsError, SettingValues, read_mapping
 
@@ -49,6 +50,7 @@ class TrainingConfig(BaseModel):
     )
     name: str | None = Field(None, description="Name of the published dictionary; the folder's name if not given.")
     backbone: str = Field("builtin", description="Backbone: builtin, a Hugging Face folder or a hub name.")
+    bad_documents: BadDocumentRule = "stop"
     held_out: tuple[Path, ...] = Field(
         (), description="Held-out text for evaluation and statistics; if not given, a fraction of the training text."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sae_runtime.data.text_files import unicode_name
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.training.config import TrainingConfig
 
@@ -12,6 +13,7 @@ ONLY_HOW = frozenset(
     {
         "out",
         "name",
+        "bad_documents",  # a run that ends has the same weights with either rule
         "checkpoint",
         "checkpoint_interval",
         "threads",
@@ -24,7 +26,7 @@ ONLY_HOW = frozenset(
         "wandb_project",
     }
 )
-"""Settings for paths, speed and reports. They do not change the weights."""
+"""Settings for paths, bad text, speed and reports. They do not change the weights."""
 
 FREE_ON_RESUME = ONLY_HOW | {"micro_batch_tokens", "storage_dtype", "evaluation_tokens", "statistics_tokens"}
 """Settings that may differ between a run and its continuation. They change the weights by rounding at most."""
@@ -33,7 +35,7 @@ FREE_ON_RESUME = ONLY_HOW | {"micro_batch_tokens", "storage_dtype", "evaluation_
 def recorded_settings(config: TrainingConfig) -> dict[str, Any]:
     """The settings that a manifest records: all that decide the dictionary, with paths cut to file names."""
     settings = config.model_dump(mode="json", exclude=set(ONLY_HOW))
-    return settings | {"data": [p.name for p in config.data], "held_out": [p.name for p in config.held_out]}
+    return settings | {name: [unicode_name(path) for path in getattr(config, name)] for name in ("data", "held_out")}
 
 
 def run_identity(config: TrainingConfig, backbone: Backbone) -> dict[str, Any]:

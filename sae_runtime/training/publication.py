@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.manifest import Manifest, Provenance
 from sae_runtime.dictionary.publish import publish
@@ -39,12 +40,13 @@ class TrainingResult:
 
 
 def publish_run(
-    config: TrainingConfig, exports: Mapping[Site, Mapping[str, Any]], meter: ProgressMeter
+    config: TrainingConfig, exports: Mapping[Site, Mapping[str, Any]], meter: ProgressMeter, bad: BadDocuments
 ) -> tuple[TrainingResult, ...]:
     """Measures and publishes the dictionaries of a run, in the order of its sites; all appear together.
 
     Args:
         exports: what `Trainer.export` gives, by site.
+        bad: takes note of held-out documents that are skipped.
 
     Raises:
         FileExistsError: `config.out` exists.
@@ -62,7 +64,7 @@ def publish_run(
     results = []
     for site, fields in exports.items():
         path = folder / str(site) if config.sites else folder
-        result = _publish_one(config, backbone, site, fields, path, meter)
+        result = _publish_one(config, backbone, site, fields, path, meter, bad)
         results.append(replace(result, path=config.out_of(str(site))))
     if config.sites:
         folder.rename(config.out)
@@ -88,13 +90,14 @@ def _publish_one(
     fields: Mapping[str, Any],
     path: Path,
     meter: ProgressMeter,
+    bad: BadDocuments,
 ) -> TrainingResult:
     dictionary = dictionary_of(config, site, fields).to(config.device)  # the figures are those of what is stored
     meter.begin("statistics", config.statistics_tokens)
-    rows = held_out_rows(config, backbone, config.statistics_tokens)
+    rows = held_out_rows(config, backbone, config.statistics_tokens, bad)
     statistics = measure_statistics(backbone, dictionary, rows, progress=meter)
     meter.begin("evaluate", config.evaluation_tokens)
-    rows = held_out_rows(config, backbone, config.evaluation_tokens)
+    rows = held_out_rows(config, backbone, config.evaluation_tokens, bad)
     figures = held_out_figures(backbone, dictionary, rows, progress=meter)
     meter.begin("publish", 1, "dictionary")
     dictionary = replace(dictionary.to("cpu"), statistics=statistics)

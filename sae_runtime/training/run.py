@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.model.sites import Site
 from sae_runtime.progress import ProgressCallback, ProgressMeter
 from sae_runtime.training.checkpoint import FileCheckpoint
@@ -35,7 +36,8 @@ def run_training(config: TrainingConfig, progress: ProgressCallback | None = Non
         torch.set_num_threads(config.threads)
     try:
         meter = ProgressMeter(progress)
-        results = publish_run(*_train(config, meter), meter)
+        with BadDocuments(config.bad_documents) as bad:
+            results = publish_run(*_train(config, meter, bad), meter, bad)
         config.checkpoint_path.unlink(missing_ok=True)
         return results
     finally:
@@ -56,10 +58,12 @@ def check_paths(config: TrainingConfig) -> None:
             raise FileNotFoundError(f"no text file at {path}")
 
 
-def _train(config: TrainingConfig, meter: ProgressMeter) -> tuple[TrainingConfig, dict[Site, dict[str, Any]]]:
+def _train(
+    config: TrainingConfig, meter: ProgressMeter, bad: BadDocuments
+) -> tuple[TrainingConfig, dict[Site, dict[str, Any]]]:
     """Trains to the last step; the settings as they are recorded, and what the trainers export."""
     meter.begin("prepare", config.buffer_tokens)
-    worker = Worker(config, FileCheckpoint(config.checkpoint_path))
+    worker = Worker(config, FileCheckpoint(config.checkpoint_path), bad=bad)
     try:
         with StopSignals() as stop:
             try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.kernels.products import default_compute_dtype
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
@@ -53,7 +54,13 @@ def check_distribution(config: TrainingConfig, workers: int, latent_shards: int)
 class Worker:
     """One worker's part of a run, from the last checkpoint on if there is one. A run in one process has one worker."""
 
-    def __init__(self, config: TrainingConfig, checkpoint: Checkpoint, communicator: Communicator = SINGLE) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        checkpoint: Checkpoint,
+        communicator: Communicator = SINGLE,
+        bad: BadDocuments | None = None,
+    ) -> None:
         """All workers do this together.
 
         Raises:
@@ -72,7 +79,7 @@ class Worker:
         # A checkpoint that does not fit is refused before any text is read.
         if before is not None:
             check_identity(before, self._identity, checkpoint.path)
-        self._source = open_activation_source(config, backbone, self.sites, communicator)
+        self._source = open_activation_source(config, backbone, self.sites, communicator, bad)
         self.trainers: dict[Site, Trainer]
         if before is None:
             self.trainers = self._new_trainers(backbone)
@@ -95,6 +102,7 @@ class Worker:
 
         Raises:
             FloatingPointError: the loss is not finite, on every worker.
+            ValueError: a document cannot be read.
             OSError: a checkpoint could not be written, on every worker.
         """
         config = self.config
@@ -150,12 +158,13 @@ class Worker:
 
     def _step(self) -> dict[Site, StepMetrics]:
         self._between_steps = False
-        batch = self._source.next_batch(self.config.batch_tokens // self._communicator.data_parallel_size)
         try:
+            batch = self._source.next_batch(self.config.batch_tokens // self._communicator.data_parallel_size)
             metrics = {site: trainer.step(batch[site]) for site, trainer in self.trainers.items()}
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:
+            kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
             kept = f"; the last checkpoint is {self._checkpoint.path}" if self._checkpoint.exists() else ""
-            raise FloatingPointError(f"{error}{kept}") from error
+            raise kind(f"{error}{kept}") from error
         self._between_steps = True
         return metrics
 

@@ -10,7 +10,7 @@ from service.cli.connection import add_connection_arguments, connected
 from service.cli.feature_names import add_dictionaries_argument
 from service.cli.measure_options import MEASURE_TIMEOUT_S, add_output_arguments, draw_plot, name_tokens, token
 from service.cli.parser import natural
-from service.cli.ranking import add_ranking_argument, chosen_ranking
+from service.cli.ranking import add_ranking_argument, chosen_ranking, name_of
 from service.cli.view.output import open_console, print_json, print_sentence
 from service.cli.view.plots import draw_attributions
 from service.cli.view.tables import data_table, print_table, token_column
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     with connected(arguments) as client:
+        ranking = chosen_ranking(arguments.rank_by, arguments.dictionary or None, client)
         result = client.attribute_features(
             arguments.text,
             arguments.dictionary or None,
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             foil=arguments.foil,
             position=arguments.position,
             count=arguments.count,
-            rank_by=chosen_ranking(arguments.rank_by, arguments.dictionary or None, client),
+            rank_by=ranking,
             tokens=True,
             overflow="truncate" if arguments.truncate else "error",
         )
@@ -61,7 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         console = open_console()
         metric = f"logit of {names[0]!r}" + (f" minus that of {names[1]!r}" if len(names) > 1 else "")
-        print_sentence(console, f"{metric} after token {result.position}: {result.metric:.3f}\n", style="bold cyan")
+        order = "" if ranking == "activation" else f", pairs by {name_of(ranking)}"
+        print_sentence(
+            console, f"{metric} after token {result.position}: {result.metric:.3f}{order}\n", style="bold cyan"
+        )
         print_table(console, _table(result))
         print_sentence(console, _summary(result), style="dim")
     draw_plot(arguments.plot, lambda figure: draw_attributions(figure, result))

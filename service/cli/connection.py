@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.cli.parser import CommandError, seconds
+from service.cli.parser import WRONG_USAGE, CommandError, seconds
 from service.client import Client, SaeserveError, Unavailable
 from service.client.channel import DEFAULT_ADDRESS
 
@@ -37,6 +38,12 @@ def connected(arguments: argparse.Namespace) -> Iterator[Client]:
                 raise CommandError(f"the server at {address} is not ready: {error.message}") from error
             raise CommandError(
                 f"no server answers at {address}; start one with `saeserve serve`, or give another --address"
+            ) from error
+        except UnicodeEncodeError as error:  # a message holds Unicode text only
+            raise CommandError(
+                f"{reprlib.repr(error.object)} is not Unicode text: it holds a byte that is not UTF-8, or half of a "
+                "surrogate pair",
+                WRONG_USAGE,
             ) from error
         except SaeserveError as error:
             raise CommandError(str(error)) from error

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"no text file or token folder at {', '.join(missing)}")
     try:
         dictionary, report = _measure(arguments.dictionary, settings)
-    except (OSError, ValueError, UnknownDictionary, DictionaryFormatError, FingerprintMismatch) as error:
+    except (OSError, ValueError, ImportError, UnknownDictionary, DictionaryFormatError, FingerprintMismatch) as error:
         raise CommandError(str(error)) from error
     out = settings.out or Path(f"{dictionary.name or Path(arguments.dictionary).stem}-evaluation")
     provenance = dictionary.manifest.provenance if dictionary.manifest else None

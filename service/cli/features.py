@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.text import Text
 
+from sae_runtime.dictionary.ranking import Ranking
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.feature_names import FeatureName, add_dictionaries_argument, feature_name
 from service.cli.parser import WRONG_USAGE, CommandError, natural
-from service.cli.ranking import add_ranking_argument, chosen_ranking
+from service.cli.ranking import add_ranking_argument, chosen_ranking, name_of
 from service.cli.text_arguments import add_text_arguments, read_texts
 from service.cli.view.output import add_json_argument, open_console, print_json
 from service.cli.view.tokens import show_aggregate, show_tokens
@@ -54,14 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     dictionaries = _dictionaries(arguments.dictionary, arguments.feature or [])
     with connected(arguments) as client:
         batches = list(in_batches(texts, client.server_info().limits))
-        options = _options(arguments) | {"rank_by": chosen_ranking(arguments.rank_by, dictionaries, client)}
+        ranking = chosen_ranking(arguments.rank_by, dictionaries, client)
         replies = client.extract_features_stream(
-            batches, dictionaries, timeout_s=arguments.timeout * len(batches), **options
+            batches, dictionaries, timeout_s=arguments.timeout * len(batches), **_options(arguments, ranking)
         )
         if arguments.json:
             print_json([_as_json(text, reply, arguments.aggregate) for text, reply in _pairs(batches, replies)])
         else:
-            _show(_pairs(batches, replies), len(texts), arguments.aggregate)
+            _show(_pairs(batches, replies), len(texts), arguments.aggregate, ranking)
     return 0
 
 
@@ -100,8 +101,9 @@ def _dictionaries(named: list[str], features: list[FeatureName]) -> list[str] | 
     return named or of_features or None
 
 
-def _options(arguments: argparse.Namespace) -> ExtractOptions:
+def _options(arguments: argparse.Namespace, ranking: Ranking) -> ExtractOptions:
     options: ExtractOptions = {
+        "rank_by": ranking,
         "aggregation": arguments.aggregate,
         "tokens": True,
         "reconstruction_error": arguments.reconstruction_error,
@@ -121,16 +123,17 @@ def _pairs(batches: Iterable[list[str]], replies: Iterable[Extraction]) -> Itera
         yield from zip(batch, reply.inputs, strict=True)
 
 
-def _show(replies: Iterable[tuple[str, InputFeatures]], total: int, aggregation: str) -> None:
+def _show(replies: Iterable[tuple[str, InputFeatures]], total: int, aggregation: str, ranking: Ranking) -> None:
     console = open_console()
     for number, (_, entry) in enumerate(replies, 1):
         title = f"text {number} of {total}: " if total > 1 else ""
         dropped = f" ({entry.truncated_tokens:,} more were cut off)" if entry.truncated_tokens else ""
         noun = "token" if entry.n_tokens == 1 else "tokens"
         for name, features in entry.dictionaries.items():
-            aggregated = "" if aggregation == "none" else f", {aggregation} over tokens"
+            how = "" if aggregation == "none" else f", {aggregation} over tokens"
+            how += "" if ranking == "activation" else f", by {name_of(ranking)}"
             console.print(
-                Text.assemble(title, (name, "bold cyan"), f"  {entry.n_tokens:,} {noun}{dropped}{aggregated}"),
+                Text.assemble(title, (name, "bold cyan"), f"  {entry.n_tokens:,} {noun}{dropped}{how}"),
                 end="\n\n",
             )
             if aggregation == "none":

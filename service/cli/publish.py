@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sae_runtime.builtin import HELD_OUT
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.data.text_sample import read_sample
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.formats import check_backbone, load_dictionary
@@ -52,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     statistics.add_argument(
         "--data", type=Path, nargs="+", metavar="FILE", help="measure its latents on this text (.txt, .jsonl, ...)"
     )
+    parser.add_argument(
+        "--bad-documents",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do at a document of --data that cannot be read or tokenized; what is skipped is told at the end",
+    )
     parser.add_argument("--tokens", type=int, metavar="N", default=200_000, help="measure on N tokens of --data")
     parser.add_argument("--device", metavar="DEVICE", default="cpu", help="device to measure on")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -68,14 +75,16 @@ def run(arguments: argparse.Namespace) -> int:
         backbone = Backbone.load(arguments.backbone, device=arguments.device)
         placed = dictionary if arguments.site is None else replace(dictionary, site=str(Site.parse(arguments.site)))
         check_backbone(placed, backbone)
-        fit, warnings = _check_fit(placed, backbone, arguments)
-        statistics = None
-        if arguments.statistics is not None:
-            statistics = read_statistics(arguments.statistics)
-        elif arguments.data:
-            statistics = measure_on_text(
-                backbone, placed, arguments.data, arguments.tokens, context_length=arguments.context_length
-            )
+        with BadDocuments(arguments.bad_documents) as bad:
+            fit, warnings = _check_fit(placed, backbone, bad, arguments)
+            statistics = None
+            if arguments.statistics is not None:
+                statistics = read_statistics(arguments.statistics)
+            elif arguments.data:
+                length = arguments.context_length
+                statistics = measure_on_text(
+                    backbone, placed, arguments.data, arguments.tokens, context_length=length, bad=bad
+                )
         manifest = publish(
             placed,
             arguments.out,
@@ -86,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             statistics=statistics,
             overwrite=arguments.overwrite,
         )
-    except (OSError, ValueError, DictionaryFormatError, UnknownDictionary) as error:
+    except (OSError, ValueError, ImportError, DictionaryFormatError, UnknownDictionary) as error:
         raise CommandError(str(error)) from error
     for warning in warnings:
         print(f"saeserve: warning: {warning}", file=sys.stderr)
@@ -115,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_fit(
-    dictionary: Dictionary, backbone: Backbone, arguments: argparse.Namespace
+    dictionary: Dictionary, backbone: Backbone, bad: BadDocuments, arguments: argparse.Namespace
 ) -> tuple[dict[str, float], list[str]]:
     """Held-out figures of how well the dictionary fits the backbone (empty if unknown), and warnings."""
     warnings = []
@@ -127,7 +136,7 @@ def _check_fit(
     recorded = origin.context_length if origin is not None else None
     length = min(arguments.context_length or recorded or backbone.context_length, backbone.context_length)
     try:
-        sample = read_sample(backbone, arguments.data or [HELD_OUT], _FIT_TOKENS, context_length=length)
+        sample = read_sample(backbone, arguments.data or [HELD_OUT], _FIT_TOKENS, context_length=length, bad=bad)
         figures = held_out_figures(backbone, dictionary, sample.rows)
     except ValueError as error:
         return {}, [*warnings, f"the reconstruction cannot be measured: {error}"]

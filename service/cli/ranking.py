@@ -27,3 +27,8 @@ def chosen_ranking(named: str | None, dictionaries: Sequence[str] | None, client
     known = client.list_dictionaries()
     shown = [d for d in known if dictionaries is None or d.name in dictionaries]
     return "surprise" if all(d.has_statistics for d in shown) else "activation"
+
+
+def name_of(ranking: Ranking) -> str:
+    """The order as the command line spells it."""
+    return ranking.replace("_", "-")

@@ -55,12 +55,14 @@ from service.client.errors import (
 )
 from service.client.measurements import AblationStudy, Attributions, Contrast, InputScore, Scores
 from service.client.results import (
+    Activations,
     Decoding,
     DictionaryFeatures,
     Encoding,
     Extraction,
     GeneratedChunk,
     GenerationResult,
+    InputActivations,
     InputFeatures,
     InputStatistics,
     SparseRows,
@@ -75,6 +77,7 @@ from service.client.sync import Client, Generation
 __all__ = [
     "NO_RETRY",
     "AblationStudy",
+    "Activations",
     "AfterText",
     "AllOf",
     "AnyOf",
@@ -106,6 +109,7 @@ __all__ = [
     "GeneratedChunk",
     "Generation",
     "GenerationResult",
+    "InputActivations",
     "InputFeatures",
     "InputScore",
     "InputStatistics",

@@ -22,6 +22,7 @@ from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Una
 from service.client.generation import GenerationReader
 from service.client.options import (
     AblateOptions,
+    ActivationOptions,
     AttributeOptions,
     ContrastOptions,
     ExtractOptions,
@@ -174,6 +175,23 @@ class AsyncClient:
             call.cancel()
         if failures:
             raise failures[0]
+
+    async def get_activations(
+        self,
+        inputs: Inputs,
+        sites: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[ActivationOptions],
+    ) -> results.Activations:
+        """The backbone's activations on texts or token ids, at sites such as "2.resid_post_mlp".
+
+        reply = await client.get_activations("The cat sat.", "2.resid_post_mlp")
+        reply[0]["2.resid_post_mlp"]  # [n_tokens, width]
+        """
+        names = [sites] if isinstance(sites, str) else sites
+        request = messages.get_activations_request(inputs, names, **options)
+        return replies.read_activations(await self._unary(self._features.GetActivations, request, timeout_s))
 
     async def encode_activations(
         self,

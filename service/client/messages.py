@@ -17,7 +17,7 @@ from sae_runtime.dictionary.ranking import Ranking
 from service.arrays import pack_input_statistics, pack_sparse_rows
 from service.client import results
 from service.client.edits import Edit
-from service.client.options import AggregationName, Input, Inputs, OverflowName, Token
+from service.client.options import AggregationName, DtypeName, Input, Inputs, OverflowName, Token
 from service.edits.messages import edit_message
 from service.pb.saeserve.v1 import causal_pb2, common_pb2, edits_pb2, feature_service_pb2, intervention_service_pb2
 
@@ -33,6 +33,11 @@ _AGGREGATIONS = {
 _TEXT_AGGREGATIONS = {name: _AGGREGATIONS[name] for name in ("max", "mean")}
 _OVERFLOWS = {"error": common_pb2.OVERFLOW_ERROR, "truncate": common_pb2.OVERFLOW_TRUNCATE}
 _ABLATIONS = {"zero": edits_pb2.ABLATION_ZERO, "mean": edits_pb2.ABLATION_MEAN}
+_DTYPES = {
+    "float32": common_pb2.DATA_TYPE_FLOAT32,
+    "float16": common_pb2.DATA_TYPE_FLOAT16,
+    "bfloat16": common_pb2.DATA_TYPE_BFLOAT16,
+}
 _FEATURE_RANKINGS = {
     "activation": common_pb2.FEATURE_RANKING_UNSPECIFIED,
     "surprise": common_pb2.FEATURE_RANKING_SURPRISE,
@@ -75,6 +80,26 @@ def extract_features_request(
         include_tokens=tokens,
         include_reconstruction_error=reconstruction_error,
         overflow=_named_value("overflow", overflow, _OVERFLOWS),
+    )
+
+
+def get_activations_request(
+    inputs: Inputs,
+    sites: Sequence[str],
+    *,
+    dtype: DtypeName = "float32",
+    tokens: bool = False,
+    overflow: OverflowName = "error",
+    request_id: str | None = None,
+) -> feature_service_pb2.GetActivationsRequest:
+    """The request of get_activations."""
+    return feature_service_pb2.GetActivationsRequest(
+        request_id=request_id or "",
+        inputs=_text_inputs(inputs),
+        sites=sites,
+        dtype=_named_value("dtype", dtype, _DTYPES),
+        overflow=_named_value("overflow", overflow, _OVERFLOWS),
+        include_tokens=tokens,
     )
 
 

@@ -18,6 +18,7 @@ Token = int | str
 """A token id, or a text that is exactly one token, such as " Paris"."""
 AggregationName = Literal["none", "max", "mean", "sum", "last"]
 OverflowName = Literal["error", "truncate"]
+DtypeName = Literal["float32", "float16", "bfloat16"]
 
 
 class SelectionOptions(TypedDict, total=False):
@@ -46,6 +47,19 @@ class ExtractOptions(SelectionOptions, total=False):
     """Also return each token's reconstruction error."""
     overflow: OverflowName
     """What happens to inputs that are too long: "error" (the default) or "truncate"."""
+
+
+class ActivationOptions(TypedDict, total=False):
+    """Options of get_activations."""
+
+    dtype: DtypeName
+    """What the activations are sent as; "float32" if not given. The results are float32 in any case."""
+    tokens: bool
+    """Also return the tokens with their offsets."""
+    overflow: OverflowName
+    """What happens to inputs that are too long: "error" (the default) or "truncate"."""
+    request_id: str | None
+    """Returned in the reply and in errors; the server makes one up if it is not given."""
 
 
 class GenerateOptions(TypedDict, total=False):

@@ -64,6 +64,22 @@ def _read_dictionary_features(message: feature_service_pb2.DictionaryFeatures) -
     )
 
 
+def read_activations(reply: feature_service_pb2.GetActivationsResponse) -> results.Activations:
+    return results.Activations(
+        inputs=tuple(
+            results.InputActivations(
+                sites={entry.site: unpack_tensor(entry.activations) for entry in message.sites},
+                n_tokens=message.n_tokens,
+                truncated_tokens=message.truncated_tokens,
+                tokens=_read_tokens(message),
+            )
+            for message in reply.results
+        ),
+        request_id=reply.request_id,
+        timing=read_timing(reply.timing),
+    )
+
+
 def read_encoding(reply: feature_service_pb2.EncodeActivationsResponse) -> results.Encoding:
     statistics = reply.input_statistics
     return results.Encoding(
@@ -250,7 +266,10 @@ def read_sparse_rows(message: common_pb2.SparseRows) -> results.SparseRows:
 
 
 def _read_tokens(
-    message: feature_service_pb2.InputFeatures | causal_pb2.InputScore | causal_pb2.AttributeFeaturesResponse,
+    message: feature_service_pb2.InputFeatures
+    | feature_service_pb2.InputActivations
+    | causal_pb2.InputScore
+    | causal_pb2.AttributeFeaturesResponse,
 ) -> results.Tokens | None:
     def offsets(values: Sequence[int]) -> results.UintArray:
         return np.array(values, np.uint32)

@@ -125,6 +125,39 @@ class Extraction:
 
 
 @dataclass(frozen=True, eq=False)
+class InputActivations:
+    """The activations of one input."""
+
+    sites: dict[str, FloatArray]
+    """[n_tokens, width of the site] by site."""
+    n_tokens: int
+    """Tokens that were run."""
+    truncated_tokens: int
+    """Tokens dropped because the input was too long (overflow="truncate")."""
+    tokens: Tokens | None
+    """The tokens, if requested."""
+
+    def __getitem__(self, site: str) -> FloatArray:
+        return self.sites[site]
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Reply of get_activations."""
+
+    inputs: tuple[InputActivations, ...]
+    """One entry per input, in the order of the request."""
+    request_id: str
+    timing: Timing
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: int) -> InputActivations:
+        return self.inputs[i]
+
+
+@dataclass(frozen=True, eq=False)
 class InputStatistics:
     """Mean and standard deviation of each input row, with which decode_features returns to the input's units."""
 

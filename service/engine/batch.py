@@ -50,6 +50,17 @@ class Extraction:
         return replace(self, rows=self.rows[rows])
 
 
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """Rows of tokens whose activations are wanted."""
+
+    rows: Sequence[tuple[int, ...]]
+    sites: Sequence[Site]
+
+    def __getitem__(self, rows: slice) -> Capture:
+        return replace(self, rows=self.rows[rows])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoding:
     """Rows of activations to encode."""
@@ -114,6 +125,8 @@ def run_batch(backbone: Backbone, kind: str, pieces: Sequence[Any], readings: Re
         NonFiniteActivations: the activations of a piece cannot be encoded. The error does not say which piece.
     """
     match kind:
+        case "activations":
+            return run_capture(backbone, pieces)
         case "encode":
             return run_encode(pieces, readings)
         case "decode":
@@ -168,6 +181,22 @@ def run_extract(
             for row in range(len(piece.rows))
         ]
         for piece, piece_features in zip(pieces, features, strict=True)
+    ]
+
+
+def run_capture(backbone: Backbone, pieces: Sequence[Capture]) -> list[list[list[NDArray[np.float32]]]]:
+    """The activations of all rows from one forward pass; results[piece][row][site], float32 [n_tokens, width]."""
+    rows = list(chain.from_iterable(piece.rows for piece in pieces))
+    sites = {site for piece in pieces for site in piece.sites}
+    captured = backbone.forward(PackedTokens.from_rows(rows), capture=sites).activations
+    activations = {site: x.float().cpu().numpy() for site, x in captured.items()}
+    ends = iter(accumulate(map(len, rows)))
+    return [
+        [
+            [activations[site][end - len(tokens) : end] for site in piece.sites]
+            for tokens, end in zip(piece.rows, islice(ends, len(piece.rows)), strict=True)
+        ]
+        for piece in pieces
     ]
 
 

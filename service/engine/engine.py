@@ -14,14 +14,16 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sae_runtime.dictionary.dictionary import Dictionary, find_dictionary
 from sae_runtime.dictionary.readings import Readings
 from sae_runtime.edits import Edit
 from sae_runtime.model.backbone import Backbone
 from service.engine.admission import check_features, check_generation, check_rows
-from service.engine.batch import Decoding, Encoded, Encoding, Extraction, run_batch
+from service.engine.batch import Capture, Decoding, Encoded, Encoding, Extraction, run_batch
 from service.engine.errors import DeviceLost, EngineStopped
 from service.engine.failures import run_isolated
 from service.engine.generation import RunningBatch, StepOutcome
@@ -43,6 +45,8 @@ from service.engine.selection import join_arrays, join_rows
 from service.engine.sequence import GenerateRequest, Mailbox
 from service.engine.settings import EngineSettings
 from service.engine.work import (
+    ActivationsResult,
+    ActivationsWork,
     DecodeResult,
     DecodeWork,
     DictionaryRows,
@@ -192,6 +196,17 @@ class Engine:
         results: list[list[list[DictionaryRows]]]
         results, timing = await self._run(kind, rows, list(map(len, work.rows)), under_way=under_way)
         return ExtractResult(list(chain.from_iterable(results)), timing)
+
+    async def activations(self, work: ActivationsWork) -> ActivationsResult:
+        """The backbone's activations on token rows, at one or more sites, from one forward pass."""
+        check_rows(work.rows, self.backbone)
+        sites = [self.backbone.check_site(site) for site in work.sites]
+        if not sites:
+            raise ValueError("there are no sites to read")
+        kind = ("activations", max(sites).layer)
+        results: list[list[list[NDArray[np.float32]]]]
+        results, timing = await self._run(kind, Capture(work.rows, sites), list(map(len, work.rows)))
+        return ActivationsResult(list(chain.from_iterable(results)), timing)
 
     async def encode(self, work: EncodeWork) -> EncodeResult:
         """The features of given activations."""

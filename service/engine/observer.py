@@ -36,8 +36,8 @@ FeatureObserver = Callable[[ObservedReading], None]
 class EngineObserver(Protocol):
     """Called on the event loop, after the results of a batch have been handed over; `features` on the model thread.
 
-    `kind` is "extract", "encode", "decode", "score", "ablate", "attribute", "resample" or "generate" (one step is a
-    batch).
+    `kind` is "extract", "activations", "encode", "decode", "score", "ablate", "attribute", "resample" or "generate"
+    (one step is a batch).
     """
 
     @property

@@ -97,6 +97,23 @@ class ExtractResult:
     timing: WorkTiming
 
 
+@dataclass(frozen=True, slots=True)
+class ActivationsWork:
+    """Activations of the backbone on token rows."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """Token ids, one row an input; every row has at least one token."""
+    sites: tuple[str, ...]
+    """Without repeats, at least one."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActivationsResult:
+    inputs: list[list[NDArray[np.float32]]]
+    """inputs[row][site], [n_tokens, width of the site], in the order of the work."""
+    timing: WorkTiming
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodeWork:
     """Features of given activations."""

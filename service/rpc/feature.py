@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from typing import Final
 
 from service.arrays import (
@@ -15,12 +15,13 @@ from service.arrays import (
     varint_field,
 )
 from service.engine.errors import QueueFull
-from service.engine.work import Aggregation, DecodeWork, EncodeWork, ExtractResult, ExtractWork
+from service.engine.work import ActivationsWork, Aggregation, DecodeWork, EncodeWork, ExtractResult, ExtractWork
+from service.pb.saeserve.v1 import common_pb2
 from service.pb.saeserve.v1 import feature_service_pb2 as pb
 from service.rpc.array_inputs import read_activations, read_input_statistics, read_selection, read_sparse_rows
 from service.rpc.call import Call, Undecodable, cancelled_together
 from service.rpc.checks import Violations
-from service.rpc.errors import Violation, invalid_argument, out_of_range
+from service.rpc.errors import Violation, invalid_argument, out_of_range, shown
 from service.rpc.model import ModelRpc
 from service.rpc.text_inputs import TokenRow
 
@@ -157,6 +158,38 @@ class FeatureRpc(ModelRpc):
             except QueueFull as full:
                 # A stream waits where a single call is refused: its window already bounds what it asks for.
                 await asyncio.sleep(full.retry_after_s)
+
+    async def GetActivations(self, request: pb.GetActivationsRequest, call: Call) -> pb.GetActivationsResponse:
+        violations = Violations(self.limits)
+        self._check_sites(request.sites, violations)
+        violations.check_enum("dtype", request.dtype, common_pb2.DataType.values())
+        self.reader.check_include_tokens(request.include_tokens, violations)
+        rows = await self.reader.read_inputs(request.inputs, request.overflow, violations)
+        n_rows = sum(len(row.ids) for row in rows) * len(request.sites)
+        violations.check_limit("inputs", n_rows, "max_activation_rows", "have {} tokens, those of every site counted")
+        violations.raise_if_any()
+        call.submit()
+        work = ActivationsWork(tuple(row.ids for row in rows), tuple(request.sites))
+        with out_of_range("inputs"):
+            result = await self.engine.activations(work)
+        reply = pb.GetActivationsResponse(request_id=call.request_id, timing=call.timing(result.timing))
+        for row, activations in zip(rows, result.inputs, strict=True):
+            entry = reply.results.add(n_tokens=len(row.ids), truncated_tokens=row.truncated)
+            if request.include_tokens:
+                entry.tokens.CopyFrom(self.reader.tokens(row))
+            for site, x in zip(request.sites, activations, strict=True):
+                entry.sites.add(site=site, activations=pack_tensor(x, request.dtype or common_pb2.DATA_TYPE_FLOAT32))
+        return reply
+
+    def _check_sites(self, sites: Sequence[str], violations: Violations) -> None:
+        if not violations.check_count("sites", len(sites), "max_dictionaries"):
+            return
+        for place, site in enumerate(sites):
+            try:
+                self.model.backbone.check_site(site)
+            except ValueError as error:
+                violations.add(f"sites[{place}]", str(error))
+        violations.check_distinct("sites", sites, shown)
 
     async def EncodeActivations(self, request: pb.EncodeActivationsRequest, call: Call) -> pb.EncodeActivationsResponse:
         violations = Violations(self.limits)

@@ -7,6 +7,7 @@ import math
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sae_runtime.training.stop_signals import StopSignals, TrainingStopped
 from sae_runtime.training.worker import check_distribution
 from service.local_ray import StartError
 from service.training.ray_session import Distribution, TrainingFailed, ray_session
-from service.training.ray_worker import FAILURE, PROGRESS, STOP, run_worker
+from service.training.ray_worker import FAILURE, PROGRESS, SKIPPED, STOP, run_worker
 
 _LOOK_EVERY_S = 0.2
 _STOP_WITHIN_S = 60.0
@@ -47,7 +48,7 @@ def train_on_ray(
     check_distribution(config, distribution.workers, distribution.latent_shards)
     folder = workers_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (PROGRESS, FAILURE, STOP):
+    for name in (PROGRESS, FAILURE, SKIPPED, STOP):
         (folder / name).unlink(missing_ok=True)
     gpus = distribution.workers if config.device.startswith("cuda") else 0
     with ray_session(distribution.workers, gpus, address=distribution.ray_address, verbose=verbose):
@@ -61,6 +62,9 @@ def train_on_ray(
         raise TrainingStopped(stop.received)
     if run.error is not None:
         raise TrainingFailed(f"{_last_line(run.error)}; the same command goes on from the last checkpoint")
+    skipped = read_json(folder / SKIPPED)
+    if skipped and skipped["summary"]:
+        warnings.warn(skipped["summary"], stacklevel=2)
     shutil.rmtree(folder, ignore_errors=True)
     return [config.out_of(site) for site in config.all_sites]
 

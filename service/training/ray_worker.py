@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.progress import Progress, ProgressMeter
 from sae_runtime.training.communicator import ProcessGroupCommunicator
 from sae_runtime.training.config import TrainingConfig
@@ -18,8 +19,8 @@ from sae_runtime.training.distributed.sharded_checkpoint import ShardedCheckpoin
 from sae_runtime.training.publication import publish_run
 from sae_runtime.training.worker import Worker
 
-PROGRESS, FAILURE, STOP = "progress.jsonl", "failure.json", "stop"
-"""Files beside the checkpoints: progress of the first worker; why the run failed; a request to stop."""
+PROGRESS, FAILURE, SKIPPED, STOP = "progress.jsonl", "failure.json", "skipped.json", "stop"
+"""Files beside the checkpoints: progress of the first worker; why the run failed; bad documents; a request to stop."""
 
 
 def run_worker(arguments: dict[str, Any]) -> None:
@@ -56,7 +57,8 @@ def _train_and_publish(config: TrainingConfig, latent_shards: int, folder: Path)
     first = communicator.data_rank == 0 and communicator.shard_rank == 0
     meter = ProgressMeter(_Reporter(folder / PROGRESS) if first else None)
     meter.begin("prepare", config.buffer_tokens)
-    worker = Worker(config, ShardedCheckpoint(folder, communicator), communicator)
+    bad = BadDocuments(config.bad_documents)  # every worker reads the whole text
+    worker = Worker(config, ShardedCheckpoint(folder, communicator), communicator, bad)
     try:
         if not worker.train(meter, (folder / STOP).exists):
             return
@@ -64,7 +66,8 @@ def _train_and_publish(config: TrainingConfig, latent_shards: int, folder: Path)
     finally:
         worker.close()
     if exports:
-        publish_run(worker.config, exports, meter)
+        publish_run(worker.config, exports, meter, bad)
+        write_json({"summary": bad.summary}, folder / SKIPPED)
 
 
 class _Reporter:

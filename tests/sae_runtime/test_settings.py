@@ -89,6 +89,29 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_yaml(tmp_path / "none.yaml", "edits")
 
 
+UNCLEAN = {
+    "Latin-1": (b"data: caf\xe9", "can't decode byte 0xe9"),
+    "UTF-16": ("data: a".encode("utf-16"), "can't decode byte 0xff"),
+    "NUL": (b"data: a\0", "special characters are not allowed"),
+    "a date that is none": (b"size: 2001-99-99", "month must be in 1..12"),
+    "a number of too many digits": (b"size: " + b"9" * 5000, "Exceeds the limit"),
+    "too deep": (b"data: " + b"[" * 20_000, "recursion"),
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAN)
+def test_a_file_that_is_no_yaml_is_named(file: Path, name: str) -> None:
+    content, message = UNCLEAN[name]
+    file.write_bytes(content)
+    with pytest.raises(SettingsError, match=f"cannot read settings from {file}: .*{message}"):
+        read_settings(Example, file)
+
+
+def test_a_byte_order_mark_is_no_setting(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbfdata: [a]")
+    assert read_settings(Example, file).data == (Path("a"),)
+
+
 def test_nested_settings_have_dotted_names() -> None:
     assert [name for name, _ in setting_fields(Example)] == ["data", "size", "limits.most_tokens"]
     assert flag_of("limits.most_tokens") == "--limits.most-tokens"

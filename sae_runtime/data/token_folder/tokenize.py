@@ -7,14 +7,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sae_runtime.atomic import atomic_file, flush_folder
+from sae_runtime.data.bad_documents import BadDocumentRule, BadDocuments
 from sae_runtime.data.documents import Document, mix
-from sae_runtime.data.rows import Encode, encode_texts, encoded, is_held_out
+from sae_runtime.data.rows import Encode, encode_texts, encoded, is_held_out, with_text
 from sae_runtime.data.sources import DocumentSource, find_sources
 from sae_runtime.data.token_folder.manifest import (
     MANIFEST_FILE,
@@ -42,6 +44,7 @@ class TokenizeConfig(BaseModel):
         "Face data sets saved on disk, or their hub names (owner/name, owner/name@configuration).",
     )
     out: Path = Field(description="Folder that the tokens are written to; it must not exist yet.")
+    bad_documents: BadDocumentRule = "stop"
     backbone: str = Field("builtin", description="Backbone whose tokenizer is used: builtin, a folder or a hub name.")
     context_length: int | None = Field(
         None, ge=2, description="Tokens in a row when the folder is trained on; the backbone's own if not given."
@@ -83,7 +86,8 @@ def tokenize(
     """Writes the token folder that `config` describes and returns its manifest.
 
     Works in "<out>.partial". If that is there, it goes on after the last finished shard: documents that are in shards
-    are read again but not tokenized, and the result is the same as without the interruption.
+    are read again but not tokenized, and the result is the same as without the interruption. Sources may have changed
+    meanwhile, as when a bad line was mended, but not in the documents that are in shards.
 
     Args:
         restart: throw an unfinished folder away instead.
@@ -92,12 +96,20 @@ def tokenize(
         FileExistsError: `config.out` exists.
         FileNotFoundError: a source does not exist.
         ModuleNotFoundError: a source needs a package that is not installed; names it.
-        ValueError: a source cannot be read, holds no text, or the unfinished folder is of other settings or sources.
+        ValueError: a source or a document cannot be read, there is no text, or the unfinished folder is of other
+            settings or sources. What was tokenized before a document that cannot be read is kept.
         OSError: the disk is full; finished shards are kept.
     """
     if config.out.exists():
         raise FileExistsError(f"{config.out} exists; remove it or choose another `out`")
-    sources = find_sources(config.sources, text_field=config.text_field, split=config.split)
+    with BadDocuments(config.bad_documents) as bad:
+        return _tokenize(config, bad, progress, restart=restart)
+
+
+def _tokenize(
+    config: TokenizeConfig, bad: BadDocuments, progress: ProgressCallback | None, *, restart: bool
+) -> TokenManifest:
+    sources = find_sources(config.sources, text_field=config.text_field, split=config.split, bad=bad)
     backbone = Backbone.load(config.backbone)
     encode, end_of_text = encode_texts(backbone)
     context_length = config.context_length or backbone.context_length
@@ -123,7 +135,7 @@ def tokenize(
     partial = config.out.with_name(config.out.name + ".partial")
     if restart:
         shutil.rmtree(partial, ignore_errors=True)
-    writer = _Writer(config, manifest, encode, partial, _Meter(sources, progress))
+    writer = _Writer(config, manifest, encode, bad, partial, _Meter(sources, progress))
     writer.write(sources)
     finished = writer.manifest()
     if not finished.train:
@@ -160,19 +172,28 @@ class _Writer:
     """Documents to shards; a journal says after each pair of shards what is finished."""
 
     def __init__(
-        self, config: TokenizeConfig, manifest: TokenManifest, encode: Encode, folder: Path, meter: _Meter
+        self,
+        config: TokenizeConfig,
+        manifest: TokenManifest,
+        encode: Encode,
+        bad: BadDocuments,
+        folder: Path,
+        meter: _Meter,
     ) -> None:
         self._config = config
         self._manifest = manifest
         self._encode = encode
+        self._bad = bad
         self._folder = folder
         self._meter = meter
         self._open = self._empty()
+        self._sizes: list[int] = []
         self._shards: dict[Split, list[TokenShard]] = {"train": [], "held_out": []}
         self._documents = 0  # documents of the sources that are in shards or open
+        self._text_hash = ""  # of those documents
         self._tokens = 0
         self._identity = {
-            "settings": config.model_dump(mode="json", exclude={"out", "sources"}),
+            "settings": config.model_dump(mode="json", exclude={"out", "sources", "bad_documents"}),
             "sources": list(manifest.sources),
             "tokenizer": manifest.tokenizer.fingerprint,
         }
@@ -184,35 +205,44 @@ class _Writer:
 
     def write(self, sources: Sequence[DocumentSource]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        finished = self._resume()
-        documents = mix((source.size, iter(source)) for source in sources)
-        if not finished:
-            for _ in range(self._documents):
-                next(documents, None)
-                self._meter.show(self._documents, self._tokens)
-            for document, ids in self._tokenized(documents):
-                self._add(document, ids)
-                if len(self._open["train"]) >= self._config.shard_tokens:
+        self._sizes = [source.size for source in sources]
+        if not self._resume():
+            documents = mix(zip(self._sizes, map(iter, sources), strict=True))
+            self._read_again(documents)
+            try:
+                self._tokenize(documents)
+            except ValueError:  # a bad document
+                if any(map(len, self._open.values())):
                     self._close_shards(finished=False)
-                self._meter.show(self._documents, self._tokens)
-                if self._config.max_tokens is not None and self._trained() >= self._config.max_tokens:
-                    break
+                raise
             self._close_shards(finished=True)
         self._meter.show(self._documents, self._tokens, done=True)
 
-    def _tokenized(self, documents: Iterator[Document]) -> Iterator[tuple[Document, list[int]]]:
-        waiting: list[Document] = []
+    def _read_again(self, documents: Iterator[Document]) -> None:
+        """Passes over the documents that are in shards, and checks that they are still the same."""
+        text_hash = ""
+        for document in islice(documents, self._documents):
+            text_hash = with_text(text_hash, document)
+            self._meter.show(self._documents, self._tokens)
+        if self._text_hash not in ("", text_hash):  # older folders have none
+            raise ValueError(
+                f"the {self._documents:,} documents that {self._folder} was begun with have changed: restore them, or "
+                "restart (--restart) to throw it away"
+            )
+        self._text_hash = text_hash
 
-        def passed() -> Iterator[Document]:
-            for document in documents:
-                waiting.append(document)
-                yield document
-
-        for ids in encoded(passed(), self._encode):
-            yield waiting.pop(0), ids
+    def _tokenize(self, documents: Iterator[Document]) -> None:
+        for document, ids in encoded(documents, self._encode, self._bad):
+            self._add(document, ids)
+            if len(self._open["train"]) >= self._config.shard_tokens:
+                self._close_shards(finished=False)
+            self._meter.show(self._documents, self._tokens)
+            if self._config.max_tokens is not None and self._trained() >= self._config.max_tokens:
+                break
 
     def _add(self, document: Document, ids: list[int]) -> None:
         self._documents += 1
+        self._text_hash = with_text(self._text_hash, document)
         if not ids:
             return
         end = [self._manifest.tokenizer.end_of_text]
@@ -238,7 +268,9 @@ class _Writer:
         journal = {
             "identity": self._identity,
             "finished": finished,
+            "sizes": self._sizes,
             "documents": self._documents,
+            "text_hash": self._text_hash,
             "tokens": self._tokens,
             "shards": {split: [shard.model_dump() for shard in shards] for split, shards in self._shards.items()},
         }
@@ -259,13 +291,20 @@ class _Writer:
             }
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             raise ValueError(f"{path} cannot be read ({error}); {advice}") from error
-        if recorded != json.loads(json.dumps(self._identity)):
-            raise ValueError(f"{self._folder} was begun with other {_difference(recorded, self._identity)}; {advice}")
+        expected = json.loads(json.dumps(self._identity))
+        if "text_hash" in journal and not journal["finished"]:  # the documents will be read again and compared
+            for identity in (recorded, expected):
+                identity["sources"] = [source["name"] for source in identity["sources"]]
+        if recorded != expected:
+            raise ValueError(f"{self._folder} was begun with other {_difference(recorded, expected)}; {advice}")
         for split, finished in shards.items():
             for shard in finished:
                 check_sums(self._folder, shard)
             self._shards[split] = finished
         self._documents, self._tokens = journal["documents"], journal["tokens"]
+        self._text_hash = journal.get("text_hash", "")
+        # Sources are mixed by their sizes of before, so that a changed one gives the same order.
+        self._sizes = journal.get("sizes", self._sizes)
         self._meter.before = self._tokens
         return bool(journal["finished"])
 

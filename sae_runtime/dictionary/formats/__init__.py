@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,10 @@ def load_dictionary(
         DictionaryFormatError: missing, unknown, truncated or inconsistent files.
         FingerprintMismatch: the dictionary was made for another backbone or tokenizer.
     """
-    dictionary = _read(_locate(path_or_name), dtype, device)
+    path = _locate(path_or_name)
+    if path.name in (MANIFEST_FILE, saelens.CONFIG_FILE, saelens.WEIGHTS_FILE, sparsify.WEIGHTS_FILE):
+        path = path.parent
+    dictionary = replace(_read(path, dtype, device), folder=path if path.is_dir() else None)
     if backbone is not None:
         check_backbone(dictionary, backbone)
     return dictionary
@@ -84,8 +88,6 @@ def check_backbone(dictionary: Dictionary, backbone: Backbone) -> None:
 
 def _read(path: Path, dtype: torch.dtype, device: str | torch.device) -> Dictionary:
     """Recognises the format by the file names in a folder, or by the keys in a .pt file, and reads it."""
-    if path.name in (MANIFEST_FILE, saelens.CONFIG_FILE, saelens.WEIGHTS_FILE, sparsify.WEIGHTS_FILE):
-        path = path.parent
     if path.is_file():
         state = read_torch_file(path, "OpenAI's or dictionary_learning's state dict")
         not_openai = {"pre_bias", "latent_bias"}.isdisjoint(state)

@@ -22,12 +22,11 @@ from torch import Tensor
 from sae_runtime.atomic import atomic_folder
 from sae_runtime.dictionary.dictionary import OPTIONAL_TENSORS, Dictionary
 from sae_runtime.dictionary.formats.weights import build_dictionary, check_tensors, convert, read_safetensors
-from sae_runtime.dictionary.manifest import BackboneReference, Manifest, Provenance
+from sae_runtime.dictionary.manifest import WEIGHTS_FILE, BackboneReference, Manifest, Provenance
 from sae_runtime.dictionary.statistics import LatentStatistics
 from sae_runtime.errors import DictionaryFormatError
 
 MANIFEST_FILE = "dictionary.json"
-WEIGHTS_FILE = "weights.safetensors"
 STATISTICS_FILE = "stats.safetensors"
 CARD_FILE = "CARD.md"
 STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

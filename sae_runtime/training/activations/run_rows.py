@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.data.documents import Document
 from sae_runtime.data.rows import (
     CutterState,
@@ -18,6 +17,7 @@ from sae_runtime.data.rows import (
     shuffled_held_out,
     take_tokens,
 )
+from sae_runtime.data.text_files import unicode_name
 from sae_runtime.data.token_folder.manifest import lone_token_folder, read_manifest
 from sae_runtime.data.token_folder.reader import (
     DocumentFolderRows,
@@ -57,14 +57,9 @@ def token_folder_path(config: TrainingConfig) -> Path | None:
 
 
 def data_fingerprint(config: TrainingConfig) -> str:
-    """sha256 that tells this run's training data from others': of a token folder's content, of text files' names and
-    sizes, and of which documents are held out."""
+    """Tells the content of a token folder from others'. Empty for text: its rows compare what they read again."""
     folder = token_folder_path(config)
-    if folder is not None:
-        return read_manifest(folder).fingerprint
-    files = [[path.name, path.stat().st_size] for path in config.data]
-    described = {"files": files, "held_out": None if config.held_out else config.held_out_fraction}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return "" if folder is None else read_manifest(folder).fingerprint
 
 
 def describe_data(config: TrainingConfig) -> str:
@@ -73,10 +68,10 @@ def describe_data(config: TrainingConfig) -> str:
     if folder is not None:
         manifest = read_manifest(folder)
         return f"{folder.name} ({manifest.tokens('train')} training tokens, fingerprint {manifest.fingerprint})"
-    return ", ".join(f"{path.name} ({path.stat().st_size} bytes)" for path in config.data)
+    return ", ".join(f"{unicode_name(path)} ({path.stat().st_size} bytes)" for path in config.data)
 
 
-def row_cutter(config: TrainingConfig, backbone: Backbone) -> RowCutter:
+def row_cutter(config: TrainingConfig, backbone: Backbone, bad: BadDocuments | None = None) -> RowCutter:
     """How this run cuts text into rows.
 
     Raises:
@@ -88,17 +83,18 @@ def row_cutter(config: TrainingConfig, backbone: Backbone) -> RowCutter:
     if context_length > backbone.context_length:
         raise ValueError(f"context_length is {context_length}, the backbone reads at most {backbone.context_length}")
     encode, end_of_text = encode_texts(backbone)
-    return RowCutter(encode, end_of_text, context_length, config.rows, config.prepend_end_of_text)
+    bad = bad or BadDocuments(config.bad_documents)
+    return RowCutter(encode, end_of_text, context_length, config.rows, config.prepend_end_of_text, bad)
 
 
-def training_rows(config: TrainingConfig, backbone: Backbone) -> RowSource:
+def training_rows(config: TrainingConfig, backbone: Backbone, bad: BadDocuments | None = None) -> RowSource:
     """The rows that the run trains on, endless; held-out documents are never among them.
 
     Raises:
         FileNotFoundError: a data file does not exist.
         ValueError: as `row_cutter`; a token folder is of another tokenizer, damaged, or without training text.
     """
-    path, cutter = token_folder_path(config), row_cutter(config, backbone)
+    path, cutter = token_folder_path(config), row_cutter(config, backbone, bad)
     if path is None:
         return TrainingRows(config.data, cutter, 0.0 if config.held_out else config.held_out_fraction)
     folder = TokenFolder(path)
@@ -110,13 +106,15 @@ def training_rows(config: TrainingConfig, backbone: Backbone) -> RowSource:
     return DocumentFolderRows(folder, cutter)
 
 
-def held_out_rows(config: TrainingConfig, backbone: Backbone, n_tokens: int) -> Iterator[list[int]]:
+def held_out_rows(
+    config: TrainingConfig, backbone: Backbone, n_tokens: int, bad: BadDocuments | None = None
+) -> Iterator[list[int]]:
     """Rows of held-out text, at least `n_tokens` tokens together or all there is; a seeded mixture of all documents.
 
     Raises:
-        ValueError: there is not enough held-out text for one row.
+        ValueError: there is not enough held-out text for one row, or a document cannot be read.
     """
-    cutter, state = row_cutter(config, backbone), CutterState()
+    cutter, state = row_cutter(config, backbone, bad), CutterState()
     path = token_folder_path(config)
     if path is not None and not config.held_out:
         folder = TokenFolder(path)
@@ -127,9 +125,11 @@ def held_out_rows(config: TrainingConfig, backbone: Backbone, n_tokens: int) -> 
     else:
         documents: Iterator[Document]
         if config.held_out:
-            documents = mixed_documents(config.held_out)
+            documents = mixed_documents(config.held_out, cutter.bad)
         else:
-            documents = (d for d in mixed_documents(config.data) if is_held_out(d, config.held_out_fraction))
+            documents = (
+                d for d in mixed_documents(config.data, cutter.bad) if is_held_out(d, config.held_out_fraction)
+            )
         chosen = shuffled_held_out(documents, n_tokens * _HELD_OUT_CHARACTERS_PER_TOKEN, config.seed)
         rows, n_documents = cutter.cut(chosen, state), len(chosen)
     empty = True

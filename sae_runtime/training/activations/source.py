@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
 from sae_runtime.training.activations.cache import ActivationCache
@@ -25,12 +26,14 @@ def open_activation_source(
     backbone: Backbone,
     sites: Sequence[Site | str],
     communicator: Communicator | None = None,
+    bad: BadDocuments | None = None,
 ) -> ActivationSource:
     """The activations that a worker trains on, from the beginning of the data.
 
     Args:
         sites: read together in one pass over the model.
         communicator: which of the run's workers this is; a single process if None.
+        bad: takes note of documents that are skipped.
 
     Raises:
         FileNotFoundError: a data file does not exist.
@@ -52,7 +55,7 @@ def open_activation_source(
     mine = range(first, first + per_worker)
     rows_per_pass = max(1, config.backbone_tokens // cutter.context_length)
     streams = RowStreams(
-        training_rows(config, backbone),
+        training_rows(config, backbone, bad),
         n_streams=config.n_streams,
         mine=mine,
         rows_per_pass=rows_per_pass,
@@ -164,7 +167,7 @@ class ActivationSource:
         Raises:
             ValueError: the state is of other data or another number of streams, or lacks streams of this worker.
         """
-        if state["data"] != self._fingerprint:
+        if self._fingerprint not in ("", state["data"]):
             raise ValueError(
                 f"the state was taken from data of fingerprint {state['data']}, this run's has {self._fingerprint}: "
                 "files were changed"

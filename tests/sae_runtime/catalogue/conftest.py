@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sae_runtime import Backbone
 from sae_runtime.catalogue.collect import Collection, collect
 from sae_runtime.catalogue.neighbors import companions, nearest_latents
 from sae_runtime.catalogue.settings import CatalogueSettings
-from sae_runtime.data.sources import find_sources
+from sae_runtime.catalogue.text import TextReader
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.statistics import LatentStatisticsBuilder
 from sae_runtime.model.packed import PackedTokens
@@ -81,8 +81,6 @@ def dictionary(request: pytest.FixtureRequest, tiny_backbone: Backbone, records:
 
 
 def with_statistics(dictionary: Dictionary, backbone: Backbone) -> Dictionary:
-    from dataclasses import replace
-
     builder = LatentStatisticsBuilder(dictionary.n_latents)
     rows = torch.randint(1, 257, (20, 16), generator=torch.Generator().manual_seed(2)).tolist()
     x = backbone.forward(PackedTokens.from_rows(rows), capture=[SITE]).activations
@@ -139,16 +137,8 @@ def collected(tiny_backbone: Backbone, dictionary: Dictionary, settings: Catalog
         assert dictionary.statistics is not None
         collection = Collection(tiny_backbone, dictionary, dictionary.statistics, near, s)
         checkpoint = tmp_path / f"{next(files)}.partial"
-        collect(
-            collection,
-            tiny_backbone,
-            dictionary,
-            find_sources(s.data),
-            s,
-            checkpoint,
-            {"seed": s.seed},
-            ProgressMeter(),
-        )
+        reader = TextReader.open(tiny_backbone, s)
+        collect(collection, tiny_backbone, dictionary, reader, checkpoint, {}, ProgressMeter())
         return collection
 
     return run

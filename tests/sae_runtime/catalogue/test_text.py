@@ -8,15 +8,14 @@ import pytest
 
 from sae_runtime import Backbone
 from sae_runtime.catalogue.settings import CatalogueSettings
-from sae_runtime.catalogue.text import Text, TextPass, read_passes
+from sae_runtime.catalogue.text import Text, TextPass, TextReader
 from sae_runtime.data.documents import Document
 from sae_runtime.data.rows import CutterState, RowCutter, encode_texts
-from sae_runtime.data.sources import find_sources
 
 
 def read(backbone: Backbone, settings: CatalogueSettings) -> tuple[Text, list[TextPass]]:
     text = Text(np.uint16)
-    return text, list(read_passes(text, find_sources(settings.data), *encode_texts(backbone), settings))
+    return text, list(TextReader.open(backbone, settings).passes(text))
 
 
 @pytest.mark.parametrize("rows", ["documents", "packed"])

@@ -1,17 +1,24 @@
 """Rows hold exactly the text's tokens, mixed over files, and continue exactly where a state was saved."""
 
 import json
+import shutil
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, normalizers
 
+from sae_runtime import Backbone
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.data.documents import Document
 from sae_runtime.data.rows import (
     CutterState,
     RowCutter,
     TrainingRows,
     encode_texts,
+    encoded,
     is_held_out,
     mixed_documents,
     packed_passes,
@@ -120,3 +127,114 @@ def test_passes_hold_whole_rows_within_the_bound() -> None:
     rows = [[1] * n for n in (5, 5, 30, 2, 2)]
     assert [p.lengths for p in packed_passes(rows, 12)] == [(5, 5), (30,), (2, 2)]
     assert [len(row) for row in take_tokens(rows, 11)] == [5, 5, 30]
+
+
+@pytest.fixture
+def with_tokenizer(tiny_backbone_folder: Path, tmp_path: Path) -> Callable[[Callable[[Tokenizer], None]], Backbone]:
+    def load(change: Callable[[Tokenizer], None]) -> Backbone:
+        folder = shutil.copytree(tiny_backbone_folder, tmp_path / "changed")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        change(tokenizer)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return Backbone.load(folder)
+
+    return load
+
+
+def test_a_text_that_spells_a_token_without_an_embedding_is_named_or_skipped(with_tokenizer: Any) -> None:
+    encoder, _ = encode_texts(with_tokenizer(lambda tokenizer: tokenizer.add_tokens(["<extra>"])))
+    documents = [Document("ab", ""), Document("a<extra>b", "", place="a.jsonl:2"), Document("c", "")]
+    with pytest.raises(ValueError, match=r"^a\.jsonl:2: holds '<extra>', token id 257 .*vocabulary of 257$"):
+        list(encoded(documents, encoder))
+    bad = BadDocuments("skip")
+    assert [(d.text, len(ids)) for d, ids in encoded(documents, encoder, bad)] == [
+        ("ab", 2),
+        ("a<extra>b", 0),
+        ("c", 1),
+    ]
+    assert list(bad.reasons) == ["a.jsonl:2"]
+
+
+def test_a_tokenizer_that_changes_text_is_refused_before_any_text_is_read(with_tokenizer: Any) -> None:
+    backbone = with_tokenizer(lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Lowercase()))
+    with pytest.raises(ValueError, match="the tokenizer changes the text"):
+        encode_texts(backbone)
+
+
+def test_half_of_a_surrogate_pair_in_a_document_of_the_caller_is_refused(tiny_backbone: Backbone) -> None:
+    encoder, _ = encode_texts(tiny_backbone)
+    with pytest.raises(ValueError, match="a text: holds half of a surrogate pair"):
+        list(encoded([Document("a\ud83d", "")], encoder))
+
+
+BAD_AT = 350
+"""Line of the bad document: what is tokenized at a time ends before it."""
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> tuple[list[Path], list[list[int]], dict[str, Any]]:
+    """Two files of which one has a bad line, the rows before it, and the state after the last of them."""
+    files = [
+        jsonl(tmp_path / "bad.jsonl", [f"{i} " + "long document " * 70 for i in range(400)]),
+        jsonl(tmp_path / "small.jsonl", [f"small {i}" for i in range(40)]),
+    ]
+    lines = files[0].read_text().splitlines()
+    lines[BAD_AT - 1] = '{"text": "cut'
+    files[0].write_text("\n".join(lines))
+    rows, given, state = TrainingRows(files, RowCutter(encode, END, 512)), [], {}
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:{BAD_AT}: expected a JSON object"):  # noqa: PT012
+        for row in rows:
+            given.append(row)
+            state = json.loads(json.dumps(rows.state_dict()))
+    assert len(given) > 400
+    return files, given, state
+
+
+def rows_from(files: list[Path], state: dict[str, Any], n: int = 1000) -> list[list[int]]:
+    rows = TrainingRows(files, RowCutter(encode, END, 512, bad=BadDocuments("skip")))
+    rows.load_state_dict(state)
+    return list(islice(rows, n))
+
+
+def test_rows_go_on_when_a_bad_line_is_skipped(stopped: Any) -> None:
+    files, given, state = stopped
+    assert given + rows_from(files, state) == rows_from(files, {}, len(given) + 1000)
+
+
+def test_rows_go_on_when_a_bad_line_was_mended(stopped: Any) -> None:
+    files, given, state = stopped
+    mended = json.dumps({"text": "mended " * 1000})  # another size than before, so another share of the mixture
+    files[0].write_text(files[0].read_text().replace('{"text": "cut', mended))
+    whole = rows_from(files, {"sizes": state["sizes"]}, len(given) + 1000)
+    assert given + rows_from(files, state) == whole
+    assert "mended mended" in "".join(chr(token) for row in whole for token in row)
+
+
+def test_a_file_that_vanishes_between_epochs_is_named(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "vanished.jsonl", ["one text", "another"])
+    rows = TrainingRows([file], RowCutter(encode, END, 8))
+    next(rows)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"vanished\.jsonl"):
+        list(islice(rows, 10))
+
+
+def test_a_file_that_is_cut_between_epochs_gives_what_is_left(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "cut.jsonl", ["abcdefgh", "ijklmnop"])
+    rows = TrainingRows([file], RowCutter(encode, END, 9))
+    assert len(list(islice(rows, 2))) == 2
+    jsonl(file, ["abcdefgh"])
+    assert next(rows) == next(rows) == [*map(ord, "abcdefgh"), END]
+
+
+def test_rows_do_not_go_on_from_other_text(stopped: Any) -> None:
+    files, _, state = stopped
+    files[0].write_text(files[0].read_text().replace("3 long document", "3 brief document", 1))
+    with pytest.raises(ValueError, match=r"documents that were read before have changed in .*bad\.jsonl, .*small"):
+        rows_from(files, state)
+
+
+def test_rows_go_on_from_a_state_of_an_older_version(stopped: Any) -> None:
+    files, given, state = stopped
+    del state["sizes"], state["text_hash"]
+    assert given + rows_from(files, state) == rows_from(files, {}, len(given) + 1000)

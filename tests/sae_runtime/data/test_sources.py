@@ -4,12 +4,13 @@ import gzip
 import json
 import lzma
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.data.sources import find_sources
 
 pytestmark = pytest.mark.any_cpu
@@ -58,6 +59,39 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     assert read(tmp_path / "splits", split="test") == TEXTS[:1]
     with pytest.raises(ValueError, match="has splits train, test; expected 'validation'"):
         read(tmp_path / "splits", split="validation")
+
+
+def test_a_damaged_data_set_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read as a saved data set: "):
+        read(tmp_path)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read as a saved data set: "):
+        read(tmp_path)
+
+
+def test_rows_of_data_sets_without_text_are_named_or_skipped(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["good", None, "good"]}).save_to_disk(str(tmp_path / "nulls"))
+    with pytest.raises(ValueError, match="data set nulls, row 2: `text` is NoneType, expected a string"):
+        read(tmp_path / "nulls")
+    bad = BadDocuments("skip")
+    assert read(tmp_path / "nulls", bad=bad) == ["good"] * 2
+    assert list(bad.reasons) == ["data set nulls, row 2"]
+
+
+def test_a_connection_that_is_lost_on_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "good"}
+        raise RuntimeError("connection lost")
+
+    streamed = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: streamed)
+    with pytest.raises(ValueError, match="data set owner/name, row 2: cannot be read: connection lost"):
+        read("owner/name", bad=BadDocuments("skip"))  # what follows is not known, so nothing can be skipped
 
 
 def test_hub_names_are_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

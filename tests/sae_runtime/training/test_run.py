@@ -1,5 +1,6 @@
 """Whole runs on a tiny backbone: reproducible, resumable, published, and clear about what is wrong."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,23 @@ def test_held_out_files_are_used_as_they_are(settings: dict[str, Any], tmp_path:
     held_out.write_text("")
     with pytest.raises(ValueError, match="no held-out text"):
         list(held_out_rows(config, tiny_backbone, 1000))
+
+
+def test_a_run_that_stopped_at_a_bad_line_goes_on_from_its_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"{i} " + "small words that fire " * 45}) for i in range(280)]
+    lines[270] = '{"text": "cut'
+    text, held_out = tmp_path / "cut.jsonl", settings["data"][0]
+    text.write_text("\n".join(lines))
+    larger = {"tokens": 280_000, "batch_tokens": 4096, "buffer_tokens": 8192, "backbone_tokens": 4096}
+    settings |= larger | {"data": [text], "held_out": [held_out], "checkpoint_interval": 1e-6}
+    settings.pop("held_out_fraction")
+    with pytest.raises(ValueError, match=r"cut\.jsonl:271: expected .*; the last checkpoint is .*tiny\.checkpoint\.pt"):
+        run_training(TrainingConfig(**settings))
+    resumed: list[Progress] = []
+    with pytest.warns(UserWarning, match=r"skipped 1 document .*cut\.jsonl:271"):
+        run_training(TrainingConfig(**settings, bad_documents="skip"), resumed.append)
+    assert next(event for event in resumed if event.stage == "train").done > 200_000
+    other = tmp_path / "other"
+    with pytest.warns(UserWarning, match="skipped 1 document"):
+        run_training(TrainingConfig(**settings | {"out": other}, bad_documents="skip"))
+    assert_bit_equal(settings["out"], other)

@@ -1,6 +1,7 @@
 """`saeserve evaluate`: settings, files and messages; the measurements are tested in tests/sae_runtime/evaluation."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,3 +115,35 @@ def test_a_backbone_that_it_was_not_made_for(saeserve: Saeserve, published: Path
     code, _, err = saeserve("evaluate", str(published), "--data", str(text), "--backbone", "builtin")
     assert code == 1
     assert "was made for backbone" in err
+
+
+def test_a_bad_document_stops_with_one_line_or_is_skipped(
+    saeserve: Saeserve, published: Path, text: Path, tmp_path: Path
+):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "good"}\n["a list"]\n')
+    command = ["evaluate", str(published), "--data", str(text), str(bad), "--out", str(tmp_path / "report"), *QUICK]
+    code, _, error = saeserve(*command)
+    assert code == 1
+    assert error.splitlines()[-1].startswith(f"saeserve: {bad}:2: expected a JSON object")
+    assert "Traceback" not in error
+    with pytest.warns(UserWarning, match=f"^skipped 1 document that cannot be used: {bad}:2"):
+        code, _, error = saeserve(*command, "--bad-documents", "skip")
+    assert code == 0, error
+    assert "setting_bad_documents" not in json.loads((tmp_path / "report" / "evaluation.json").read_text())
+
+
+def test_a_name_that_is_not_utf_8_is_recorded(saeserve: Saeserve, published: Path, text: Path, tmp_path: Path):
+    named = text.rename(tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    code, _, error = saeserve("evaluate", str(published), "--data", str(named), "--out", str(tmp_path / "r"), *QUICK)
+    assert code == 0, error
+    assert json.loads((tmp_path / "r" / "evaluation.json").read_text())["setting_data"] == ["caf\ufffd.txt"]
+
+
+def test_a_package_that_is_missing_is_one_line(
+    saeserve: Saeserve, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.txt.zst").write_bytes(b"anything")
+    code, _, error = saeserve("evaluate", str(published), "--data", str(tmp_path / "a.txt.zst"))
+    assert (code, "needs the package zstandard" in error) == (1, True)

@@ -9,6 +9,8 @@ from google.rpc import error_details_pb2
 
 from service.cli.features import in_batches
 from service.client import Limits
+from service.pb.saeserve.v1 import common_pb2
+from tests.service.cli.conftest import Run
 from tests.service.client.fake_server import Failure, FakeServer
 
 Call = Callable[..., tuple[int, str, str]]
@@ -23,7 +25,7 @@ def test_tokens_with_their_features(call: Call, fake: FakeServer):
     code, out, err = call("features", "The cat sat", "--dictionary", "resid-mid")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "resid-mid  3 tokens",
+        "resid-mid  3 tokens, by surprise",
         "",
         "The cat sat",
         "",
@@ -51,7 +53,7 @@ def test_all_dictionaries_and_several_texts(call: Call):
 def test_aggregate(call: Call):
     out = call("features", "a b", "--aggregate", "max", "--dictionary", "resid-mid")[1]
     assert out.splitlines() == [
-        "resid-mid  2 tokens, max over tokens",
+        "resid-mid  2 tokens, max over tokens, by surprise",
         "",
         "feature  activation",
         "      1  ██████████ 2.00",
@@ -115,7 +117,7 @@ def test_json(call: Call):
 def test_files(call: Call, fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "lines.txt"
     file.write_text("one\n\ntwo words\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO("from standard input"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"from standard input")))
     assert call("features", "--file", str(file), "--lines")[0] == 0
     assert call("features", "--file", str(file), "--file", "-", "--json")[0] == 0
     batches = [[i.text for i in sent.inputs] for sent in fake.requests("ExtractFeaturesStream") if sent]
@@ -150,3 +152,31 @@ def test_batches_keep_to_the_limits():
     # No input has more tokens than its own limit.
     assert list(in_batches(texts[4:], limits(max_tokens_per_request=6, max_tokens_per_input=4))) == [["eeeeeeee", "é"]]
     assert list(in_batches([], limits())) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown", "sent"),
+    [
+        ([], "resid-mid  1 token, by surprise", common_pb2.FEATURE_RANKING_SURPRISE),
+        (["--rank-by", "z-score"], "resid-mid  1 token, by z-score", common_pb2.FEATURE_RANKING_Z_SCORE),
+        (["--rank-by", "activation"], "resid-mid  1 token", common_pb2.FEATURE_RANKING_UNSPECIFIED),
+    ],
+)
+def test_the_order_is_named_unless_it_is_by_activation(
+    call: Call, fake: FakeServer, flags: list[str], shown: str, sent: int
+):
+    out = call("features", "a", "--dictionary", "resid-mid", *flags)[1]
+    assert out.splitlines()[0] == shown
+    assert fake.requests("ExtractFeaturesStream")[-1].selection.rank_by == sent
+
+
+async def test_without_statistics_the_order_is_by_activation(run: Run):
+    """Of the real handlers: surprise would be refused for a dictionary without statistics."""
+    code, out, err = await run("features", "Once", "--dictionary", "plain")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "plain  4 tokens"
+    code, out, _ = await run("features", "Once", "--dictionary", "mid")
+    assert (code, out.splitlines()[0]) == (0, "mid  4 tokens, by surprise")
+    code, _, err = await run("features", "Once", "--dictionary", "plain", "--rank-by", "surprise")
+    assert code == 1
+    assert "needs statistics" in err

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from sae_runtime import load_dictionary
 from tests import golden
 from tests.sae_runtime.conftest import tiny_backbone_folder  # noqa: F401 (a fixture)
@@ -76,3 +78,20 @@ def test_a_site_that_is_not_there_is_refused(saeserve: Saeserve, tmp_path: Path,
     code, _, err = saeserve(*command, "--site", "7.resid_pre")
     assert code == 1
     assert "layers 0 to 1" in err
+
+
+def test_a_bad_document_stops_with_one_line_or_is_skipped(
+    saeserve: Saeserve,
+    tmp_path: Path,
+    tiny_backbone_folder: Path,  # noqa: F811
+):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a cat and a dog and a fox, and all of them again"}\n{"text": 3}\n')
+    command = ["publish", str(GOLDEN / "sparsify_topk"), str(tmp_path / "d"), "--backbone", str(tiny_backbone_folder)]
+    command += ["--site", "0.resid_pre", "--data", str(bad), "--tokens", "64"]
+    code, _, error = saeserve(*command)
+    assert code == 1
+    assert error == f"saeserve: {bad}:2: `text` is int, expected a string\n"
+    with pytest.warns(UserWarning, match=f"^skipped 1 document that cannot be used: {bad}:2"):
+        code, _, error = saeserve(*command, "--bad-documents", "skip")
+    assert code == 0, error

@@ -1,6 +1,7 @@
 """`saeserve train`; the offline job itself is tested in tests/sae_runtime."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -124,17 +125,18 @@ def test_a_terminated_run_says_so_by_its_exit_code(
     assert saeserve("train", str(config_file))[0] == 143
 
 
-def test_trains_and_publishes(saeserve: Saeserve, tmp_path: Path, tiny_backbone_folder: Path):  # noqa: F811
-    text, held_out, folder = tmp_path / "text.txt", tmp_path / "held_out.txt", tmp_path / "tiny"
+@pytest.fixture
+def tiny_run(tmp_path: Path, tiny_backbone_folder: Path) -> dict[str, Any]:  # noqa: F811
+    """Settings of a run of a second."""
+    text, held_out = tmp_path / "text.txt", tmp_path / "held_out.txt"
     words = [f"{a}{b} " for a in "bcdfgh" for b in ("at", "og", "un", "ink")]
     text.write_text("".join(words[(i * i + 3 * i) % len(words)] for i in range(2000)))
     held_out.write_text("".join(words[(i * 7 + i * i) % len(words)] for i in range(300)))
-    config = tmp_path / "tiny.yaml"
-    settings: dict[str, Any] = {
+    return {
         "site": "1.resid_post_mlp",
         "data": [str(text)],
         "held_out": [str(held_out)],
-        "out": str(folder),
+        "out": str(tmp_path / "tiny"),
         "backbone": str(tiny_backbone_folder),
         "n_latents": 64,
         "tokens": 4096,
@@ -145,7 +147,39 @@ def test_trains_and_publishes(saeserve: Saeserve, tmp_path: Path, tiny_backbone_
         "compute_dtype": "float32",
         "backbone_dtype": "float32",
     }
-    config.write_text(yaml.safe_dump(settings))
+
+
+@pytest.mark.parametrize("setting", ["data", "held_out"])
+def test_a_bad_document_stops_with_one_line_or_is_skipped(
+    saeserve: Saeserve, tiny_run: dict[str, Any], tmp_path: Path, setting: str
+):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_run | {setting: [*tiny_run[setting], str(bad)]}))
+    code, _, error = saeserve("train", str(config))
+    assert code == 1
+    assert error.splitlines()[-1].startswith(f"saeserve: {bad}:2: byte 0xe9 is not UTF-8")
+    assert "Traceback" not in error
+    with pytest.warns(UserWarning, match=f"^skipped 1 document that cannot be used: {bad}:2"):
+        code, _, error = saeserve("train", str(config), "--bad-documents", "skip")
+    assert code == 0, error
+
+
+def test_a_name_that_is_not_utf_8_is_recorded(saeserve: Saeserve, tiny_run: dict[str, Any], tmp_path: Path):
+    named = (tmp_path / "text.txt").rename(tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_run | {"data": []}))
+    code, _, error = saeserve("train", str(config), "--data", str(named))
+    assert code == 0, error
+    assert json.loads((tmp_path / "tiny" / "dictionary.json").read_text())["provenance"]["config"]["data"] == [
+        "caf\ufffd.txt"
+    ]
+
+
+def test_trains_and_publishes(saeserve: Saeserve, tiny_run: dict[str, Any], tmp_path: Path):
+    config, folder = tmp_path / "tiny.yaml", tmp_path / "tiny"
+    config.write_text(yaml.safe_dump(tiny_run))
     code, out, err = saeserve("train", str(config), "--k", "4")
     assert code == 0, err
     assert out.startswith(f"Published tiny in {folder}\n")

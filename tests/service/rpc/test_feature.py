@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import grpc
 import numpy as np
@@ -332,3 +333,84 @@ async def test_an_order_that_needs_statistics(served: Served) -> None:
     request.selection.rank_by = 9  # type: ignore[assignment]
     refused = await failure(served.features.ExtractFeatures(request))
     assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["selection.rank_by"])
+
+
+# Activations
+
+SHORT_TEXTS = ("A short text.", "x")
+
+
+def get_activations(served: Served, *sites: str, **fields: Any) -> Any:
+    fields.setdefault("inputs", [common_pb2.TextInput(text=text) for text in SHORT_TEXTS])
+    return served.features.GetActivations(pb.GetActivationsRequest(sites=sites, **fields))
+
+
+async def test_activations_are_those_of_the_backbone(served: Served) -> None:
+    """Of every site in one call, in the order of the request, without padding."""
+    sites = ["2.resid_delta_attn", "0.resid_post_mlp", "1.mlp_post_act"]
+    reply = await get_activations(served, *sites, request_id="a-1", include_tokens=True)
+    assert reply.request_id == "a-1"
+    for text, result in zip(SHORT_TEXTS, reply.results, strict=True):
+        ids = text_ids(served, text)
+        expected = served.backbone.activations(torch.tensor([ids]), sites=sites)
+        assert (result.n_tokens, list(result.tokens.ids)) == (len(ids), ids)
+        assert [entry.site for entry in result.sites] == sites
+        for entry in result.sites:
+            np.testing.assert_allclose(unpack_tensor(entry.activations), expected[entry.site][0].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"),
+    [
+        (common_pb2.DATA_TYPE_UNSPECIFIED, torch.float32),
+        (common_pb2.DATA_TYPE_FLOAT16, torch.float16),
+        (common_pb2.DATA_TYPE_BFLOAT16, torch.bfloat16),
+    ],
+)
+async def test_activations_in_a_shorter_type(
+    served: Served, dtype: common_pb2.DataType, torch_dtype: torch.dtype
+) -> None:
+    """Rounded as torch rounds."""
+    site = "1.resid_post_mlp"
+    exact = unpack_tensor((await get_activations(served, site)).results[0].sites[0].activations)
+    sent = (await get_activations(served, site, dtype=dtype)).results[0].sites[0].activations
+    assert len(sent.data) == exact.size * torch_dtype.itemsize
+    np.testing.assert_array_equal(unpack_tensor(sent), torch.from_numpy(exact).to(torch_dtype).float().numpy())
+
+
+async def test_activations_encode_to_the_features_of_the_text(served: Served) -> None:
+    activations = (await get_activations(served, "1.resid_post_mlp")).results[0].sites[0].activations
+    encoded = await served.features.EncodeActivations(
+        pb.EncodeActivationsRequest(dictionary="mid", activations=activations)
+    )
+    extracted = await served.features.ExtractFeatures(
+        pb.ExtractFeaturesRequest(inputs=[common_pb2.TextInput(text=SHORT_TEXTS[0])], dictionaries=["mid"])
+    )
+    dictionary = served.dictionaries["mid"]
+    np.testing.assert_allclose(
+        dense(encoded.features, dictionary),
+        dense(extracted.results[0].dictionaries[0].features, dictionary),
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sites", "fields", "field", "described"),
+    [
+        ([], {}, "sites", "is empty"),
+        (["1.resid"], {}, "sites[0]", "resid"),
+        (["0.resid_pre", "7.resid_pre"], {}, "sites[1]", "layers 0 to 2"),
+        (["0.resid_pre", "0.resid_pre"], {}, "sites[1]", "named twice"),
+        (["0.resid_pre"], {"dtype": 9}, "dtype", "9 is not a value"),
+        (["0.resid_pre"], {"inputs": []}, "inputs", "is empty"),
+        (["0.resid_pre", "1.resid_pre"], {"inputs": [common_pb2.TextInput(text="a" * 40)]}, "inputs", "80 tokens"),
+    ],
+)
+async def test_activations_that_are_refused(
+    served: Served, sites: list[str], fields: dict[str, Any], field: str, described: str
+) -> None:
+    """The limit is max_activation_rows = 64: tokens times sites."""
+    refused = await failure(get_activations(served, *sites, **fields))
+    assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert field in refused.fields
+    assert described in refused.message

@@ -479,3 +479,149 @@ class DecodeFeaturesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DecodeFeaturesResponse: _TypeAlias = DecodeFeaturesResponse  # noqa: Y015
+
+@_typing.final
+class GetActivationsRequest(_message.Message):
+    """Request of GetActivations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    SITES_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    OVERFLOW_FIELD_NUMBER: _builtins.int
+    INCLUDE_TOKENS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Returned in the reply and in error details. If empty, the server makes one up. At most 128 characters."""
+    dtype: _common_pb2.DataType.ValueType
+    """Element type of the activations."""
+    overflow: _common_pb2.Overflow.ValueType
+    """What to do with inputs that are too long."""
+    include_tokens: _builtins.bool
+    """Also return the tokens with their offsets."""
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TextInput]:
+        """One or more texts."""
+
+    @_builtins.property
+    def sites(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sites, such as "8.resid_post_mlp", without repeats; at least one."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        inputs: _abc.Iterable[_common_pb2.TextInput] | None = ...,
+        sites: _abc.Iterable[_builtins.str] | None = ...,
+        dtype: _common_pb2.DataType.ValueType = ...,
+        overflow: _common_pb2.Overflow.ValueType = ...,
+        include_tokens: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "include_tokens", b"include_tokens", "inputs", b"inputs", "overflow", b"overflow", "request_id", b"request_id", "sites", b"sites"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetActivationsRequest: _TypeAlias = GetActivationsRequest  # noqa: Y015
+
+@_typing.final
+class GetActivationsResponse(_message.Message):
+    """Reply of GetActivations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    TIMING_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request's id."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___InputActivations]:
+        """One entry per input, in the order of the request."""
+
+    @_builtins.property
+    def timing(self) -> _common_pb2.Timing:
+        """Where the time went."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        results: _abc.Iterable[Global___InputActivations] | None = ...,
+        timing: _common_pb2.Timing | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "results", b"results", "timing", b"timing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetActivationsResponse: _TypeAlias = GetActivationsResponse  # noqa: Y015
+
+@_typing.final
+class InputActivations(_message.Message):
+    """The activations of one input of n tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    N_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_TOKENS_FIELD_NUMBER: _builtins.int
+    SITES_FIELD_NUMBER: _builtins.int
+    n_tokens: _builtins.int
+    """Number of tokens that were run: n."""
+    truncated_tokens: _builtins.int
+    """Number of tokens that were dropped because of OVERFLOW_TRUNCATE."""
+    @_builtins.property
+    def tokens(self) -> _common_pb2.Tokens:
+        """The tokens, if requested."""
+
+    @_builtins.property
+    def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteActivations]:
+        """One entry per site, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _common_pb2.Tokens | None = ...,
+        n_tokens: _builtins.int = ...,
+        truncated_tokens: _builtins.int = ...,
+        sites: _abc.Iterable[Global___SiteActivations] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["n_tokens", b"n_tokens", "sites", b"sites", "tokens", b"tokens", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InputActivations: _TypeAlias = InputActivations  # noqa: Y015
+
+@_typing.final
+class SiteActivations(_message.Message):
+    """The activations at one site."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    site: _builtins.str
+    """The site."""
+    @_builtins.property
+    def activations(self) -> _common_pb2.Tensor:
+        """Shape [n, width of the site]."""
+
+    def __init__(
+        self,
+        *,
+        site: _builtins.str = ...,
+        activations: _common_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "site", b"site"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SiteActivations: _TypeAlias = SiteActivations  # noqa: Y015

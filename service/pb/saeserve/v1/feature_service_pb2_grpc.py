@@ -55,6 +55,11 @@ class FeatureServiceStub:
                 request_serializer=saeserve_dot_v1_dot_feature__service__pb2.DecodeFeaturesRequest.SerializeToString,
                 response_deserializer=saeserve_dot_v1_dot_feature__service__pb2.DecodeFeaturesResponse.FromString,
                 _registered_method=True)
+        self.GetActivations = channel.unary_unary(
+                '/saeserve.v1.FeatureService/GetActivations',
+                request_serializer=saeserve_dot_v1_dot_feature__service__pb2.GetActivationsRequest.SerializeToString,
+                response_deserializer=saeserve_dot_v1_dot_feature__service__pb2.GetActivationsResponse.FromString,
+                _registered_method=True)
 
 
 class FeatureServiceServicer:
@@ -90,6 +95,13 @@ class FeatureServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetActivations(self, request, context):
+        """Returns the backbone's activations on texts: what dictionaries read, and what others train on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FeatureServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +124,11 @@ def add_FeatureServiceServicer_to_server(servicer, server):
                     servicer.DecodeFeatures,
                     request_deserializer=saeserve_dot_v1_dot_feature__service__pb2.DecodeFeaturesRequest.FromString,
                     response_serializer=saeserve_dot_v1_dot_feature__service__pb2.DecodeFeaturesResponse.SerializeToString,
+            ),
+            'GetActivations': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetActivations,
+                    request_deserializer=saeserve_dot_v1_dot_feature__service__pb2.GetActivationsRequest.FromString,
+                    response_serializer=saeserve_dot_v1_dot_feature__service__pb2.GetActivationsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +240,33 @@ class FeatureService:
             '/saeserve.v1.FeatureService/DecodeFeatures',
             saeserve_dot_v1_dot_feature__service__pb2.DecodeFeaturesRequest.SerializeToString,
             saeserve_dot_v1_dot_feature__service__pb2.DecodeFeaturesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetActivations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saeserve.v1.FeatureService/GetActivations',
+            saeserve_dot_v1_dot_feature__service__pb2.GetActivationsRequest.SerializeToString,
+            saeserve_dot_v1_dot_feature__service__pb2.GetActivationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class FeatureServiceStub:
     """Encodes the caller's activations."""
     DecodeFeatures: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.DecodeFeaturesRequest, _feature_service_pb2.DecodeFeaturesResponse]
     """Decodes features to activations."""
+    GetActivations: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.GetActivationsRequest, _feature_service_pb2.GetActivationsResponse]
+    """Returns the backbone's activations on texts: what dictionaries read, and what others train on."""
 
 @_typing.type_check_only
 class FeatureServiceAsyncStub(FeatureServiceStub):
@@ -59,6 +61,8 @@ class FeatureServiceAsyncStub(FeatureServiceStub):
     """Encodes the caller's activations."""
     DecodeFeatures: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.DecodeFeaturesRequest, _feature_service_pb2.DecodeFeaturesResponse]  # type: ignore[assignment]
     """Decodes features to activations."""
+    GetActivations: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.GetActivationsRequest, _feature_service_pb2.GetActivationsResponse]  # type: ignore[assignment]
+    """Returns the backbone's activations on texts: what dictionaries read, and what others train on."""
 
 class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads the features of texts, and converts between activations and features."""
@@ -96,5 +100,13 @@ class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_feature_service_pb2.DecodeFeaturesResponse, _abc.Awaitable[_feature_service_pb2.DecodeFeaturesResponse]]:
         """Decodes features to activations."""
+
+    @_abc_1.abstractmethod
+    def GetActivations(
+        self,
+        request: _feature_service_pb2.GetActivationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feature_service_pb2.GetActivationsResponse, _abc.Awaitable[_feature_service_pb2.GetActivationsResponse]]:
+        """Returns the backbone's activations on texts: what dictionaries read, and what others train on."""
 
 def add_FeatureServiceServicer_to_server(servicer: FeatureServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

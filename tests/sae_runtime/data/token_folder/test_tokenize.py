@@ -1,8 +1,6 @@
 """Token folders hold the text's tokens once, apart from what is held out, and train exactly as the text does."""
 
 import json
-import lzma
-import random
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,7 +13,7 @@ from sae_runtime import Backbone
 from sae_runtime.data.token_folder import tokenize as tokenize_module
 from sae_runtime.data.token_folder.manifest import TokenManifest, read_manifest
 from sae_runtime.data.token_folder.reader import TokenFolder
-from sae_runtime.data.token_folder.tokenize import TokenizeConfig, TokenizeProgress, tokenize
+from sae_runtime.data.token_folder.tokenize import TokenizeProgress
 from sae_runtime.training.activations.run_rows import (
     data_fingerprint,
     describe_data,
@@ -24,44 +22,15 @@ from sae_runtime.training.activations.run_rows import (
     training_rows,
 )
 from sae_runtime.training.config import TrainingConfig
+from tests.sae_runtime.data.token_folder.examples import stored, texts, write_jsonl
 
 pytestmark = pytest.mark.any_cpu
 
 END = 0
 
 
-def texts(n: int, seed: int = 0) -> list[str]:
-    generator = random.Random(seed)
-    return ["".join(generator.choices("abcdef é", k=generator.randint(0, 90))) + f" {i}" for i in range(n)]
-
-
-def write_jsonl(path: Path, documents: list[str], open_file: Callable[..., Any] = open, field: str = "text") -> Path:
-    with open_file(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({field: text}) + "\n" for text in documents)
-    return path
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> list[Path]:
-    return [write_jsonl(tmp_path / "a.jsonl", texts(80)), write_jsonl(tmp_path / "b.jsonl.xz", texts(60, 1), lzma.open)]
-
-
-@pytest.fixture
-def make(tmp_path: Path, tiny_backbone_folder: Path) -> Callable[..., TokenManifest]:
-    def call(sources: list[Any], progress: Any = None, restart: bool = False, **settings: Any) -> TokenManifest:
-        settings = {"out": tmp_path / "tokens", "backbone": str(tiny_backbone_folder), "shard_tokens": 1000} | settings
-        return tokenize(TokenizeConfig(sources=tuple(map(str, sources)), **settings), progress, restart=restart)
-
-    return call
-
-
 def train_config(data: list[Path], backbone: Path, **settings: Any) -> TrainingConfig:
     return TrainingConfig(site="0.resid_pre", data=tuple(data), backbone=str(backbone), out=Path("unused"), **settings)
-
-
-def stored(folder: Path, split: Any) -> list[list[int]]:
-    opened = TokenFolder(folder)
-    return [opened.document(split, i) for i in range(opened.n_documents(split))]
 
 
 def encode(backbone: Backbone, document: str) -> list[int]:
@@ -201,7 +170,7 @@ def test_an_interrupted_call_goes_on_and_gives_the_same_bytes(
     monkeypatch.setattr(
         tokenize_module,
         "encoded",
-        lambda documents, encode: batches((encoded.append(d.text) or d for d in documents), encode),  # type: ignore[func-returns-value]
+        lambda documents, *rest: batches((encoded.append(d.text) or d for d in documents), *rest),  # type: ignore[func-returns-value]
     )
     resumed = make(corpus)
     assert resumed == whole

@@ -66,7 +66,8 @@ class TokenFigure:
     token: int
     piece: bytes
     value: float
-    """Of active tokens the mean activation, of promoted and suppressed ones the change of the logit."""
+    """Of active tokens the mean activation. Of promoted and suppressed ones the change of the logit by an activation of
+    1, up to a factor that all tokens of the latent share: the final layer norm's division is left out."""
     count: int = 0
     """Of active tokens how often the latent fired on it."""
 
@@ -120,6 +121,8 @@ class FeatureSummary:
     label_f1: float | None
     firing_rate: float
     max_activation: float
+    """The largest in the dictionary's statistics, which is the unit of edits; of a latent without one, of the first of
+    the catalogue's text on which it fires."""
     flags: tuple[Flag, ...]
     top_tokens: tuple[bytes, ...]
 
@@ -166,7 +169,7 @@ class FeaturePage:
     position_correlation: float
     """Of the activation with log2(1 + position in the row)."""
     histogram: tuple[int, ...]
-    """Firings by activation, in equal bins from 0 to `max_activation`."""
+    """Firings by activation, in equal bins from 0 to `max_activation`; the last also holds what is above."""
     rate_by_position: tuple[float, ...]
     """Firing rate at positions 0, 1, 2 to 3, 4 to 7, 8 to 15, ... of the row."""
     rate_by_kind: Mapping[str, float]

@@ -371,6 +371,15 @@ class Backbone:
         """Logits [n, vocab] from the last block's output x [n, d_model]; float32, or float64 for a float64 backbone."""
         return self._model.unembed(x)
 
+    def direct_logits(self, site: Site | str, rows: Tensor) -> Tensor:
+        """What adding rows [n, width] at a site does to the logits [n, vocab] by itself, without the blocks after it.
+
+        The final layer norm is linear here: it centres and multiplies by its gain, but does not divide by the size of
+        its input. So the changes of one row compare with one another.
+        """
+        site = self.check_site(site)
+        return self._model.direct_logits(site.layer, site.location, rows)
+
     def _last_site(
         self, capture: Collection[Site | str], edit_sites: Collection[Site | str], cache: bool, logits: bool
     ) -> Site | None:

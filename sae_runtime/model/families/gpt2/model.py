@@ -89,3 +89,16 @@ class GPT2:
         x = F.layer_norm(x, d, w.ln_f_weight, w.ln_f_bias, self.settings.layer_norm_epsilon)
         logits = linear(x, w.lm_head).contiguous()
         return logits if logits.dtype.itemsize == 8 else logits.float()
+
+    def direct_logits(self, layer: int, location: str, rows: Tensor) -> Tensor:
+        """What adding rows [n, width] at a site adds to the logits if no later block and no normalising scale changes.
+
+        With d the rows in the residual stream (those of mlp_post_act go through the block's mlp.c_proj), g the gain of
+        the final layer norm and U the LM head: U (g (d - mean(d))). The layer norm's division is left out.
+        """
+        w = self._weights
+        rows = rows.to(self.device, self.dtype)
+        if location == "mlp_post_act":
+            rows = linear(rows, w.blocks[layer].mlp_c_proj.weight)
+        logits = linear((rows - rows.mean(-1, keepdim=True)) * w.ln_f_weight, w.lm_head).contiguous()
+        return logits if logits.dtype.itemsize == 8 else logits.float()

@@ -1,0 +1,121 @@
+"""Latents that lie near one another by the cosine of their decoder rows, and latents that fire on the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sae_runtime.catalogue.firings import Firings
+from sae_runtime.progress import ProgressMeter
+
+Array = npt.NDArray[Any]
+Integers = npt.NDArray[np.int64]
+
+MAX_COMPANIONS = 64
+LEAST_TOGETHER = 5
+"""Tokens of the sample on which two latents must both fire to count as firing together."""
+
+_TILE_ELEMENTS = 1 << 23  # cosines that exist at once, 32 MB
+_PAIRS_AT_ONCE = 1 << 22
+_MAX_PAIRS = 1 << 28
+
+
+def nearest_latents(
+    decoder: Tensor, others: Tensor | None, count: int, progress: ProgressMeter | None = None
+) -> tuple[Integers, npt.NDArray[np.float32]]:
+    """The rows of `others` with the largest cosine to each row of `decoder`, largest first, in tiles.
+
+    Args:
+        decoder: [n, d].
+        others: [m, d]; None: the rows of `decoder` without the row itself.
+
+    Returns:
+        Latents int64 [n, c] and cosines float32 [n, c], c = min(count, candidates); -1 and 0 for a row of zeros. A row
+        of zeros is nobody's neighbour.
+    """
+    rows = F.normalize(decoder.float(), dim=1)
+    others_rows = rows if others is None else F.normalize(others.to(decoder.device).float(), dim=1)
+    count = min(count, len(others_rows) - (others is None))
+    if count < 1:
+        return np.zeros((len(rows), 0), np.int64), np.zeros((len(rows), 0), np.float32)
+    empty = (others_rows == 0).all(1)
+    latents, cosines = [], []
+    for tile in torch.arange(len(rows), device=rows.device).split(max(1, _TILE_ELEMENTS // len(others_rows))):
+        products = rows[tile] @ others_rows.T  # [tile, m]
+        products[:, empty] = -torch.inf
+        if others is None:
+            products[torch.arange(len(tile)), tile] = -torch.inf
+        best = products.topk(count, dim=1)
+        missing = best.values.isinf() | (rows[tile] == 0).all(1, keepdim=True)
+        latents.append(best.indices.masked_fill(missing, -1).cpu())
+        cosines.append(best.values.masked_fill(missing, 0).clamp(-1, 1).cpu())
+        if progress is not None:
+            progress.reach(int(tile[-1]) + 1)
+    return torch.cat(latents).numpy(), torch.cat(cosines).numpy()
+
+
+def companions(nearest: Integers, cosines: Array) -> Integers:
+    """Who has each latent among its nearest: int64 [n, c], -1 where there are fewer, the largest cosine first.
+
+    A latent that is near very many keeps MAX_COMPANIONS of them.
+    """
+    latent = np.repeat(np.arange(len(nearest)), nearest.shape[1])
+    near, cosine = nearest.ravel(), cosines.ravel()
+    order = np.lexsort((-cosine, near))
+    order = order[near[order] >= 0]
+    rank = np.arange(len(order)) - np.searchsorted(near[order], near[order])
+    order, rank = order[rank < MAX_COMPANIONS], rank[rank < MAX_COMPANIONS]
+    table = np.full((len(nearest), int(rank.max(initial=-1)) + 1), -1, np.int64)
+    table[near[order], rank] = latent[order]
+    return table
+
+
+def fires_together(firings: Firings, count: int) -> tuple[Integers, npt.NDArray[np.float32]]:
+    """The latents whose firing correlates most with each latent's, by phi over the tokens of a sample.
+
+    With n tokens, a and b on which either fires and c on which both do,
+
+        phi = (n c - a b) / sqrt(a (n - a) b (n - b)).
+
+    Only pairs with c >= LEAST_TOGETHER count. Where the tokens have so many pairs that it would take long, those of the
+    first tokens are counted.
+
+    Returns:
+        Latents int64 [n_latents, count], -1 where there are fewer, and phi float32 [n_latents, count], largest first.
+    """
+    l0 = np.diff(firings.splits)
+    n = int(np.searchsorted(np.square(l0).cumsum(), _MAX_PAIRS, side="right"))
+    latent, token = firings.latent[: firings.splits[n]], firings.token[: firings.splits[n]]
+    fired = np.bincount(latent, minlength=firings.n_latents).astype(np.float64)
+    partners = np.full((firings.n_latents, count), -1, np.int64)
+    phis = np.zeros((firings.n_latents, count), np.float32)
+    by_latent = np.argsort(latent, kind="stable")
+    pairs_until = np.append(0, l0[token[by_latent]].cumsum())  # pairs of the firings before, in this order
+    starts = np.searchsorted(latent[by_latent], np.arange(firings.n_latents + 1))
+    first = 0
+    while first < firings.n_latents:  # as many latents at a time as have few enough pairs, but at least one
+        enough = np.searchsorted(pairs_until[starts], pairs_until[starts[first]] + _PAIRS_AT_ONCE, side="right") - 1
+        last = max(first + 1, int(enough))
+        chosen = by_latent[starts[first] : starts[last]]
+        sizes = l0[token[chosen]]
+        offset = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+        partner = latent[np.repeat(firings.splits[token[chosen]], sizes) + offset]
+        key, both = np.unique(np.repeat(latent[chosen], sizes) * firings.n_latents + partner, return_counts=True)
+        a_latent, b_latent = np.divmod(key, firings.n_latents)
+        kept = (both >= LEAST_TOGETHER) & (a_latent != b_latent)
+        a_latent, b_latent, both = a_latent[kept], b_latent[kept], both[kept]
+        a, b = fired[a_latent], fired[b_latent]
+        scale = np.sqrt(a * (n - a) * b * (n - b))
+        phi = np.divide(n * both - a * b, scale, out=np.zeros(len(both)), where=scale > 0)
+        order = np.lexsort((b_latent, -phi, a_latent))
+        rank = np.arange(len(order)) - np.searchsorted(a_latent[order], a_latent[order])
+        order, rank = order[rank < count], rank[rank < count]
+        order, rank = order[phi[order] > 0], rank[phi[order] > 0]
+        partners[a_latent[order], rank], phis[a_latent[order], rank] = b_latent[order], phi[order]
+        first = last
+    return partners, phis

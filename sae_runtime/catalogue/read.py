@@ -104,15 +104,15 @@ class Catalogue:
             raise ValueError(f"sort is {sort!r}, expected one of {', '.join(SORTS)}")
         where, values = _condition(chosen)
         order = f"{sort} {'DESC' if descending else 'ASC'} NULLS LAST, feature"
+        sql = f"SELECT feature FROM feature INDEXED BY figures WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?"
         with self._lock, errors_of(self.path, _KIND):
-            clauses = f"WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?"
-            return read_summaries(self._db, clauses, *values, limit, offset)
+            return self._summaries_of([feature for (feature,) in self._query(sql, *values, limit, offset)])
 
     def count(self, chosen: FeatureFilter) -> int:
         """The number of features that a filter lets through."""
         where, values = _condition(chosen)
         with self._lock, errors_of(self.path, _KIND):
-            return int(self._query(f"SELECT count(*) FROM feature WHERE {where}", *values)[0][0])
+            return int(self._query(f"SELECT count(*) FROM feature INDEXED BY figures WHERE {where}", *values)[0][0])
 
     def summaries_of(self, features: Iterable[int]) -> tuple[FeatureSummary, ...]:
         """The summaries of these features, in their order; unknown ones are left out."""
@@ -173,7 +173,7 @@ class Catalogue:
                 CASE list WHEN 'active' THEN CAST(count AS REAL) / max(n_firings, 1)
                 ELSE {_PROMOTED_SHARE} / (1 + rank) END
             ) AS score
-            FROM feature_token JOIN feature USING (feature)
+            FROM feature_token JOIN feature INDEXED BY figures USING (feature)
             WHERE list <> 'suppressed' AND piece IN (SELECT id FROM piece WHERE bytes IN ({marks}))
             GROUP BY feature ORDER BY score DESC, feature LIMIT ?
         """

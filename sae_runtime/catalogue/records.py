@@ -81,6 +81,8 @@ class Neighbor:
     score: float
     """Cosine of the decoder rows, or for "together" the correlation (phi) of firing."""
     how: Literal["decoder", "together"]
+    label: str = ""
+    """Its best label, in replies of the service; catalogues do not hold it."""
 
 
 @dataclass(frozen=True)

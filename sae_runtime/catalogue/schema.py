@@ -69,11 +69,13 @@ CREATE VIRTUAL TABLE search_context USING fts5 (text, content='', tokenize='unic
 of their own, since common words occur in those of most features: they are searched only where the other has too few."""
 
 INDEXES = """
-CREATE INDEX feature_by_rate ON feature (firing_rate);
-CREATE INDEX feature_by_f1 ON feature (label_f1);
-CREATE INDEX feature_by_piece ON feature_token (piece) WHERE list <> 'suppressed';
+CREATE INDEX figures ON feature (
+    feature, flags, firing_rate, label_f1, max_activation, token_r2, ablation_kl, output_score, n_firings
+);
+CREATE INDEX feature_by_piece ON feature_token (piece, count) WHERE list <> 'suppressed';
 """
-"""Made when all rows are there, which is faster."""
+"""Made when all rows are there, which is faster. `figures` has all that lists are sorted and filtered by: reading it
+takes a fraction of the time that the rows would take, which are wide."""
 
 LABELS_FILE = "labels.sqlite"
 LABELS_APPLICATION_ID = 0x5AE51ABE

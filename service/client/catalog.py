@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from sae_runtime.catalogue.records import FeaturePage, FeatureSummary
 from sae_runtime.edits.edit import Edit
 
 
@@ -33,6 +34,10 @@ class DictionaryInfo:
     """Whether decoding also needs the raw input; decode_features refuses such a dictionary."""
     transcoder: bool = False
     """Whether it decodes to another activation than it reads; its features cannot be edited."""
+    fingerprint: str = ""
+    """Tells its features from those of another version of it."""
+    has_catalogue: bool = False
+    """Whether list_features, get_feature and neighbor_features can be asked of it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,21 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class CatalogueSummary:
+    """What the catalogue of a dictionary says of itself."""
+
+    n_tokens: int
+    """Tokens of text that were read."""
+    n_documents: int
+    sources: tuple[str, ...]
+    seed: int
+    created: str
+    """ISO 8601."""
+    code_version: str
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class DictionaryDetails:
     """A dictionary in full."""
 
@@ -56,6 +76,57 @@ class DictionaryDetails:
     """None if the dictionary's files do not say."""
     evaluation: Mapping[str, float]
     """Figures measured on held-out text when it was published."""
+    catalogue: CatalogueSummary | None = None
+    hidden_labels: int = 0
+    """Labels that were written for another version of the dictionary: kept, but not shown."""
+
+
+@dataclass(frozen=True)
+class FeatureList:
+    """A page of a list of features."""
+
+    features: tuple[FeatureSummary, ...]
+    next_page_token: str
+    """Empty on the last page."""
+    total: int
+    """Features on all pages."""
+    fingerprint: str
+    """Of the dictionary."""
+    request_id: str
+
+
+@dataclass(frozen=True)
+class FeatureDetails:
+    """All that is known of a feature."""
+
+    page: FeaturePage
+    fingerprint: str
+    """Of the dictionary."""
+    request_id: str
+
+
+@dataclass(frozen=True)
+class FeatureHit:
+    """A feature that a search came upon."""
+
+    dictionary: str
+    fingerprint: str
+    summary: FeatureSummary
+    score: float
+    """The larger, the better."""
+    activation: float
+    """Of texts: the mean over them of its largest activation."""
+
+
+@dataclass(frozen=True)
+class FeatureSearch:
+    """Reply of search_features."""
+
+    hits: tuple[FeatureHit, ...]
+    """The best first."""
+    without_catalogue: tuple[str, ...]
+    """Dictionaries of which only labels that people and models wrote were searched."""
+    request_id: str
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from service.client import results
-from service.client.replies import read_sparse_rows, read_timing
+from service.client.replies import read_labels, read_sparse_rows, read_timing
 from service.pb.saeserve.v1 import intervention_service_pb2
 
 _FINISH_REASONS: dict[int, results.FinishReason] = {
@@ -47,6 +47,7 @@ class GenerationReader:
                 features=tuple(_read_token_features(features) for features in message.chunk.features),
                 sample=message.sample,
                 unedited=message.unedited,
+                labels=read_labels(message.chunk.labels),
             )
             self._chunks.setdefault(key, []).append(chunk)
             return chunk

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from sae_runtime.causal.report import AblationReport, AttributionReport, FeatureContrast, SuggestionTrial, TextScore
 from sae_runtime.edits.edit import Edit
-from service.client.results import Timing, Tokens
+from service.client.results import Labels, Timing, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,10 @@ class AblationStudy(AblationReport):
     n_variants: int
     request_id: str
     timing: Timing
+    labels: Labels = field(default_factory=dict)
+    """If requested."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """By dictionary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +62,10 @@ class Attributions(AttributionReport):
     truncated_tokens: int
     request_id: str
     timing: Timing
+    labels: Labels = field(default_factory=dict)
+    """If requested."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """By dictionary."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +83,7 @@ class Contrast:
     truncated_tokens: tuple[int, ...]
     request_id: str
     timing: Timing
+    labels: Labels = field(default_factory=dict)
+    """If requested."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """By dictionary."""

@@ -31,7 +31,7 @@ _AGGREGATIONS = {
     "last": feature_service_pb2.AGGREGATION_LAST,
 }
 _TEXT_AGGREGATIONS = {name: _AGGREGATIONS[name] for name in ("max", "mean")}
-_OVERFLOWS = {"error": common_pb2.OVERFLOW_ERROR, "truncate": common_pb2.OVERFLOW_TRUNCATE}
+OVERFLOWS = {"error": common_pb2.OVERFLOW_ERROR, "truncate": common_pb2.OVERFLOW_TRUNCATE}
 _ABLATIONS = {"zero": edits_pb2.ABLATION_ZERO, "mean": edits_pb2.ABLATION_MEAN}
 _DTYPES = {
     "float32": common_pb2.DATA_TYPE_FLOAT32,
@@ -62,6 +62,7 @@ def extract_features_request(
     aggregation: AggregationName = "none",
     tokens: bool = False,
     reconstruction_error: bool = False,
+    labels: bool = False,
     overflow: OverflowName = "error",
     request_id: str | None = None,
 ) -> feature_service_pb2.ExtractFeaturesRequest:
@@ -73,13 +74,14 @@ def extract_features_request(
     """
     return feature_service_pb2.ExtractFeaturesRequest(
         request_id=request_id or "",
-        inputs=_text_inputs(inputs),
+        inputs=text_inputs(inputs),
         dictionaries=dictionaries,
         selection=_selection(top_k, features, threshold, rank_by),
-        aggregation=_named_value("aggregation", aggregation, _AGGREGATIONS),
+        aggregation=named_value("aggregation", aggregation, _AGGREGATIONS),
         include_tokens=tokens,
         include_reconstruction_error=reconstruction_error,
-        overflow=_named_value("overflow", overflow, _OVERFLOWS),
+        include_labels=labels,
+        overflow=named_value("overflow", overflow, OVERFLOWS),
     )
 
 
@@ -95,10 +97,10 @@ def get_activations_request(
     """The request of get_activations."""
     return feature_service_pb2.GetActivationsRequest(
         request_id=request_id or "",
-        inputs=_text_inputs(inputs),
+        inputs=text_inputs(inputs),
         sites=sites,
-        dtype=_named_value("dtype", dtype, _DTYPES),
-        overflow=_named_value("overflow", overflow, _OVERFLOWS),
+        dtype=named_value("dtype", dtype, _DTYPES),
+        overflow=named_value("overflow", overflow, OVERFLOWS),
         include_tokens=tokens,
     )
 
@@ -159,6 +161,7 @@ def generate_request(
     features_top_k: int | None = None,
     features_rank_by: Ranking = "activation",
     prompt_features: bool = False,
+    labels: bool = False,
     presets: Sequence[str] = (),
     overflow: OverflowName = "error",
     request_id: str | None = None,
@@ -180,9 +183,9 @@ def generate_request(
         samples=samples or 0,
         compare=compare,
         top_logprobs=top_logprobs or 0,
-        features=_watched(features, features_top_k, prompt_features, features_rank_by),
+        features=_watched(features, features_top_k, prompt_features, features_rank_by, labels),
         presets=[presets] if isinstance(presets, str) else presets,
-        overflow=_named_value("overflow", overflow, _OVERFLOWS),
+        overflow=named_value("overflow", overflow, OVERFLOWS),
     )
 
 
@@ -198,11 +201,11 @@ def score_request(
 ) -> causal_pb2.ScoreRequest:
     return causal_pb2.ScoreRequest(
         request_id=request_id or "",
-        inputs=_text_inputs(inputs),
+        inputs=text_inputs(inputs),
         edits=[edit_message(edit) for edit in edits],
         presets=[presets] if isinstance(presets, str) else presets,
         logit_tokens=[_token(token) for token in logit_tokens],
-        overflow=_named_value("overflow", overflow, _OVERFLOWS),
+        overflow=named_value("overflow", overflow, OVERFLOWS),
         include_tokens=tokens,
     )
 
@@ -217,21 +220,23 @@ def ablate_request(
     single_tokens: int = 0,
     rank_by: RankBy = "kl",
     strongest_by: Ranking = "activation",
+    labels: bool = False,
     overflow: OverflowName = "error",
     request_id: str | None = None,
 ) -> causal_pb2.AblateFeaturesRequest:
     """`features` is a list of features, or the number of the strongest features of `dictionaries`."""
     request = causal_pb2.AblateFeaturesRequest(
         request_id=request_id or "",
-        inputs=_text_inputs(inputs),
-        ablations=[_named_value("ablations", ablation, _ABLATIONS) for ablation in ablations],
+        inputs=text_inputs(inputs),
+        ablations=[named_value("ablations", ablation, _ABLATIONS) for ablation in ablations],
         logit_tokens=[_token(token) for token in logit_tokens],
         single_tokens=single_tokens,
-        rank_by=_named_value("rank_by", rank_by, _RANKINGS),
-        overflow=_named_value("overflow", overflow, _OVERFLOWS),
+        include_labels=labels,
+        rank_by=named_value("rank_by", rank_by, _RANKINGS),
+        overflow=named_value("overflow", overflow, OVERFLOWS),
     )
     if isinstance(features, int):
-        ranking = _named_value("strongest_by", strongest_by, _FEATURE_RANKINGS)
+        ranking = named_value("strongest_by", strongest_by, _FEATURE_RANKINGS)
         request.strongest.CopyFrom(
             causal_pb2.StrongestFeatures(count=features, dictionaries=dictionaries, rank_by=ranking)
         )
@@ -249,6 +254,7 @@ def attribute_request(
     position: int | None = None,
     count: int | None = None,
     rank_by: Ranking = "activation",
+    labels: bool = False,
     tokens: bool = False,
     overflow: OverflowName = "error",
     request_id: str | None = None,
@@ -261,9 +267,10 @@ def attribute_request(
         foil=None if foil is None else _token(foil),
         position=position,
         count=count or 0,
-        overflow=_named_value("overflow", overflow, _OVERFLOWS),
+        overflow=named_value("overflow", overflow, OVERFLOWS),
         include_tokens=tokens,
-        rank_by=_named_value("rank_by", rank_by, _FEATURE_RANKINGS),
+        include_labels=labels,
+        rank_by=named_value("rank_by", rank_by, _FEATURE_RANKINGS),
     )
 
 
@@ -277,24 +284,26 @@ def contrast_request(
     false_discovery_rate: float = 0.0,
     suggest: int = 0,
     validate: bool = False,
+    labels: bool = False,
     overflow: OverflowName = "error",
     request_id: str | None = None,
 ) -> causal_pb2.ContrastFeaturesRequest:
     return causal_pb2.ContrastFeaturesRequest(
         request_id=request_id or "",
-        a=_text_inputs(a),
-        b=_text_inputs(b),
+        a=text_inputs(a),
+        b=text_inputs(b),
         dictionaries=dictionaries,
-        aggregation=_named_value("aggregation", aggregation, _TEXT_AGGREGATIONS),
+        aggregation=named_value("aggregation", aggregation, _TEXT_AGGREGATIONS),
         count=count or 0,
         false_discovery_rate=false_discovery_rate,
         suggest=suggest,
         validate=validate,
-        overflow=_named_value("overflow", overflow, _OVERFLOWS),
+        include_labels=labels,
+        overflow=named_value("overflow", overflow, OVERFLOWS),
     )
 
 
-def _text_inputs(inputs: Inputs) -> list[common_pb2.TextInput]:
+def text_inputs(inputs: Inputs) -> list[common_pb2.TextInput]:
     """A list of inputs. One input, a text or integers, gives a list of one."""
     if isinstance(inputs, str) or (isinstance(inputs, np.ndarray) and inputs.ndim == 1):
         return [_text_input(inputs)]
@@ -319,7 +328,7 @@ def _selection(
     names = [name for name, value in selections.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} exclude each other")
-    selection = feature_service_pb2.FeatureSelection(rank_by=_named_value("rank_by", rank_by, _FEATURE_RANKINGS))
+    selection = feature_service_pb2.FeatureSelection(rank_by=named_value("rank_by", rank_by, _FEATURE_RANKINGS))
     if top_k is not None:
         selection.top_k = top_k
     elif features is not None:
@@ -331,12 +340,13 @@ def _selection(
 
 
 def _watched(
-    names: str | Sequence[str] | None, top_k: int | None, prompt: bool, rank_by: Ranking
+    names: str | Sequence[str] | None, top_k: int | None, prompt: bool, rank_by: Ranking, labels: bool
 ) -> intervention_service_pb2.WatchedFeatures | None:
     if names is None:
-        if top_k is not None or prompt or rank_by != "activation":
+        if top_k is not None or prompt or labels or rank_by != "activation":
             raise ValueError(
-                "features_top_k, features_rank_by and prompt_features belong to features, which names dictionaries"
+                "features_top_k, features_rank_by, prompt_features and labels belong to features, which names "
+                "dictionaries"
             )
         return None
     dictionaries = [names] if isinstance(names, str) else names
@@ -344,7 +354,8 @@ def _watched(
         dictionaries=dictionaries,
         top_k=top_k or 0,
         prompt=prompt,
-        rank_by=_named_value("features_rank_by", rank_by, _FEATURE_RANKINGS),
+        include_labels=labels,
+        rank_by=named_value("features_rank_by", rank_by, _FEATURE_RANKINGS),
     )
 
 
@@ -357,7 +368,7 @@ def _tensor(array: NDArray[Any]) -> common_pb2.Tensor:
     return common_pb2.Tensor(shape=array.shape, dtype=dtype, data=data)
 
 
-def _named_value(option: str, name: str, values: Mapping[str, Value]) -> Value:
+def named_value(option: str, name: str, values: Mapping[str, Value]) -> Value:
     if name not in values:
         raise ValueError(f"{option} is {name!r}, expected one of {', '.join(values)}")
     return values[name]

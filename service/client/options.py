@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_runtime.catalogue.records import Flag, Sort
 from sae_runtime.causal.report import Ablation, RankBy
 from sae_runtime.dictionary.ranking import Ranking
 
@@ -45,6 +46,8 @@ class ExtractOptions(SelectionOptions, total=False):
     """Also return the tokens with their offsets."""
     reconstruction_error: bool
     """Also return each token's reconstruction error."""
+    labels: bool
+    """Also return the labels of the features."""
     overflow: OverflowName
     """What happens to inputs that are too long: "error" (the default) or "truncate"."""
 
@@ -95,12 +98,51 @@ class GenerateOptions(TypedDict, total=False):
     """Their order: "activation" (the default), "surprise" or "z_score"."""
     prompt_features: bool
     """Also return features of the prompt's tokens."""
+    labels: bool
+    """Also return the labels of these features."""
     presets: Sequence[str]
     """Names of edit presets of the server, whose edits come before the others."""
     overflow: OverflowName
     """What happens to a prompt that is too long: "error" (the default) or "truncate", which drops its start."""
     request_id: str | None
     """Returned in the result and in errors; the server makes one up if it is not given."""
+
+
+class ListOptions(TypedDict, total=False):
+    """Options of list_features."""
+
+    sort: Sort
+    """"feature" (its number, the default), "firing_rate", "label_f1", "max_activation", "token_r2", "ablation_kl" or
+    "output_score". Features without the figure come last."""
+    descending: bool
+    """The largest first."""
+    with_flags: Sequence[Flag]
+    """Only features with all of these flags."""
+    without_flags: Sequence[Flag]
+    """Only features with none of these flags."""
+    min_rate: float
+    """Only features that fire on at least this share of tokens."""
+    max_rate: float
+    min_label_f1: float
+    """Only features whose best label in the catalogue scores at least so much."""
+    page_size: int | None
+    """None: the server's default."""
+    page_token: str
+    """next_page_token of the page before."""
+    request_id: str | None
+
+
+class SearchOptions(TypedDict, total=False):
+    """Options of search_features."""
+
+    fires_on: Inputs
+    """Instead of words: texts on all of which the features fire."""
+    silent_on: Inputs
+    """And texts on none of which they do."""
+    limit: int | None
+    """Features to return; None: the server's default."""
+    overflow: OverflowName
+    request_id: str | None
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -131,6 +173,8 @@ class AblateOptions(TypedDict, total=False):
     """The figure that features are sorted by; "kl" if not given."""
     strongest_by: Ranking
     """How the strongest features are chosen: "activation" (the default), "surprise" or "z_score"."""
+    labels: bool
+    """Also return the labels of the features."""
     overflow: OverflowName
     request_id: str | None
 
@@ -148,6 +192,8 @@ class AttributeOptions(TypedDict, total=False):
     """How many pairs of a feature and a token to return; None: the server's default."""
     rank_by: Ranking
     """What their size is weighed by: "activation" (the default), "surprise" or "z_score"."""
+    labels: bool
+    """Also return the labels of the features."""
     tokens: bool
     overflow: OverflowName
     request_id: str | None
@@ -166,5 +212,7 @@ class ContrastOptions(TypedDict, total=False):
     """Suggest edits of this many features towards set a."""
     validate: bool
     """Score the suggestion at several strengths on both sets."""
+    labels: bool
+    """Also return the labels of the features."""
     overflow: OverflowName
     request_id: str | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from datetime import UTC
 from typing import Any, TypeVar, cast
@@ -26,6 +26,7 @@ from service.client import catalog, measurements, results
 from service.edits.messages import read_edit
 from service.pb.saeserve.v1 import (
     catalog_service_pb2,
+    catalogue_pb2,
     causal_pb2,
     common_pb2,
     edits_pb2,
@@ -44,6 +45,7 @@ def read_extraction(reply: feature_service_pb2.ExtractFeaturesResponse) -> resul
         inputs=tuple(_read_input(message) for message in reply.results),
         request_id=reply.request_id,
         timing=read_timing(reply.timing),
+        labels=read_labels(reply.labels),
     )
 
 
@@ -61,6 +63,7 @@ def _read_dictionary_features(message: feature_service_pb2.DictionaryFeatures) -
         dictionary=message.dictionary,
         features=read_sparse_rows(message.features),
         reconstruction_error=unpack_reconstruction_error(message) if message.reconstruction_error else None,
+        fingerprint=message.fingerprint,
     )
 
 
@@ -87,6 +90,7 @@ def read_encoding(reply: feature_service_pb2.EncodeActivationsResponse) -> resul
         input_statistics=results.InputStatistics(*unpack_input_statistics(statistics)) if statistics.mean else None,
         request_id=reply.request_id,
         timing=read_timing(reply.timing),
+        fingerprint=reply.fingerprint,
     )
 
 
@@ -141,6 +145,8 @@ def read_ablation(reply: causal_pb2.AblateFeaturesResponse) -> measurements.Abla
         logit_token_ids=tuple(reply.logit_token_ids),
         truncated_tokens=tuple(reply.truncated_tokens),
         timing=read_timing(reply.timing),
+        labels=read_labels(reply.labels),
+        fingerprints=_read_fingerprints(reply.labels),
     )
 
 
@@ -179,6 +185,8 @@ def read_attributions(reply: causal_pb2.AttributeFeaturesResponse) -> measuremen
         foil_id=reply.foil_id if reply.HasField("foil_id") else None,
         tokens=_read_tokens(reply),
         timing=read_timing(reply.timing),
+        labels=read_labels(reply.labels),
+        fingerprints=_read_fingerprints(reply.labels),
     )
 
 
@@ -198,6 +206,8 @@ def read_contrast(reply: causal_pb2.ContrastFeaturesResponse) -> measurements.Co
         ),
         truncated_tokens=tuple(reply.truncated_tokens),
         timing=read_timing(reply.timing),
+        labels=read_labels(reply.labels),
+        fingerprints=_read_fingerprints(reply.labels),
     )
 
 
@@ -221,6 +231,14 @@ def read_dictionary_details(reply: catalog_service_pb2.GetDictionaryResponse) ->
         dictionary=_read_dictionary(reply.dictionary),
         provenance=_read_provenance(reply.provenance) if reply.HasField("provenance") else None,
         evaluation=dict(reply.evaluation),
+        catalogue=_read_catalogue(reply.catalogue) if reply.HasField("catalogue") else None,
+        hidden_labels=reply.hidden_labels,
+    )
+
+
+def _read_catalogue(message: catalogue_pb2.CatalogueInfo) -> catalog.CatalogueSummary:
+    return _same_fields(
+        catalog.CatalogueSummary, message, sources=tuple(message.sources), figures=dict(message.figures)
     )
 
 
@@ -256,6 +274,14 @@ def read_server_info(reply: server_service_pb2.GetServerInfoResponse) -> catalog
 
 
 # What replies share
+
+
+def read_labels(messages: Iterable[common_pb2.DictionaryLabels]) -> results.Labels:
+    return {message.dictionary: dict(message.labels) for message in messages}
+
+
+def _read_fingerprints(messages: Iterable[common_pb2.DictionaryLabels]) -> dict[str, str]:
+    return {message.dictionary: message.fingerprint for message in messages}
 
 
 def read_timing(message: common_pb2.Timing) -> results.Timing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 UintArray = NDArray[np.uint32]
+Labels = Mapping[str, Mapping[int, str]]
+"""By dictionary: the best label of each feature in a reply that has one."""
 FinishReason = Literal["length", "stop", "end_of_text", "unknown"]
 """unknown: a reason that only a newer server knows."""
 
@@ -88,6 +90,8 @@ class DictionaryFeatures:
     """One row per token, or a single row with aggregation."""
     reconstruction_error: FloatArray | None
     """[t] |x - x'|^2 / |x|^2 of each token, if requested."""
+    fingerprint: str = ""
+    """Of the dictionary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +120,8 @@ class Extraction:
     """One entry per input, in the order of the request."""
     request_id: str
     timing: Timing
+    labels: Labels = field(default_factory=dict)
+    """If requested."""
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -177,6 +183,8 @@ class Encoding:
     """None where the dictionary does not normalise its input."""
     request_id: str
     timing: Timing
+    fingerprint: str = ""
+    """Of the dictionary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,6 +241,8 @@ class GeneratedChunk:
     """Number of the sample."""
     unedited: bool = False
     """Whether it belongs to a sequence without edits, as `compare` requests."""
+    labels: Labels = field(default_factory=dict)
+    """If requested: of those features that no earlier chunk of the call had."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.client import catalog, measurements, messages, replies, results
+from sae_runtime.catalogue.records import Label, Neighbor
+from service.client import catalog, features, measurements, messages, replies, results
 from service.client import channel as channels
 from service.client.edits import Edit
 from service.client.errors import DeadlineExceeded, NotFound, SaeserveError, Unavailable, error_of_call
@@ -27,13 +28,17 @@ from service.client.options import (
     GenerateOptions,
     Input,
     Inputs,
+    ListOptions,
     ScoreOptions,
+    SearchOptions,
     SelectionOptions,
 )
 from service.client.retry import Attempts, RetryPolicy
+from service.feature_messages import read_label, read_neighbor
 from service.pb.saeserve.v1 import (
     catalog_service_pb2,
     catalog_service_pb2_grpc,
+    catalogue_pb2,
     feature_service_pb2,
     feature_service_pb2_grpc,
     intervention_service_pb2,
@@ -351,6 +356,89 @@ class Client:
         """A dictionary with its provenance and measured figures."""
         request = catalog_service_pb2.GetDictionaryRequest(request_id=request_id or "", name=name)
         return replies.read_dictionary_details(self._unary(self._catalog.GetDictionary, request, timeout_s))
+
+    def list_features(
+        self, dictionary: str, *, timeout_s: float | None = None, **options: Unpack[ListOptions]
+    ) -> catalog.FeatureList:
+        """One page of the features of a dictionary with a catalogue, sorted and filtered.
+
+        Args:
+            dictionary: its name.
+            timeout_s: the client's default if not given.
+            **options: see ListOptions.
+        """
+        request = features.list_features_request(dictionary, **options)
+        return features.read_feature_list(self._unary(self._catalog.ListFeatures, request, timeout_s))
+
+    def get_feature(
+        self, dictionary: str, feature: int, *, request_id: str | None = None, timeout_s: float | None = None
+    ) -> catalog.FeatureDetails:
+        """All that the catalogue of a dictionary has about a feature."""
+        request = catalogue_pb2.GetFeatureRequest(request_id=request_id or "", dictionary=dictionary, feature=feature)
+        return features.read_feature_details(self._unary(self._catalog.GetFeature, request, timeout_s))
+
+    def search_features(
+        self,
+        query: str = "",
+        dictionaries: str | Sequence[str] = (),
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> catalog.FeatureSearch:
+        """Features by words of their labels, tokens and contexts, or by texts that they fire on.
+
+        Args:
+            query: words; a symbol, such as "=", means the token that is just this symbol. Empty with `fires_on`.
+            dictionaries: names; all loaded ones if not given.
+            timeout_s: the client's default if not given.
+            **options: see SearchOptions.
+        """
+        names = [dictionaries] if isinstance(dictionaries, str) else dictionaries
+        request = features.search_features_request(query, names, **options)
+        return features.read_search(self._unary(self._catalog.SearchFeatures, request, timeout_s))
+
+    def neighbor_features(
+        self, dictionary: str, feature: int, *, request_id: str | None = None, timeout_s: float | None = None
+    ) -> tuple[Neighbor, ...]:
+        """The features that lie near one or fire together with it, of this and other dictionaries."""
+        request = catalogue_pb2.NeighborFeaturesRequest(
+            request_id=request_id or "", dictionary=dictionary, feature=feature
+        )
+        reply = self._unary(self._catalog.NeighborFeatures, request, timeout_s)
+        return tuple(read_neighbor(message) for message in reply.neighbors)
+
+    def label_feature(
+        self,
+        dictionary: str,
+        feature: int,
+        text: str,
+        *,
+        source: str = "person",
+        author: str = "",
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Label | None:
+        """Writes what a feature means, and returns the label of this source that it replaces, if there was one.
+
+        Args:
+            dictionary: its name.
+            feature: its number.
+            text: at most 500 characters on one line; empty: the label is removed.
+            source: "person", or the name of the model that wrote it.
+            author: who wrote it.
+            request_id: returned in errors; the server makes one up if it is not given.
+            timeout_s: the client's default if not given.
+        """
+        request = catalogue_pb2.LabelFeatureRequest(
+            request_id=request_id or "",
+            dictionary=dictionary,
+            feature=feature,
+            text=text,
+            source=source,
+            author=author,
+        )
+        reply = self._unary(self._catalog.LabelFeature, request, timeout_s)
+        return read_label(reply.replaced) if reply.HasField("replaced") else None
 
     def server_info(self, *, request_id: str | None = None, timeout_s: float | None = None) -> catalog.ServerInfo:
         """Versions, the backbone, and the limits that requests must keep to."""

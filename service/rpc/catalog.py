@@ -7,9 +7,9 @@ import json
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from service.feature_messages import catalogue_message
 from service.pb.saeserve.v1 import catalog_service_pb2 as pb
 from service.rpc.call import Call
-from service.rpc.catalogue.messages import catalogue_message
 from service.rpc.errors import Violation, invalid_argument
 from service.rpc.model import ServedModel
 

@@ -33,6 +33,7 @@ class Served:
 
     runtime: ServiceRuntime
     channel: grpc.aio.Channel
+    address: str
 
     @property
     def backbone(self) -> Backbone:
@@ -89,7 +90,7 @@ async def serve(
         await runtime.open()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Served(runtime, channel)
+            yield Served(runtime, channel, f"127.0.0.1:{port}")
     finally:
         await runtime.stop()
         await server.stop(0)

@@ -8,14 +8,14 @@ import binascii
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sae_runtime.catalogue.annotations import Annotations
 from sae_runtime.catalogue.records import FeatureFilter, Flag, Neighbor, Sort
 from sae_runtime.causal.report import FeatureId
+from service.feature_messages import FLAGS, SORTS, neighbor_message, page_message, summary_message
 from service.pb.saeserve.v1 import catalogue_pb2 as pb
 from service.rpc.call import Call
-from service.rpc.catalogue.messages import FLAGS, SORTS, neighbor_message, page_message, summary_message
 from service.rpc.checks import Violations
 from service.rpc.errors import Violation, invalid_argument, not_in_catalogue
 from service.rpc.limits import Limits
@@ -80,7 +80,7 @@ class CatalogueRpc:
             return pb.GetFeatureResponse(
                 request_id=call.request_id,
                 fingerprint=self.model.dictionaries[request.dictionary].fingerprint,
-                page=page_message(page, self._neighbors(page.neighbors)),
+                page=page_message(replace(page, neighbors=self._with_labels(page.neighbors))),
             )
 
         return await asyncio.to_thread(read)
@@ -90,10 +90,11 @@ class CatalogueRpc:
 
         def read() -> pb.NeighborFeaturesResponse:
             assert annotations.catalogue is not None
+            neighbors = self._with_labels(annotations.catalogue.neighbors(request.feature))
             return pb.NeighborFeaturesResponse(
                 request_id=call.request_id,
                 fingerprint=self.model.dictionaries[request.dictionary].fingerprint,
-                neighbors=self._neighbors(annotations.catalogue.neighbors(request.feature)),
+                neighbors=[neighbor_message(neighbor) for neighbor in neighbors],
             )
 
         return await asyncio.to_thread(read)
@@ -106,17 +107,17 @@ class CatalogueRpc:
         self.model.require_features([FeatureId(request.dictionary, request.feature)])
         return self.model.require_catalogue(request.dictionary)
 
-    def _neighbors(self, neighbors: Sequence[Neighbor]) -> list[pb.FeatureNeighbor]:
+    def _with_labels(self, neighbors: Sequence[Neighbor]) -> tuple[Neighbor, ...]:
         """With their labels, as far as their dictionaries are loaded. Reads files."""
         labels: dict[str, dict[int, str]] = {}
         for name in {neighbor.dictionary for neighbor in neighbors} & set(self.model.annotations):
             n_latents = self.model.dictionaries[name].n_latents
             features = [near.feature for near in neighbors if near.dictionary == name and near.feature < n_latents]
             labels[name] = self.model.annotations[name].labels_of(features)
-        return [neighbor_message(near, labels.get(near.dictionary, {}).get(near.feature, "")) for near in neighbors]
+        return tuple(replace(near, label=labels.get(near.dictionary, {}).get(near.feature, "")) for near in neighbors)
 
 
-def _read_flags(numbers: Sequence[int], field: str, violations: Violations) -> tuple[Flag, ...]:
+def _read_flags(numbers: Sequence[pb.FeatureFlag.ValueType], field: str, violations: Violations) -> tuple[Flag, ...]:
     for place, number in enumerate(numbers):
         violations.check_enum(f"{field}[{place}]", number, FLAGS)
     return tuple(dict.fromkeys(FLAGS[number] for number in numbers if number in FLAGS))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from sae_runtime.catalogue.label_store import MAX_NAME_CHARACTERS, checked_text
 from sae_runtime.catalogue.records import Label
 from sae_runtime.causal.report import FeatureId
+from service.feature_messages import label_message
 from service.pb.saeserve.v1 import catalogue_pb2 as pb
 from service.rpc.call import Call
-from service.rpc.catalogue.messages import label_message
 from service.rpc.checks import Violations
 from service.rpc.errors import Violation, failed_precondition, unavailable
 from service.rpc.limits import Limits

@@ -10,9 +10,9 @@ import numpy as np
 from sae_runtime.catalogue.records import FeatureSummary
 from sae_runtime.dictionary.ranking import ranking_table
 from service.engine.work import DictionaryRows, ExtractWork
+from service.feature_messages import summary_message
 from service.pb.saeserve.v1 import catalogue_pb2 as pb
 from service.rpc.call import Call
-from service.rpc.catalogue.messages import summary_message
 from service.rpc.checks import Violations
 from service.rpc.errors import failed_precondition, out_of_range
 from service.rpc.model import LACKS_CATALOGUE, ModelRpc, lacks_catalogue

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from sae_runtime.causal.ablation import AblationStudy
+from sae_runtime.causal.predictions import compare
 from sae_runtime.causal.prefix import Change, SharedPrefix
-from sae_runtime.causal.report import FeatureId
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.progress import ProgressMeter
@@ -19,8 +19,6 @@ from sae_runtime.progress import ProgressMeter
 Array = npt.NDArray[Any]
 
 _TOKENS_AT_ONCE = 1 << 13
-_KL = 5
-"""Place of the KL divergence among the sums of a VariantEffect, after the number of tokens at 0."""
 
 
 @torch.no_grad()
@@ -38,21 +36,33 @@ def ablation_kl(
     Returns:
         By latent; without those that are silent in all of their rows.
     """
+    site = dictionary.require_site()
     effects: dict[int, float] = {}
     done = 0
     for latents in _groups({latent: sum(map(len, of_latent)) for latent, of_latent in rows.items()}):
-        row_owner = [i for i, latent in enumerate(latents) for _ in rows[latent]]
-        study = AblationStudy(
-            backbone,
-            {"": dictionary},
-            [row for latent in latents for row in rows[latent]],
-            [FeatureId("", latent) for latent in latents],
-        )
-        variants = [variant for variant in study.variants if row_owner[variant.row] == variant.feature]
-        sums = np.zeros((len(latents), 2))  # tokens, KL
-        for effect in study.run(variants):
-            sums[effect.variant.feature] += effect.active[[0, _KL]].numpy()
-        effects |= {latent: float(kl / n) for latent, (n, kl) in zip(latents, sums, strict=True) if n}
+        owner = [i for i, latent in enumerate(latents) for _ in rows[latent]]
+        prefix = SharedPrefix(backbone, [row for latent in latents for row in rows[latent]], {site})
+        x = prefix.paused[site].activation
+        z = _activations(dictionary, x, latents)  # [N, latents]
+        z = z.gather(1, torch.tensor(owner, device=z.device)[prefix.packed.row_of_token][:, None])  # [N, 1]
+        _, statistics = dictionary.prepare(x)
+        amount = -z if statistics is None else -z * statistics.std
+        changes, latent_of_change = [], []
+        for row, (start, length) in enumerate(zip(prefix.starts, prefix.packed.lengths, strict=True)):
+            active = z[start : start + length, 0].nonzero()[:, 0]
+            if len(active):
+                direction = dictionary.decoder[latents[owner[row]]].to(z.dtype)
+                changes.append(Change(row, active, amount[start + active] * direction))
+                latent_of_change.append(owner[row])
+        if changes:
+            changed = prefix.run(site, changes)
+            active = z[changed.source, 0] != 0
+            source = changed.source[active]
+            nothing = torch.full((len(x),), -1, device=x.device)
+            _, kl = compare(backbone, prefix.final, changed.final[active], source, nothing, nothing[:0])
+            index = np.array(latent_of_change)[changed.change[active].cpu().numpy()]
+            sums, counts = np.bincount(index, kl.cpu().numpy()), np.bincount(index)
+            effects |= {latents[i]: float(sums[i] / counts[i]) for i in np.flatnonzero(counts)}
         done += len(latents)
         if progress is not None:
             progress.reach(done)
@@ -88,15 +98,14 @@ def output_scores(
     _, statistics = dictionary.prepare(x)
     scores: dict[int, float] = {}
     for latents in _groups(dict.fromkeys(maxima, len(prefix.packed))):
-        z = dictionary.encode_features(x, torch.tensor(latents, device=dictionary.device))  # [rows, latents]
+        z = _activations(dictionary, x, latents)  # [rows, latents]
         amount = torch.tensor([maxima[latent] for latent in latents], device=z.device) - z
         if statistics is not None:
             amount = amount * statistics.std
+        delta = amount.T[:, :, None] * dictionary.decoder[latents].to(z.dtype)[:, None]  # [latents, rows, width]
         changes = [
-            Change(
-                row, torch.tensor([len(tokens) - 1], device=device), amount[row, i] * dictionary.decoder[latent][None]
-            )
-            for i, latent in enumerate(latents)
+            Change(row, torch.tensor([len(tokens) - 1], device=device), delta[i, row][None])
+            for i in range(len(latents))
             for row, tokens in enumerate(rows)
         ]
         after = backbone.unembed(prefix.run(site, changes).final).log_softmax(-1)  # [latents * rows, vocab]
@@ -108,6 +117,12 @@ def output_scores(
         if progress is not None:
             progress.reach(len(scores))
     return scores
+
+
+def _activations(dictionary: Dictionary, x: Tensor, latents: list[int]) -> Tensor:
+    """[n, latents] for x [n, width], in float32 or better."""
+    z = dictionary.encode_features(x, torch.tensor(latents, device=dictionary.device))
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def _groups(sizes: Mapping[int, int]) -> list[list[int]]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from sae_runtime.catalogue.contexts import half_of
 from sae_runtime.catalogue.firings import Firings
-from sae_runtime.catalogue.random_keys import random_keys
+from sae_runtime.catalogue.random_keys import random_bits, random_keys
 from sae_runtime.catalogue.text import TextPass
 
 Array = npt.NDArray[Any]
@@ -51,11 +51,12 @@ class RowSample:
         candidates = self._of_half[half]
         if not n or not len(candidates):
             return np.zeros(0, np.int64)
-        drawn = np.random.default_rng([seed, latent, half]).integers(0, len(candidates), 4 * n)
-        tokens = candidates[np.unique(drawn)]
-        fires = self.fires_on(latent)
-        tokens = tokens[~np.isin(tokens, fires)]
-        return np.random.default_rng([seed, latent, half, 1]).permutation(tokens)[:n]
+        # Some of those drawn are active or drawn twice, so there are more than needed.
+        drawn = random_bits(seed, "silent", latent, half, np.arange(4 * n)) % np.uint64(len(candidates))
+        tokens = candidates[drawn.astype(np.int64)]
+        tokens = tokens[np.sort(np.unique(tokens, return_index=True)[1])]
+        silent: Integers = tokens[~np.isin(tokens, self.fires_on(latent))][:n]
+        return silent
 
     @cached_property
     def _of_half(self) -> list[Integers]:

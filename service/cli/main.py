@@ -32,6 +32,7 @@ COMMANDS = {
     "train": "train and publish a dictionary",
     "sweep": "train a grid of dictionaries and fit the scaling law",
     "evaluate": "measure a dictionary on held-out text",
+    "catalogue": "find out what the features of a dictionary mean",
     "publish": "turn a dictionary of any format into a published one",
     "export": "write a dictionary in another project's format",
 }

@@ -80,7 +80,7 @@ def test_published_form_keeps_the_numbers(name: str, tmp_path: Path) -> None:
     )
     loaded = load_dictionary(tmp_path / "d")
     assert (loaded.statistics is None) == (statistics is None)
-    outside_weights = {"manifest", "origin", "statistics"}
+    outside_weights = {"manifest", "origin", "statistics", "folder"}
     for field, value in vars(placed).items():
         if isinstance(value, Tensor):
             assert torch.equal(getattr(loaded, field), value), field

@@ -5,8 +5,8 @@ quantile, and for random ones of all. A slot is 12 bytes and one for each token 
 
     bytes = n_latents x 2 x slots x (12 + window)   (+ 8 a random slot)
 
-with slots = strongest + quantiles x quantile_contexts + random_contexts: 2.0 kB a latent with the default settings and
-six quantiles, 260 MB for 131,072 latents.
+with slots = strongest + quantiles x quantile_contexts + random_contexts: 3.8 kB a latent with the default settings and
+six quantiles, 500 MB for 131,072 latents.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sae_runtime.kernels.topk import topk_of_rows
 from sae_runtime.model.backbone import Backbone
 from sae_runtime.model.sites import Site
 from sae_runtime.progress import ProgressMeter
@@ -39,15 +40,16 @@ def logit_tokens(
     within a latent: by how much a token's logit really moves depends on the size of the final layer norm's input.
     """
     count = min(count, backbone.vocab_size)
+    n_rows = max(1, _TILE_ELEMENTS // backbone.vocab_size)
     tables: list[list[Any]] = [[], [], [], []]
-    for start in range(0, len(decoder), max(1, _TILE_ELEMENTS // backbone.vocab_size)):
-        rows = decoder[start : start + max(1, _TILE_ELEMENTS // backbone.vocab_size)]
+    for start in range(0, len(decoder), n_rows):
+        rows = decoder[start : start + n_rows]
         logits = backbone.direct_logits(site, rows)
         logits -= logits.mean(1, keepdim=True)
-        for i, largest in enumerate((True, False)):
-            values, tokens = logits.topk(count, dim=1, largest=largest)
+        for i, sign in enumerate((1, -1)):
+            values, tokens = topk_of_rows(sign * logits, count)
             tables[2 * i].append(tokens.cpu().numpy())
-            tables[2 * i + 1].append(values.float().cpu().numpy())
+            tables[2 * i + 1].append(sign * values.float().cpu().numpy())
         if progress is not None:
             progress.reach(start + len(rows))
     return LogitTokens(*(np.concatenate(table) for table in tables))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae_runtime.catalogue.firings import Firings
+from sae_runtime.kernels.topk import tiled_topk
 from sae_runtime.progress import ProgressMeter
 
 Array = npt.NDArray[Any]
@@ -20,7 +21,8 @@ MAX_COMPANIONS = 64
 LEAST_TOGETHER = 5
 """Tokens of the sample on which two latents must both fire to count as firing together."""
 
-_TILE_ELEMENTS = 1 << 23  # cosines that exist at once, 32 MB
+_ROWS_AT_ONCE = 1 << 12  # between two signs of progress
+_FAR = 4.0  # taken from the cosines with a row of zeros, which then are below all others
 _PAIRS_AT_ONCE = 1 << 22
 _MAX_PAIRS = 1 << 28
 
@@ -28,7 +30,7 @@ _MAX_PAIRS = 1 << 28
 def nearest_latents(
     decoder: Tensor, others: Tensor | None, count: int, progress: ProgressMeter | None = None
 ) -> tuple[Integers, npt.NDArray[np.float32]]:
-    """The rows of `others` with the largest cosine to each row of `decoder`, largest first, in tiles.
+    """The rows of `others` with the largest cosine to each row of `decoder`, largest first.
 
     Args:
         decoder: [n, d].
@@ -39,23 +41,28 @@ def nearest_latents(
         of zeros is nobody's neighbour.
     """
     rows = F.normalize(decoder.float(), dim=1)
-    others_rows = rows if others is None else F.normalize(others.to(decoder.device).float(), dim=1)
-    count = min(count, len(others_rows) - (others is None))
+    candidates = rows if others is None else F.normalize(others.to(decoder.device).float(), dim=1)
+    itself = others is None
+    count = min(count, len(candidates) - itself)
     if count < 1:
         return np.zeros((len(rows), 0), np.int64), np.zeros((len(rows), 0), np.float32)
-    empty = (others_rows == 0).all(1)
+    bias = torch.where((candidates == 0).all(1), -_FAR, 0.0)
     latents, cosines = [], []
-    for tile in torch.arange(len(rows), device=rows.device).split(max(1, _TILE_ELEMENTS // len(others_rows))):
-        products = rows[tile] @ others_rows.T  # [tile, m]
-        products[:, empty] = -torch.inf
-        if others is None:
-            products[torch.arange(len(tile)), tile] = -torch.inf
-        best = products.topk(count, dim=1)
-        missing = best.values.isinf() | (rows[tile] == 0).all(1, keepdim=True)
-        latents.append(best.indices.masked_fill(missing, -1).cpu())
-        cosines.append(best.values.masked_fill(missing, 0).clamp(-1, 1).cpu())
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        tile = rows[start : start + _ROWS_AT_ONCE]
+        values, indices = tiled_topk(tile, candidates, bias, count + itself)
+        if itself:
+            # The row itself goes, or the last if it is not among them: others may have the same direction.
+            is_itself = indices == torch.arange(start, start + len(tile), device=indices.device)[:, None]
+            place = torch.where(is_itself.any(1), is_itself.int().argmax(1), count)
+            kept = torch.arange(count, device=indices.device).expand(len(tile), -1)
+            kept = kept + (kept >= place[:, None])
+            values, indices = values.gather(1, kept), indices.gather(1, kept)
+        missing = (values < -_FAR / 2) | (tile == 0).all(1, keepdim=True)
+        latents.append(indices.masked_fill(missing, -1).cpu())
+        cosines.append(values.masked_fill(missing, 0).clamp(-1, 1).cpu())
         if progress is not None:
-            progress.reach(int(tile[-1]) + 1)
+            progress.reach(start + len(tile))
     return torch.cat(latents).numpy(), torch.cat(cosines).numpy()
 
 

@@ -65,7 +65,7 @@ class CatalogueSettings(BaseModel):
     tokens_after: int = Field(8, ge=0, le=254, description="Tokens of a context after its peak.")
     strongest: int = Field(10, ge=1, description="Strongest contexts kept of each half, at most one a document.")
     quantile_contexts: int = Field(2, ge=0, description="Contexts kept of each quantile and half.")
-    random_contexts: int = Field(12, ge=0, description="Random activations kept of each half.")
+    random_contexts: int = Field(24, ge=0, description="Random activations kept of each half.")
     shown_strongest: int = Field(10, ge=1, description="Strongest contexts on a page.")
     shown_quantile: int = Field(2, ge=0, description="Contexts of each quantile on a page.")
     shown_random: int = Field(4, ge=0, description="Random activations on a page.")

@@ -21,7 +21,7 @@ from service.cli.ranking import add_ranking_argument, chosen_ranking
 from service.cli.text_arguments import add_text_arguments, read_texts
 from service.cli.view.output import open_console, print_json, print_sentence
 from service.cli.view.plots import draw_ablation
-from service.cli.view.tables import Entries, data_table, interval, print_table
+from service.cli.view.tables import Entries, data_table, interval, label_cells, label_column, print_table
 from service.client import AblationStudy, FeatureEffect
 
 DEFAULT_STRONGEST = 10
@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             single_tokens=arguments.distance,
             rank_by=arguments.rank_by,
             strongest_by=strongest_by,
+            labels=True,
             overflow="truncate" if arguments.truncate else "error",
         )
         names = name_tokens(client, study.logit_token_ids)
@@ -119,7 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _table(study: AblationStudy, names: list[str]) -> Table:
     """What ablating each feature does to all predictions; `names` are the tokens whose logits are shown."""
     figures = ("active on", "Δ loss", "95 %", "Δ right", "KL", "KL where active")
-    table = data_table("feature", *_ablation_column(study), *figures, *(f"Δ logit {name}" for name in names))
+    logits = (f"Δ logit {name}" for name in names)
+    table = data_table("feature", *_ablation_column(study), *figures, *logits, *label_column(study.labels))
     for effect in study.effects:
         cells: list[str | Entries] = [
             *_effect_name(study, effect),
@@ -131,6 +133,7 @@ def _table(study: AblationStudy, names: list[str]) -> Table:
             f"{effect.at_active.kl:.4f}",
         ]
         cells += [f"{change:+.3f}" for change in effect.everywhere.delta_logits]
+        cells += label_cells(study.labels, effect.feature)
         table.add_row(*cells)
     return table
 

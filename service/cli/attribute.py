@@ -13,7 +13,7 @@ from service.cli.parser import natural
 from service.cli.ranking import add_ranking_argument, chosen_ranking, name_of
 from service.cli.view.output import open_console, print_json, print_sentence
 from service.cli.view.plots import draw_attributions
-from service.cli.view.tables import data_table, print_table, token_column
+from service.cli.view.tables import data_table, label_cells, label_column, print_table, token_column
 from service.cli.view.tokens import visible
 from service.client import Attributions
 
@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             count=arguments.count,
             rank_by=ranking,
             tokens=True,
+            labels=True,
             overflow="truncate" if arguments.truncate else "error",
         )
         logit_ids = [result.target_id] if result.foil_id is None else [result.target_id, result.foil_id]
@@ -74,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(result: Attributions) -> Table:
     number = Column("#", justify="right", style="dim")
-    table = data_table("feature", number, token_column(), "activation", "gradient", "attribution", "ablation")
+    figures = ("activation", "gradient", "attribution", "ablation")
+    table = data_table("feature", number, token_column(), *figures, *label_column(result.labels))
     assert result.tokens is not None
     for pair in result.attributions:
         table.add_row(
@@ -85,6 +87,7 @@ def _table(result: Attributions) -> Table:
             f"{pair.gradient:+.3f}",
             f"{pair.attribution:+.3f}",
             f"{pair.effect:+.3f}",
+            *label_cells(result.labels, pair.feature),
         )
     return table
 

@@ -16,7 +16,7 @@ from service.cli.parser import WRONG_USAGE, CommandError, natural
 from service.cli.text_arguments import add_truncate_argument, read_files
 from service.cli.view.output import open_console, print_json, print_sentence
 from service.cli.view.plots import draw_contrast
-from service.cli.view.tables import Entries, data_table, print_table
+from service.cli.view.tables import Entries, data_table, label_cells, label_column, print_table
 from service.client import Contrast, SetScore, SuggestionTrial
 
 DEFAULT_FDR = 0.05
@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             false_discovery_rate=arguments.fdr,
             suggest=arguments.suggest,
             validate=arguments.validate,
+            labels=True,
             overflow="truncate" if arguments.truncate else "error",
         )
     if arguments.json:
@@ -121,7 +122,8 @@ def _advice(contrast: Contrast, n_a: int, n_b: int, fdr: float) -> str:
 
 
 def _table(contrast: Contrast) -> Table:
-    table = data_table("feature", "mean a", "mean b", "active a", "active b", "effect size", "AUC", "p", "q")
+    figures = ("mean a", "mean b", "active a", "active b", "effect size", "AUC", "p", "q")
+    table = data_table("feature", *figures, *label_column(contrast.labels))
     for feature in contrast.features:
         table.add_row(
             f"{feature.feature[0]}:{feature.feature[1]}",
@@ -133,6 +135,7 @@ def _table(contrast: Contrast) -> Table:
             f"{feature.auc:.3f}",
             f"{feature.p_value:.1e}",
             f"{feature.q_value:.1e}",
+            *label_cells(contrast.labels, feature.feature),
         )
     return table
 

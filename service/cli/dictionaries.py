@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from service.cli.connection import add_connection_arguments, connected
 from service.cli.view.output import add_json_argument, open_console, print_json
-from service.cli.view.tables import data_table, fact_table, print_table
+from service.cli.view.tables import data_table, fact_table, print_table, printable
 from service.client import DictionaryDetails, DictionaryInfo
 
 
@@ -64,6 +64,15 @@ def _details(details: DictionaryDetails) -> Table:
         if dictionary.has_statistics
         else "no (so no edits in multiples of the maximum, or to the mean)",
     }
+    if dictionary.fingerprint:
+        facts["fingerprint"] = dictionary.fingerprint
+    if (catalogue := details.catalogue) is not None:
+        sources = ", ".join(map(printable, catalogue.sources))
+        facts["catalogue"] = f"{catalogue.n_tokens:,} tokens of {sources}, built {catalogue.created}"
+    elif dictionary.fingerprint:
+        facts["catalogue"] = f"none; `saeserve catalogue build {dictionary.name} --data TEXT` builds one"
+    if details.hidden_labels:
+        facts["hidden labels"] = f"{details.hidden_labels:,} were written for another version of it; kept, not shown"
     if dictionary.context_length:
         facts["context"] = f"{dictionary.context_length:,} tokens"
     if provenance is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -19,6 +19,7 @@ from service.cli.view.output import add_json_argument, open_console, print_json
 from service.cli.view.tokens import show_aggregate, show_tokens
 from service.client import DictionaryFeatures, Extraction, InputFeatures, Limits, Tokens
 from service.client.options import ExtractOptions
+from service.client.results import Labels
 
 DEFAULT_TOP_K = 5
 
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             batches, dictionaries, timeout_s=arguments.timeout * len(batches), **_options(arguments, ranking)
         )
         if arguments.json:
-            print_json([_as_json(text, reply, arguments.aggregate) for text, reply in _pairs(batches, replies)])
+            print_json([_as_json(*reply, arguments.aggregate) for reply in _pairs(batches, replies)])
         else:
             _show(_pairs(batches, replies), len(texts), arguments.aggregate, ranking)
     return 0
@@ -106,6 +107,7 @@ def _options(arguments: argparse.Namespace, ranking: Ranking) -> ExtractOptions:
         "rank_by": ranking,
         "aggregation": arguments.aggregate,
         "tokens": True,
+        "labels": True,
         "reconstruction_error": arguments.reconstruction_error,
         "overflow": "truncate" if arguments.truncate else "error",
     }
@@ -118,14 +120,16 @@ def _options(arguments: argparse.Namespace, ranking: Ranking) -> ExtractOptions:
     return options
 
 
-def _pairs(batches: Iterable[list[str]], replies: Iterable[Extraction]) -> Iterator[tuple[str, InputFeatures]]:
+def _pairs(batches: Iterable[list[str]], replies: Iterable[Extraction]) -> Iterator[tuple[str, InputFeatures, Labels]]:
+    """Every text with its features, and the labels of all features of its batch."""
     for batch, reply in zip(batches, replies, strict=True):
-        yield from zip(batch, reply.inputs, strict=True)
+        for text, entry in zip(batch, reply.inputs, strict=True):
+            yield text, entry, reply.labels
 
 
-def _show(replies: Iterable[tuple[str, InputFeatures]], total: int, aggregation: str, ranking: Ranking) -> None:
+def _show(replies: Iterable[tuple[str, InputFeatures, Labels]], total: int, aggregation: str, ranking: Ranking) -> None:
     console = open_console()
-    for number, (_, entry) in enumerate(replies, 1):
+    for number, (_, entry, labels) in enumerate(replies, 1):
         title = f"text {number} of {total}: " if total > 1 else ""
         dropped = f" ({entry.truncated_tokens:,} more were cut off)" if entry.truncated_tokens else ""
         noun = "token" if entry.n_tokens == 1 else "tokens"
@@ -137,13 +141,13 @@ def _show(replies: Iterable[tuple[str, InputFeatures]], total: int, aggregation:
                 end="\n\n",
             )
             if aggregation == "none":
-                show_tokens(console, entry, features)
+                show_tokens(console, entry, features, labels.get(name, {}))
             else:
-                show_aggregate(console, features.features)
+                show_aggregate(console, features.features, labels.get(name, {}))
             console.print()
 
 
-def _as_json(text: str, entry: InputFeatures, aggregation: str) -> dict[str, Any]:
+def _as_json(text: str, entry: InputFeatures, labels: Labels, aggregation: str) -> dict[str, Any]:
     assert entry.tokens is not None
     return {
         "text": text,
@@ -151,7 +155,9 @@ def _as_json(text: str, entry: InputFeatures, aggregation: str) -> dict[str, Any
         "truncated_tokens": entry.truncated_tokens,
         "tokens": _tokens_as_json(entry.tokens),
         "aggregation": aggregation,
-        "dictionaries": [_features_as_json(features) for features in entry.dictionaries.values()],
+        "dictionaries": [
+            _features_as_json(features, labels.get(name, {})) for name, features in entry.dictionaries.items()
+        ],
     }
 
 
@@ -167,12 +173,14 @@ def _tokens_as_json(tokens: Tokens) -> list[dict[str, Any]]:
     ]
 
 
-def _features_as_json(features: DictionaryFeatures) -> dict[str, Any]:
+def _features_as_json(features: DictionaryFeatures, labels: Mapping[int, str]) -> dict[str, Any]:
     rows = [
         [{"feature": int(f), "activation": float(v)} for f, v in zip(indices, values, strict=True)]
         for indices, values in features.features
     ]
     as_json: dict[str, Any] = {"dictionary": features.dictionary, "rows": rows}
+    if named := {int(f): labels[int(f)] for f in features.features.indices if int(f) in labels}:
+        as_json["labels"] = named
     if features.reconstruction_error is not None:
         as_json["reconstruction_error"] = features.reconstruction_error
     return as_json

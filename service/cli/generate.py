@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             "prompt_features": arguments.prompt_features,
         }
         if arguments.show_features is not None:
+            options["labels"] = True
             options["features_rank_by"] = chosen_ranking(arguments.rank_by, arguments.show_features, client)
         started = time.perf_counter()
         with client.generate(arguments.prompt, edits, **options) as generation:

@@ -19,6 +19,8 @@ from service.cli.parser import CommandError, CommandParser
 COMMANDS = {
     "serve": "serve the model and its dictionaries on this machine",
     "features": "show which features fire on a text",
+    "search": "find features by words, or by texts that they fire on",
+    "feature": "show what a feature means, or write it",
     "generate": "continue a prompt with features edited",
     "score": "show the loss of texts, without and with edits",
     "ablate": "measure how predictions change without a feature",

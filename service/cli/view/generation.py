@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from service.cli.view.output import open_console
-from service.cli.view.tables import Entries, data_table, print_table, token_column
+from service.cli.view.tables import Entries, data_table, print_table, printable, token_column
 from service.cli.view.tokens import visible
 from service.client import GeneratedChunk, GenerationResult, TopTokens
 
@@ -36,6 +36,7 @@ class GenerationView:
         self._out = open_console()
         self._about = open_console(stderr=True)
         self._texts: dict[_Key, str] = {}
+        self._labels: dict[str, dict[int, str]] = {}
         self._printed: _Key | None = None
         self._live: Live | None = None
 
@@ -43,6 +44,8 @@ class GenerationView:
         """Adds the next chunk of any of the sequences."""
         key = (not chunk.unedited, chunk.sample)
         self._texts[key] = self._texts.get(key, "") + chunk.text
+        for name, labels in chunk.labels.items():
+            self._labels.setdefault(name, {}).update(labels)
         if self._is_single:
             self._print_chunk(key, chunk.text)
         elif self._out.is_terminal:
@@ -80,6 +83,9 @@ class GenerationView:
                 if len(ordered) > 1:
                     self._out.print(Text(self._title((not result.unedited, result.sample)), style="bold cyan"))
                 print_table(self._out, token_table(result))
+        if self._labels:
+            self._out.print()
+            print_table(self._out, _label_table(self._labels))
 
     def _print_head(self, key: _Key) -> None:
         title = self._title(key)
@@ -129,6 +135,15 @@ def token_table(result: GenerationResult) -> Table:
         if result.top:
             row.append(_likeliest(result.top[place]) if place >= 0 else "")
         table.add_row(*row, *cells.get(position, ["" for _ in dictionaries]))
+    return table
+
+
+def _label_table(labels: Mapping[str, Mapping[int, str]]) -> Table:
+    """What the features of the tables mean, as far as they have labels."""
+    table = data_table("feature", Column("label"))
+    for name, of_dictionary in labels.items():
+        for feature, label in sorted(of_dictionary.items()):
+            table.add_row(f"{name}:{feature}", printable(label))
     return table
 
 

@@ -15,8 +15,8 @@ from rich.text import Text
 
 
 def open_console(*, stderr: bool = False) -> Console:
-    """Standard output (or standard error) for text that is shown as it is: brackets are no markup."""
-    return Console(stderr=stderr, highlight=False, markup=False)
+    """Standard output (or standard error) for text that is shown as it is: without markup or :emoji:."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def has_width(console: Console) -> bool:

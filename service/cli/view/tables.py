@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
@@ -47,6 +48,24 @@ def fact_table(facts: Mapping[str, str | Text]) -> Table:
 
 def token_column() -> Column:
     return Column("token", no_wrap=True, max_width=24)
+
+
+def label_column(labels: Mapping[Any, Any]) -> list[Column]:
+    """A column for labels of features, if there are any."""
+    return [Column("label")] if any(labels.values()) else []
+
+
+def printable(text: str) -> str:
+    """A text on one line: signs for line breaks and tabs, other characters that cannot be printed escaped."""
+    for space, sign in (("\n", "⏎"), ("\t", "⇥"), ("\r", "␍")):
+        text = text.replace(space, sign)
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def label_cells(labels: Mapping[str, Mapping[int, str]], feature: tuple[str, int]) -> list[str]:
+    """The cell of a feature in `label_column`, if that is there."""
+    name, number = feature
+    return [printable(labels.get(name, {}).get(number, ""))] if any(labels.values()) else []
 
 
 def print_table(console: Console, table: Table) -> None:

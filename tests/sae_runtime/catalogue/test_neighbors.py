@@ -13,9 +13,9 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     return torch.nn.functional.cosine_similarity(a.double()[:, None], b.double()[None], dim=2).numpy()
 
 
-@pytest.mark.parametrize("tile", [1, 1 << 23])
+@pytest.mark.parametrize("tile", [1, 7, 1 << 12])
 def test_the_nearest_of_all(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
-    monkeypatch.setattr(neighbors, "_TILE_ELEMENTS", tile)
+    monkeypatch.setattr(neighbors, "_ROWS_AT_ONCE", tile)
     generator = torch.Generator().manual_seed(0)
     decoder, others = torch.randn(20, 6, generator=generator), 3 * torch.randn(9, 6, generator=generator)
     decoder[5] = 0
@@ -30,6 +30,8 @@ def test_the_nearest_of_all(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
         best = np.argsort(-expected[row])[:4]
         assert latents[row].tolist() == best.tolist()
         assert scores[row] == pytest.approx(expected[row, best], abs=1e-6)
+    same = torch.cat([decoder[:1], decoder[:1], decoder[:1]])
+    assert nearest_latents(same, None, 1)[0].tolist() == [[1], [0], [0]]
     latents, scores = nearest_latents(decoder, others, 20)
     assert latents.shape == (20, 9)
     assert latents[0].tolist() == np.argsort(-cosines(decoder, others)[0]).tolist()

@@ -83,7 +83,7 @@ def test_every_setting_has_a_flag(saeserve: Saeserve):
         (["no-such-dictionary", "--data", "{file}"], 1, "no-such-dictionary"),
         (["{tiny}", "--data", "{file}", "{file}.txt"], 1, "no file, folder or data set '{file}.txt'"),
         (["{tiny}", "--tokens", "many"], 2, "tokens: Input should be a valid integer"),
-        (["{tiny}", "--shown-random", "99"], 2, "shown_random is 99, more than are kept of both halves (24)"),
+        (["{tiny}", "--shown-random", "99"], 2, "shown_random is 99, more than are kept of both halves (48)"),
         (["{tiny}/weights.safetensors/nothing"], 1, "no such file or folder"),
         (["{tiny}", "--backbone", "builtin", "--data", "{file}"], 1, "was made for backbone"),
     ],

@@ -57,7 +57,7 @@ def test_defaults_are_in_the_help(saeserve: Saeserve, monkeypatch: pytest.Monkey
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["feature"], "invalid choice: 'feature'"),
+        (["featur"], "invalid choice: 'featur'"),
         (["info", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["info", "--timeout", "0"], "argument --timeout: '0' is not a number of seconds above 0"),
         (["features", "a", "--top-k", "-3"], "argument --top-k: '-3' is not a whole number from 0 to 4,294,967,295"),

@@ -21,6 +21,7 @@ LISTS = {
     "sweep": {"--sites", "--data", "--held-out", "--matryoshka-fractions", "--grid-n-latents", "--grid-k"},
     "evaluate": {"--data"},
     "publish": {"--data"},
+    "search": {"--fires-on", "--silent-on", "--dictionary"},
 }
 """Flags that gather, by command. Those of edits have tests of their own."""
 EDITS = {"--set", "--add", "--scale", "--clamp", "--ablate", "--ablate-mean", "--resample", "--replace", "--edits"}

@@ -1,23 +1,15 @@
 """Text shaded by activation, and tokens made visible."""
 
 import io
-from typing import Any
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from service.cli.view.tokens import shaded, visible
-from service.client import Tokens
-
-
-def tokens(*pieces: bytes) -> Tokens:
-    zeros: Any = np.zeros(len(pieces), np.uint32)
-    return Tokens(zeros, pieces, zeros, zeros, zeros, zeros)
 
 
 def test_text_is_shaded_by_activation():
-    text = shaded(tokens(b"The", b" cat", b" sat"), [0.0, 2.0, 4.0])
+    text = shaded([b"The", b" cat", b" sat"], [0.0, 2.0, 4.0])
     assert text.plain == "The cat sat"
     assert [(text.plain[span.start : span.end], str(span.style)) for span in text.spans] == [
         (" cat", "black on rgb(255,191,127)"),
@@ -30,9 +22,14 @@ def test_text_is_shaded_by_activation():
 
 def test_a_character_that_is_cut_is_drawn_whole():
     snowman = "☃".encode()
-    text = shaded(tokens(b"a", snowman[:1], snowman[1:] + b"b", b"\xff"), [1.0, 0.0, 4.0, 0.0])
+    text = shaded([b"a", snowman[:1], snowman[1:] + b"b", b"\xff"], [1.0, 0.0, 4.0, 0.0])
     assert text.plain == "a☃b\ufffd"
     assert text.plain[text.spans[-1].start : text.spans[-1].end] == "☃b"
+
+
+def test_one_line():
+    text = shaded([b"a\n", b"\x1b[2J b"], [1.0, 0.0], one_line=True)
+    assert text.plain == "a⏎\\x1b[2J b"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 from sae_runtime.catalogue.collect import Collection, collect, measure_first
 from sae_runtime.catalogue.effects import ablation_kl, output_scores
 from sae_runtime.catalogue.label_examples import ExampleMaker, FindLabel
+from sae_runtime.catalogue.labels import find_label
 from sae_runtime.catalogue.logit_tokens import LogitTokens, logit_tokens
 from sae_runtime.catalogue.neighbors import companions, fires_together, nearest_latents
 from sae_runtime.catalogue.pages import Measured, PageMaker, Ranked
@@ -20,6 +21,7 @@ from sae_runtime.catalogue.records import FLAGS, CatalogueInfo, FeaturePage, Lab
 from sae_runtime.catalogue.schema import SCHEMA_VERSION
 from sae_runtime.catalogue.settings import CatalogueSettings, complete_settings
 from sae_runtime.catalogue.text import TextReader
+from sae_runtime.catalogue.vocabulary import Vocabulary
 from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.fingerprint import fingerprint_of
@@ -38,7 +40,7 @@ def build_catalogue(
     checkpoint: Path,
     *,
     others: Mapping[str, Dictionary] | None = None,
-    find_label: FindLabel | None = None,
+    find_label: FindLabel = find_label,
     progress: ProgressCallback | None = None,
 ) -> tuple[CatalogueInfo, Iterator[FeaturePage]]:
     """What a catalogue says of itself, and the pages of all latents, which are made one at a time.
@@ -47,7 +49,7 @@ def build_catalogue(
         checkpoint: a file for what was gathered so far. An interrupted call that is made again goes on from there, with
             the same result to the bit. Remove it when the pages are written.
         others: dictionaries in which nearest latents are looked up as well, by name.
-        find_label: finds labels; without it there are none.
+        find_label: finds the label of a latent, if `settings.labels`.
 
     Raises:
         ValueError: no site is known, a dictionary does not fit the backbone, there is no tokenizer or no text.
@@ -59,7 +61,7 @@ def build_catalogue(
         nearest = build.nearest(others or {})
         maker = build.collect(nearest[build.name], checkpoint)
     measured = build.measure(maker, nearest)
-    if find_label is not None:
+    if settings.labels:
         measured = replace(measured, labels=build.labels(maker, measured, find_label))
     return build.info(maker, measured), build.pages(maker, measured)
 
@@ -122,11 +124,11 @@ class _Build:
     def labels(self, maker: PageMaker, measured: Measured, find_label: FindLabel) -> dict[int, Label]:
         progress = self._stage("labels", maker.n_latents, "latents")
         examples = ExampleMaker(maker, measured.nearest[self.name][0])
-        labels = {}
+        vocabulary, labels = Vocabulary(maker.pieces), {}
         for latent in range(maker.n_latents):
             if maker.rates.fired[latent]:
                 promoted = () if measured.logits is None else measured.logits.promoted[latent].tolist()
-                label = find_label(examples.of(latent), promoted)
+                label = find_label(examples.of(latent), vocabulary, promoted)
                 if label is not None:
                     labels[latent] = label
             progress.reach(latent + 1)

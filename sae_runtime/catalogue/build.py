@@ -113,13 +113,14 @@ class _Build:
 
     def measure(self, maker: PageMaker, nearest: Mapping[str, Ranked]) -> Measured:
         logits: LogitTokens | None = None
-        if not self.dictionary.transcoder:  # the rows of a transcoder belong to another site
+        s = self.settings
+        if s.promoted_tokens and not self.dictionary.transcoder:
             progress = self._stage("logits", maker.n_latents, "latents")
-            logits = logit_tokens(
-                self.backbone, self.site, self.dictionary.decoder, self.settings.promoted_tokens, progress
-            )
-        measured = Measured(nearest, fires_together(maker.sample.firings, self.settings.together), logits)
-        return measured if logits is None else self._effects(maker, measured, logits)
+            logits = logit_tokens(self.backbone, self.site, self.dictionary.decoder, s.promoted_tokens, progress)
+        measured = Measured(nearest, fires_together(maker.sample.firings, s.together), logits)
+        if not s.effect_latents or self.dictionary.transcoder:  # the rows of a transcoder belong to another site
+            return measured
+        return self._effects(maker, measured, logits)
 
     def labels(self, maker: PageMaker, measured: Measured, find_label: FindLabel) -> dict[int, Label]:
         progress = self._stage("labels", maker.n_latents, "latents")
@@ -158,7 +159,7 @@ class _Build:
             yield maker.page(latent, measured)
             progress.reach(latent + 1)
 
-    def _effects(self, maker: PageMaker, measured: Measured, logits: LogitTokens) -> Measured:
+    def _effects(self, maker: PageMaker, measured: Measured, logits: LogitTokens | None) -> Measured:
         s = self.settings
         live = np.flatnonzero((maker.rates.fired > 0) & (maker.rates.largest > 0))
         drawn = np.sort(live[np.argsort(random_bits(s.seed, "effects", live))][: s.effect_latents]).tolist()
@@ -169,7 +170,7 @@ class _Build:
             rows[latent] = [row for row in of_latent if len(row) > 1]
         rows = {latent: of_latent for latent, of_latent in rows.items() if of_latent}
         kl = ablation_kl(self.backbone, self.dictionary, rows, self._stage("ablation", len(rows), "latents"))
-        if not s.promoted_tokens:
+        if logits is None:
             return replace(measured, ablation_kl=kl)
         scores = output_scores(
             self.backbone,

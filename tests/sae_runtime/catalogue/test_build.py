@@ -192,6 +192,30 @@ def test_labels_are_found_on_one_half_and_tested_on_the_other(build: Build, sett
     assert not any(page.labels for page in pages)
 
 
+def test_counts_of_0_leave_things_out(build: Build, dictionary: Dictionary, settings: CatalogueSettings) -> None:
+    counts = [
+        name for name, field in CatalogueSettings.model_fields.items() if any(_allows_0(m) for m in field.metadata)
+    ]
+    nothing = settings.model_copy(update=dict.fromkeys(counts, 0))
+    assert {"neighbors", "together", "promoted_tokens", "effect_latents", "shown_silent"} < set(counts)
+    _, pages = build(settings=nothing)
+    for page in pages:
+        assert page.neighbors == page.promoted == page.suppressed == page.active_tokens == ()
+        assert (page.ablation_kl, page.output_score) == (None, None)
+        assert {context.kind for context in page.contexts} <= {"strongest"}
+        assert all(len(context.tokens) == 1 for context in page.contexts)
+    transcoder = replace(dictionary, transcoder=True)
+    _, pages = build(dictionary=transcoder)
+    assert all(page.promoted == () and page.output_score is None for page in pages)
+    _, pages = build(settings=settings.model_copy(update={"promoted_tokens": 0}))
+    assert all(page.output_score is None for page in pages)
+    assert any(page.ablation_kl is not None for page in pages)
+
+
+def _allows_0(constraint: Any) -> bool:
+    return getattr(constraint, "ge", None) == 0
+
+
 def test_what_cannot_be_done(build: Build, dictionary: Dictionary, settings: CatalogueSettings, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which site"):
         build(dictionary=replace(dictionary, site=None))

@@ -12,6 +12,7 @@ import numpy as np
 from sae_runtime.catalogue.collect import Collection, collect, measure_first
 from sae_runtime.catalogue.effects import ablation_kl, output_scores
 from sae_runtime.catalogue.label_examples import ExampleMaker, FindLabel
+from sae_runtime.catalogue.labels import find_label
 from sae_runtime.catalogue.logit_tokens import LogitTokens, logit_tokens
 from sae_runtime.catalogue.neighbors import companions, fires_together, nearest_latents
 from sae_runtime.catalogue.pages import Measured, PageMaker, Ranked
@@ -20,6 +21,7 @@ from sae_runtime.catalogue.records import FLAGS, CatalogueInfo, FeaturePage, Lab
 from sae_runtime.catalogue.schema import SCHEMA_VERSION
 from sae_runtime.catalogue.settings import CatalogueSettings, complete_settings
 from sae_runtime.catalogue.text import TextReader
+from sae_runtime.catalogue.vocabulary import Vocabulary
 from sae_runtime.data.bad_documents import BadDocuments
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.fingerprint import fingerprint_of
@@ -38,7 +40,7 @@ def build_catalogue(
     checkpoint: Path,
     *,
     others: Mapping[str, Dictionary] | None = None,
-    find_label: FindLabel | None = None,
+    find_label: FindLabel = find_label,
     progress: ProgressCallback | None = None,
 ) -> tuple[CatalogueInfo, Iterator[FeaturePage]]:
     """What a catalogue says of itself, and the pages of all latents, which are made one at a time.
@@ -47,7 +49,7 @@ def build_catalogue(
         checkpoint: a file for what was gathered so far. An interrupted call that is made again goes on from there, with
             the same result to the bit. Remove it when the pages are written.
         others: dictionaries in which nearest latents are looked up as well, by name.
-        find_label: finds labels; without it there are none.
+        find_label: finds the label of a latent, if `settings.labels`.
 
     Raises:
         ValueError: no site is known, a dictionary does not fit the backbone, there is no tokenizer or no text.
@@ -59,7 +61,7 @@ def build_catalogue(
         nearest = build.nearest(others or {})
         maker = build.collect(nearest[build.name], checkpoint)
     measured = build.measure(maker, nearest)
-    if find_label is not None:
+    if settings.labels:
         measured = replace(measured, labels=build.labels(maker, measured, find_label))
     return build.info(maker, measured), build.pages(maker, measured)
 
@@ -111,22 +113,23 @@ class _Build:
 
     def measure(self, maker: PageMaker, nearest: Mapping[str, Ranked]) -> Measured:
         logits: LogitTokens | None = None
-        if not self.dictionary.transcoder:  # the rows of a transcoder belong to another site
+        s = self.settings
+        if s.promoted_tokens and not self.dictionary.transcoder:
             progress = self._stage("logits", maker.n_latents, "latents")
-            logits = logit_tokens(
-                self.backbone, self.site, self.dictionary.decoder, self.settings.promoted_tokens, progress
-            )
-        measured = Measured(nearest, fires_together(maker.sample.firings, self.settings.together), logits)
-        return measured if logits is None else self._effects(maker, measured, logits)
+            logits = logit_tokens(self.backbone, self.site, self.dictionary.decoder, s.promoted_tokens, progress)
+        measured = Measured(nearest, fires_together(maker.sample.firings, s.together), logits)
+        if not s.effect_latents or self.dictionary.transcoder:  # the rows of a transcoder belong to another site
+            return measured
+        return self._effects(maker, measured, logits)
 
     def labels(self, maker: PageMaker, measured: Measured, find_label: FindLabel) -> dict[int, Label]:
         progress = self._stage("labels", maker.n_latents, "latents")
         examples = ExampleMaker(maker, measured.nearest[self.name][0])
-        labels = {}
+        vocabulary, labels = Vocabulary(maker.pieces), {}
         for latent in range(maker.n_latents):
             if maker.rates.fired[latent]:
                 promoted = () if measured.logits is None else measured.logits.promoted[latent].tolist()
-                label = find_label(examples.of(latent), promoted)
+                label = find_label(examples.of(latent), vocabulary, promoted)
                 if label is not None:
                     labels[latent] = label
             progress.reach(latent + 1)
@@ -156,7 +159,7 @@ class _Build:
             yield maker.page(latent, measured)
             progress.reach(latent + 1)
 
-    def _effects(self, maker: PageMaker, measured: Measured, logits: LogitTokens) -> Measured:
+    def _effects(self, maker: PageMaker, measured: Measured, logits: LogitTokens | None) -> Measured:
         s = self.settings
         live = np.flatnonzero((maker.rates.fired > 0) & (maker.rates.largest > 0))
         drawn = np.sort(live[np.argsort(random_bits(s.seed, "effects", live))][: s.effect_latents]).tolist()
@@ -167,7 +170,7 @@ class _Build:
             rows[latent] = [row for row in of_latent if len(row) > 1]
         rows = {latent: of_latent for latent, of_latent in rows.items() if of_latent}
         kl = ablation_kl(self.backbone, self.dictionary, rows, self._stage("ablation", len(rows), "latents"))
-        if not s.promoted_tokens:
+        if logits is None:
             return replace(measured, ablation_kl=kl)
         scores = output_scores(
             self.backbone,

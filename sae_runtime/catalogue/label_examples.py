@@ -14,13 +14,14 @@ from sae_runtime.catalogue.contexts import ChosenContexts
 from sae_runtime.catalogue.examples import Examples, LatentExamples
 from sae_runtime.catalogue.pages import PageMaker
 from sae_runtime.catalogue.records import Label
+from sae_runtime.catalogue.vocabulary import Vocabulary
 
 Array = npt.NDArray[Any]
 Integers = npt.NDArray[np.int64]
 
 
-FindLabel = Callable[[LatentExamples, Sequence[int]], Label | None]
-"""Finds a label on one half of the examples and tests it on the other; also given the ids of the promoted tokens."""
+FindLabel = Callable[[LatentExamples, Vocabulary, Sequence[int]], Label | None]
+"""Finds a label on one half of the examples and tests it on the other; the last are the promoted tokens."""
 
 
 class ExampleMaker:

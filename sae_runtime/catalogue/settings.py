@@ -73,6 +73,7 @@ class CatalogueSettings(BaseModel):
     sample_tokens: int = Field(
         32_768, ge=1, description="Tokens of random rows of which all activations are kept: silent tokens, co-firing."
     )
+    labels: bool = Field(True, description="Find a label for every latent.")
     label_tokens: int = Field(24, ge=1, description="Tokens up to an example's token that a label may look at.")
     label_negatives: int = Field(48, ge=0, description="Random silent tokens of each half that labels are tested on.")
     label_hard_negatives: int = Field(

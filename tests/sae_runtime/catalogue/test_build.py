@@ -171,13 +171,14 @@ def test_a_dictionary_without_statistics(build: Build, dictionary: Dictionary, s
     assert all(page.summary.max_activation > 0 for page in pages if page.n_firings)
 
 
-def test_labels_are_found_on_one_half_and_tested_on_the_other(build: Build) -> None:
+def test_labels_are_found_on_one_half_and_tested_on_the_other(build: Build, settings: CatalogueSettings) -> None:
     seen: list[tuple[int, int]] = []
 
-    def find_label(examples: Any, promoted: Any) -> Label | None:
+    def find_label(examples: Any, vocabulary: Any, promoted: Any) -> Label | None:
         seen.append((len(examples.fit), len(examples.held_out)))
         assert set(examples.fit.document) & set(examples.held_out.document) == set()
         assert len(promoted) == 10
+        assert len(vocabulary) == 257
         return Label(f"label {len(seen)}", "rule", f1=0.8) if len(seen) % 2 else None
 
     info, pages = build(find_label=find_label)
@@ -186,6 +187,33 @@ def test_labels_are_found_on_one_half_and_tested_on_the_other(build: Build) -> N
     assert [page.summary.label for page in live[:2]] == ["label 1", ""]
     assert (live[0].labels[0].f1, live[0].summary.label_f1, live[0].summary.label_source) == (0.8, 0.8, "rule")
     assert info.figures["labelled"] == pytest.approx(-(-len(live) // 2) / len(live))
+    info, pages = build(settings=settings.model_copy(update={"labels": False}), find_label=find_label)
+    assert info.figures["labelled"] == 0
+    assert not any(page.labels for page in pages)
+
+
+def test_counts_of_0_leave_things_out(build: Build, dictionary: Dictionary, settings: CatalogueSettings) -> None:
+    counts = [
+        name for name, field in CatalogueSettings.model_fields.items() if any(_allows_0(m) for m in field.metadata)
+    ]
+    nothing = settings.model_copy(update=dict.fromkeys(counts, 0))
+    assert {"neighbors", "together", "promoted_tokens", "effect_latents", "shown_silent"} < set(counts)
+    _, pages = build(settings=nothing)
+    for page in pages:
+        assert page.neighbors == page.promoted == page.suppressed == page.active_tokens == ()
+        assert (page.ablation_kl, page.output_score) == (None, None)
+        assert {context.kind for context in page.contexts} <= {"strongest"}
+        assert all(len(context.tokens) == 1 for context in page.contexts)
+    transcoder = replace(dictionary, transcoder=True)
+    _, pages = build(dictionary=transcoder)
+    assert all(page.promoted == () and page.output_score is None for page in pages)
+    _, pages = build(settings=settings.model_copy(update={"promoted_tokens": 0}))
+    assert all(page.output_score is None for page in pages)
+    assert any(page.ablation_kl is not None for page in pages)
+
+
+def _allows_0(constraint: Any) -> bool:
+    return getattr(constraint, "ge", None) == 0
 
 
 def test_what_cannot_be_done(build: Build, dictionary: Dictionary, settings: CatalogueSettings, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from sae_runtime.catalogue.build import build_catalogue
+from sae_runtime.catalogue.labels import find_label
 from sae_runtime.catalogue.records import CatalogueInfo
 from sae_runtime.catalogue.schema import CATALOGUE_FILE
 from sae_runtime.catalogue.settings import CatalogueSettings
+from sae_runtime.catalogue.vocabulary import Vocabulary
 from sae_runtime.catalogue.write import write_catalogue
 from sae_runtime.dictionary.dictionary import Dictionary
 from sae_runtime.dictionary.formats import check_backbone, load_dictionary
@@ -71,6 +73,8 @@ def _build(dictionary: Dictionary, settings: CatalogueSettings, path: Path) -> C
     for loaded in (dictionary, *others):
         check_backbone(loaded, backbone)
     checkpoint = path.with_name(path.name + ".partial")
+    tokenizer = backbone.text_tokenizer
+    vocabulary = Vocabulary([tokenizer.token_bytes(token) for token in range(tokenizer.n_ids)])
     with ProgressDisplay(open_console(stderr=True)) as display:
         info, pages = build_catalogue(
             backbone,
@@ -78,6 +82,7 @@ def _build(dictionary: Dictionary, settings: CatalogueSettings, path: Path) -> C
             settings,
             checkpoint,
             others={other.name: other for other in others},
+            find_label=lambda examples, promoted: find_label(examples, vocabulary, promoted),
             progress=display.show,
         )
         write_catalogue(path, info, pages)

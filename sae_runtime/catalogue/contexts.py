@@ -6,7 +6,8 @@ quantile, and for random ones of all. A slot is 12 bytes and one for each token 
     bytes = n_latents x 2 x slots x (12 + window)   (+ 8 a random slot)
 
 with slots = strongest + quantiles x quantile_contexts + random_contexts: 3.8 kB a latent with the default settings and
-six quantiles, 500 MB for 131,072 latents.
+six quantiles, 500 MB for 131,072 latents. Labels are found on further random activations of half 0, of which only the
+token and the value are kept: 12 bytes each, 100 MB for 131,072 latents.
 """
 
 from __future__ import annotations
@@ -85,6 +86,9 @@ class ContextCollector:
         self._strongest = Slots(2 * n_latents, settings.strongest, columns)
         self._quantile = Slots(2 * n_latents * self.n_quantiles, settings.quantile_contexts, columns)
         self._random = Slots(2 * n_latents, settings.random_contexts, columns | {"silent": (np.uint64, ())})
+        self._for_labels = Slots(
+            n_latents, settings.label_activations, {"token": (np.uint32, ()), "value": (np.float32, ())}
+        )
 
     def add(self, firings: Firings, text: TextPass) -> None:
         """Considers every activation of a pass."""
@@ -103,6 +107,12 @@ class ContextCollector:
         keys = random_keys(seed, "quantile", latent, number)
         self._quantile.offer(row * self.n_quantiles + quantile, keys, windows)
         self._random.offer(row, random_keys(seed, "random", latent, number), windows_with_companions)
+        fit = np.flatnonzero(half == 0)
+        self._for_labels.offer(
+            latent[fit],
+            random_keys(seed, "labels", latent[fit], number[fit]),
+            lambda chosen: {"token": number[fit[chosen]], "value": value[fit[chosen]]},
+        )
         first = self._strongest_of_documents(firings, text, row)
         self._strongest.offer(row[first], value[first], lambda chosen: windows(first[chosen]))
 
@@ -115,9 +125,16 @@ class ContextCollector:
     def random(self, latent: int, half: int) -> ChosenContexts:
         return self._contexts(self._random, 2 * latent + half)
 
+    def for_labels(self, latent: int) -> tuple[Integers, npt.NDArray[np.float32]]:
+        """Tokens [m] and activations [m] of half 0, for labels to be found on."""
+        used = self._for_labels.priority[latent] > 0
+        columns = self._for_labels.columns
+        return columns["token"][latent][used].astype(np.int64), columns["value"][latent][used]
+
     def tokens(self) -> Integers:
         """The peaks of all contexts, ascending, each once."""
-        used = [table.columns["token"][table.priority > 0] for table in self._tables.values()]
+        tables = (self._strongest, self._quantile, self._random)
+        used = [table.columns["token"][table.priority > 0] for table in tables]
         tokens: Integers = np.unique(np.concatenate(used)).astype(np.int64)
         return tokens
 
@@ -130,7 +147,12 @@ class ContextCollector:
 
     @property
     def _tables(self) -> dict[str, Slots]:
-        return {"strongest": self._strongest, "quantile": self._quantile, "random": self._random}
+        return {
+            "strongest": self._strongest,
+            "quantile": self._quantile,
+            "random": self._random,
+            "labels": self._for_labels,
+        }
 
     def _strongest_of_documents(self, firings: Firings, text: TextPass, row: Integers) -> Integers:
         """The strongest firing of each latent in each document of the pass, of equal ones the first.

@@ -27,8 +27,8 @@ FindLabel = Callable[[LatentExamples, Vocabulary, Sequence[int]], Label | None]
 class ExampleMaker:
     """Makes the examples of every latent.
 
-    Active: all contexts of the half, each token once. Silent: random tokens, and random activations of the nearest
-    latents at which the latent is silent.
+    Active: all contexts of the half, each token once; to find a label on, more random activations. Silent: random
+    tokens, and random activations of the nearest latents at which the latent is silent.
     """
 
     def __init__(self, maker: PageMaker, nearest: Integers) -> None:
@@ -44,8 +44,12 @@ class ExampleMaker:
         s, collector = self._settings, self._collector
         quantiles = [collector.of_quantile(latent, half, q) for q in range(collector.n_quantiles)]
         active = ChosenContexts.joined([collector.strongest(latent, half), *quantiles, collector.random(latent, half)])
-        tokens, first = np.unique(active.token, return_index=True)
-        activation = active.activations[first, s.tokens_before]
+        tokens, activation = active.token, active.activations[:, s.tokens_before]
+        if half == 0:
+            more, values = collector.for_labels(latent)
+            tokens, activation = np.concatenate([tokens, more]), np.concatenate([activation, values])
+        tokens, first = np.unique(tokens, return_index=True)
+        activation = activation[first]
         index = self._maker.sample.silent(latent, half, s.label_negatives, s.seed)
         silent = self._maker.sample.token[index]
         hard = self._hard(latent, half)

@@ -6,7 +6,7 @@ into the tokens that it names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -190,11 +190,11 @@ class AnyOf:
         return {"kind": self.kind, "of": [member.to_json() for member in self.members]}
 
 
-def any_of(predicates: Sequence[Predicate]) -> Predicate:
+def any_of(predicates: Iterable[Predicate]) -> Predicate:
     """The predicate that is true where one of these is; those that differ only in what they list become one."""
     lists: dict[Any, list[Any]] = {}
     others: list[Predicate] = []
-    for predicate in predicates:
+    for predicate in _alternatives(predicates):
         match predicate:
             case Tokens():
                 lists.setdefault((Tokens, predicate.back), []).extend(predicate.tokens)
@@ -215,6 +215,14 @@ def any_of(predicates: Sequence[Predicate]) -> Predicate:
             members.append(key[0](values, *key[1:]))
     members += dict.fromkeys(others)
     return members[0] if len(members) == 1 else AnyOf(tuple(members))
+
+
+def _alternatives(predicates: Iterable[Predicate]) -> Iterator[Predicate]:
+    for predicate in predicates:
+        if isinstance(predicate, AnyOf):
+            yield from _alternatives(predicate.members)
+        else:
+            yield predicate
 
 
 def statements(predicate: Predicate) -> Iterator[Predicate]:

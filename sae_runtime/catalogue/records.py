@@ -100,7 +100,7 @@ class Label:
     n_negative: int = 0
     """Held-out contexts that it was tested on."""
     predicate: Mapping[str, Any] = field(default_factory=dict)
-    """Of a rule: its kind ("tokens", "ngram", "position", "text_kind", "language", "promoted") and parameters."""
+    """Of a rule: what it says, as `predicates.from_json` reads it."""
     author: str = ""
     """Who wrote it; of a model also the prompt's name."""
     created: str = ""

@@ -75,7 +75,10 @@ class CatalogueSettings(BaseModel):
     )
     labels: bool = Field(True, description="Find a label for every latent.")
     label_tokens: int = Field(24, ge=1, description="Tokens up to an example's token that a label may look at.")
-    label_negatives: int = Field(48, ge=0, description="Random silent tokens of each half that labels are tested on.")
+    label_activations: int = Field(
+        64, ge=0, description="Further random activations, in the half that labels are found on."
+    )
+    label_negatives: int = Field(96, ge=0, description="Random silent tokens of each half that labels are tested on.")
     label_hard_negatives: int = Field(
         48, ge=0, description="Tokens of each half on which near latents fire and the latent does not."
     )

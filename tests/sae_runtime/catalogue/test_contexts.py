@@ -95,3 +95,18 @@ def test_random_ones_are_uniform(collected: Collect, reference: list[ReferenceTo
     early, late = chosen[fires[: len(fires) // 2]].sum(), chosen[fires[len(fires) // 2 :]].sum()
     assert early + late == 12 * 8
     assert 25 <= early <= 71  # p = 3e-6 of a fair coin
+
+
+@pytest.mark.parametrize("tokens_per_pass", [32, 100_000])
+def test_more_activations_to_find_labels_on(
+    collected: Collect, reference: list[ReferenceToken], tokens_per_pass: int
+) -> None:
+    contexts = collected(label_activations=9, tokens_per_pass=tokens_per_pass).contexts
+    z = activations(reference)
+    half = half_of(0, np.array([token.document for token in reference]))
+    for latent in range(N_LATENTS):
+        fires = np.flatnonzero((z[:, latent] > 0) & (half == 0))
+        token, value = contexts.for_labels(latent)
+        assert set(token) <= set(fires)
+        assert len(set(token)) == min(9, len(fires))
+        assert value == pytest.approx(z[token, latent], rel=1e-4)

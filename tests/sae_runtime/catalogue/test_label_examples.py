@@ -33,6 +33,12 @@ def test_active_silent_and_hard_ones(
             n_hard += int(examples.hard.sum())
             assert examples.hard.sum() <= 6
             assert (~examples.hard & ~examples.active).sum() <= 7
+            if half == 0:
+                fires = {
+                    (reference[i].document, reference[i].position)
+                    for i in maker.collection.contexts.for_labels(latent)[0]
+                }
+                assert fires <= set(zip(examples.document.tolist(), examples.position.tolist(), strict=True))
             for i in range(len(examples)):
                 candidates = [
                     token

@@ -90,6 +90,8 @@ def test_lists_of_the_same_kind_become_one() -> None:
     pairs = [AllOf((Tokens((7,)), Tokens((i,), 1))) for i in (1, 2)]
     assert any_of(pairs) == AllOf((Tokens((7,)), Tokens((1, 2), 1)))
     assert any_of([Position(0, 3), Position(0, 3)]) == Position(0, 3)
+    nested = AnyOf((Tokens((1,)), AnyOf((Position(0, 3), Tokens((2,))))))
+    assert any_of([nested, Tokens((3,))]) == AnyOf((Tokens((1, 2, 3)), Position(0, 3)))
 
 
 def test_the_family_says_what_a_predicate_speaks_of() -> None:

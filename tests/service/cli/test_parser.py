@@ -9,7 +9,7 @@ from service.cli.main import COMMANDS, _parser
 
 Saeserve = Callable[..., tuple[int, str, str]]
 LISTS = {
-    "catalogue": ("--data", "--neighbor-dictionaries"),
+    "catalogue": {"--data", "--neighbor-dictionaries"},
     "serve": {"--dictionaries"},
     "features": {"--file", "--dictionary", "--feature"},
     "generate": {"--preset", "--stop", "--show-features"},

@@ -75,12 +75,27 @@ class Annotations:
         wanted = list(features)
         return {summary.feature: summary.label for summary in self.summaries_of(wanted) if summary.label}
 
+    def labels(self) -> list[tuple[int, Label]]:
+        """Every label of every feature, in the order of their numbers, and the best of a feature first."""
+        n_latents = self._dictionary.n_latents
+        written = self._written(range(n_latents))
+        labels = []
+        for feature in range(n_latents):
+            page = None if self.catalogue is None else self.catalogue.page(feature)
+            of_rules = () if page is None else page.labels
+            labels += [(feature, label) for label in best_first((*written.get(feature, ()), *of_rules))]
+        return labels
+
     def search(self, text: str, limit: int) -> tuple[SearchHit, ...]:
-        """The features that `Catalogue.search` finds, and those whose written labels have all the words; best first."""
+        """The features that `Catalogue.search` finds, and those whose written labels have all the words; best first.
+
+        The latter come first: somebody has looked. (Their own BM25 scores are near 0, as there are few such labels.)
+        """
         hits = () if self.catalogue is None else self.catalogue.search(text, limit)
         scores = {hit.summary.feature: hit.score for hit in hits}
+        above = max(scores.values(), default=0.0)
         for feature, score in [] if self.written is None else self.written.search(text, limit):
-            scores[feature] = scores.get(feature, 0.0) + score
+            scores[feature] = scores.get(feature, 0.0) + above + score
         best = sorted(scores, key=lambda feature: (-scores[feature], feature))[:limit]
         return tuple(SearchHit(summary, scores[summary.feature]) for summary in self.summaries_of(best))
 

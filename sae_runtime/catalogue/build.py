@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from sae_runtime.catalogue.labels import find_label
 from sae_runtime.catalogue.logit_tokens import LogitTokens, logit_tokens
 from sae_runtime.catalogue.neighbors import companions, fires_together, nearest_latents
 from sae_runtime.catalogue.pages import Measured, PageMaker, Ranked
+from sae_runtime.catalogue.predicates import family, from_json
 from sae_runtime.catalogue.random_keys import random_bits
 from sae_runtime.catalogue.records import FLAGS, CatalogueInfo, FeaturePage, Label
 from sae_runtime.catalogue.schema import SCHEMA_VERSION
@@ -29,6 +31,8 @@ from sae_runtime.model.backbone import Backbone
 from sae_runtime.progress import ProgressCallback, ProgressMeter
 from sae_runtime.version import code_version
 
+KINDS_SHOWN = 5
+"""Commonest kinds of statement whose shares are among the figures."""
 LABELLED_F1 = 0.7
 """Least F1 of a label that counts in the figures."""
 
@@ -194,12 +198,20 @@ class _Build:
 
 
 def _figures(maker: PageMaker, measured: Measured) -> dict[str, float]:
-    """Shares of live latents, but "dead", which is of all; and the median of token_r2."""
+    """Shares of live latents, but "dead", which is of all; and medians of token_r2 and of the labels' precision.
+
+    "labelled" is the share with a label of LABELLED_F1 or more, "labelled_by_…" that of each kind of statement.
+    """
     live = np.flatnonzero(maker.rates.fired).tolist()
     flags = [maker.flags(latent) for latent in live]
     figures: dict[str, float] = {"dead": 1 - len(live) / maker.n_latents}
     figures |= {name: sum(name in of for of in flags) / max(len(live), 1) for name in FLAGS if name != "dead"}
     r2 = [value for latent in live if (value := maker.token_r2[latent]) is not None]
     figures["median_token_r2"] = float(np.median(r2)) if r2 else 0.0
-    labelled = [latent for latent, label in measured.labels.items() if (label.f1 or 0.0) >= LABELLED_F1]
-    return figures | {"labelled": len(labelled) / max(len(live), 1)}
+    labels = [label for label in measured.labels.values() if (label.f1 or 0.0) >= LABELLED_F1]
+    figures["label_precision"] = float(np.median([label.precision or 0.0 for label in labels])) if labels else 0.0
+    figures["labelled"] = len(labels) / max(len(live), 1)
+    kinds = Counter(family(from_json(label.predicate)) for label in labels if label.predicate)
+    for kind, count in kinds.most_common(KINDS_SHOWN):
+        figures[f"labelled_by_{kind}"] = count / len(live)
+    return figures

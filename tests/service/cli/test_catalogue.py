@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from sae_runtime import Backbone
+from sae_runtime.catalogue.label_store import LabelStore
 from sae_runtime.catalogue.read import Catalogue
+from sae_runtime.catalogue.records import Label
 from sae_runtime.catalogue.settings import CatalogueSettings
 from sae_runtime.dictionary.fingerprint import fingerprint_of
 from sae_runtime.dictionary.formats import load_dictionary
@@ -108,3 +110,84 @@ def test_a_bad_document_stops_or_is_skipped(saeserve: Saeserve, published: Path,
         code, _, err = saeserve(*arguments, "--bad-documents", "skip")
     assert code == 0, err
     assert (published / "features.sqlite").exists()
+
+
+# Labels in and out
+
+
+@pytest.fixture
+def labelled(published: Path) -> Path:
+    """A dictionary with labels of a person and of a model, and no catalogue."""
+    dictionary = load_dictionary(published)
+    store = LabelStore(published / "labels.sqlite", dictionary.name, dictionary.fingerprint)
+    store.write(3, Label("Python keywords", "person", author="Ada"))
+    store.write(3, Label("def, class", "some-model", f1=0.75, precision=1.0, recall=0.6, n_positive=10, n_negative=10))
+    store.write(5, Label('quotes, "commas" and =cells', "person"))
+    store.close()
+    return published
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.json"])
+def test_labels_go_out_and_in_again(saeserve: Saeserve, labelled: Path, tmp_path: Path, name: str):
+    file = tmp_path / name
+    code, out, err = saeserve("catalogue", "export", str(labelled), "--file", str(file))
+    assert (code, err) == (0, "")
+    assert f"wrote 3 labels to {file}" in out.replace("\n", " ")
+    elsewhere = ("--labels-dir", str(tmp_path / "elsewhere"))
+    code, out, err = saeserve("catalogue", "import", str(labelled), "--file", str(file), *elsewhere)
+    assert (code, err) == (0, "")
+    assert "read 3 labels, of which 0 replaced others" in out
+    dictionary = load_dictionary(labelled)
+    stores = [
+        LabelStore(folder / "labels.sqlite", "tiny", dictionary.fingerprint)
+        for folder in (labelled, tmp_path / "elsewhere")
+    ]
+    before, after = (store.labels_of(range(10)) for store in stores)
+    assert before == after
+    assert {feature: len(labels) for feature, labels in after.items()} == {3: 2, 5: 1}
+    assert "of which 3 replaced others" in saeserve("catalogue", "import", str(labelled), "--file", str(file))[1]
+
+
+def test_labels_of_rules_go_out_and_are_left_out_on_the_way_in(
+    saeserve: Saeserve, published: Path, text: Path, tmp_path: Path
+):
+    """A catalogue makes its own, and knows what they were tested on."""
+    assert saeserve("catalogue", "build", str(published), "--data", str(text))[0] == 0
+    dictionary = load_dictionary(published)
+    catalogue = Catalogue.open(published / "features.sqlite", fingerprint_of(dictionary))
+    rules = sum(len(catalogue.page(feature).labels) for feature in range(dictionary.n_latents))
+    file = tmp_path / "labels.json"
+    assert saeserve("catalogue", "export", str(published), "--file", str(file))[0] == 0
+    assert len(json.loads(file.read_text())) == rules
+    out = saeserve("catalogue", "import", str(published), "--file", str(file))[1]
+    assert f"read 0 labels, of which 0 replaced others; {rules} of rules" in out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("labels.txt", "", "ends in .csv or .json"),
+        ("absent.json", None, "No such file"),
+        ("labels.json", "{", "the file is not JSON"),
+        ("labels.json", '[{"index": 3}]', "label 1: `description`"),
+        ("labels.json", '[{"index": 999999, "description": "x"}]', "999999"),
+        ("labels.csv", "a,b\n1,2\n", "lacks the columns"),
+        ("labels.json", b"\xff\xfe\x00", "labels.json"),
+    ],
+)
+def test_files_that_are_no_labels(
+    saeserve: Saeserve, published: Path, tmp_path: Path, name: str, content: str | bytes | None, message: str
+):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    code, _, err = saeserve("catalogue", "import", str(published), "--file", str(file))
+    assert code in (1, 2)
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_flags_of_another_action(saeserve: Saeserve, published: Path):
+    assert saeserve("catalogue", "export", str(published))[0] == 2
+    code, _, err = saeserve("catalogue", "build", str(published), "--file", "labels.csv")
+    assert (code, "--file belongs to export and import" in err) == (2, True)

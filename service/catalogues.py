@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_annotations(dictionaries: Mapping[str, Dictionary], labels_dir: str) -> dict[str, Annotations]:
-    """Of each dictionary by name. What cannot be used is logged, and the dictionary is served without it."""
+    """Of each dictionary by name. A dictionary is served without what cannot be used; `problem` says why."""
     return {name: _open(name, dictionary, labels_dir) for name, dictionary in dictionaries.items()}
 
 
@@ -47,8 +47,7 @@ def _open(name: str, dictionary: Dictionary, labels_dir: str) -> Annotations:
         try:
             catalogue = Catalogue.open(file, dictionary.fingerprint)
         except CatalogueError as error:
-            problem = str(error)
-            logger.warning("dictionary %s is served without its catalogue: %s", name, error)
+            problem = str(error)  # which the replica notes
     return Annotations(dictionary, catalogue, _open_labels(name, dictionary, labels_dir), problem)
 
 

@@ -85,7 +85,14 @@ class ServiceRuntime:
         presets = Presets.load(settings.edit_presets, dictionaries, backbone)
         by_name = {name: dictionaries[name] for name in sorted(dictionaries)}
         annotations = open_annotations(by_name, settings.labels_dir)
-        self.model = ServedModel(backbone, by_name, presets, notes, annotations)
+        unused = [
+            f"dictionary {name} is served without its catalogue: {known.problem}"
+            for name, known in annotations.items()
+            if known.problem
+        ]
+        self.model = ServedModel(backbone, by_name, presets, [*notes, *unused], annotations)
+        for note in self.model.notes:
+            logger.warning(note)
         self.metrics = Metrics()
         self.engine = Engine(backbone, self.model.dictionaries, settings.engine, self.metrics)
         self.limits = settings.limits.for_context(backbone.context_length, self.engine.max_sequence_tokens)
@@ -106,8 +113,6 @@ class ServiceRuntime:
             warnings.simplefilter("always", UserWarning)
             backbone, dictionaries = await asyncio.to_thread(load_model, settings)
         notes = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-        for note in notes:
-            logger.warning(note)
         runtime = cls(backbone, dictionaries, settings, notes)
         await runtime.open()
         logger.info(

@@ -21,9 +21,9 @@ class Limits(BaseModel):
     max_text_bytes: int = Field(default=32_768, ge=1, le=_MAX_UINT32)
     """Bytes of text in one input: bounds the time that tokenizing it can take."""
     max_activation_rows: int = Field(default=1_024, ge=1, le=_MAX_UINT32)
-    """Rows in one EncodeActivations or DecodeFeatures call."""
+    """Rows in one EncodeActivations or DecodeFeatures call; tokens times sites in one GetActivations call."""
     max_dictionaries: int = Field(default=16, ge=1, le=_MAX_UINT32)
-    """Dictionaries in one call."""
+    """Dictionaries, or sites of GetActivations, in one call."""
     max_selected_features: int = Field(default=4_096, ge=1, le=_MAX_UINT32)
     """Feature numbers in one selection, top_k, and features of a row on average in DecodeFeatures."""
     max_new_tokens: int = Field(default=512, ge=1, le=_MAX_UINT32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from sae_runtime.model.sites import LOCATIONS
 from sae_runtime.version import installed_version
 from service.engine.settings import EngineSettings
@@ -11,6 +13,8 @@ from service.rpc.limits import Limits
 from service.rpc.model import ServedModel
 
 _LIBRARIES = ("torch", "transformers", "ray")
+_FOLDERS = re.compile(r"(?<![^\s'\"(])/(?:[^/:\n'\"()]+/)*(?=[^/\s])")
+"""The folders of an absolute path: where a server keeps its files is not for clients. Its log has the whole path."""
 
 
 class ServerRpc:
@@ -42,7 +46,7 @@ class ServerRpc:
             cache_bytes=engine_settings.max_cache_tokens * backbone.cache_bytes_per_token,
             device=str(backbone.device),
             edit_presets=model.presets,
-            notes=model.notes,
+            notes=[_FOLDERS.sub("", note) for note in model.notes],
         )
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:

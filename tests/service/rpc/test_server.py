@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,24 @@ async def test_what_was_noted_of_the_files_is_told(tmp_path: Path) -> None:
     await runtime.stop()
     assert list(runtime.model.notes) == [f"{folder}: these weights are not used: v_head.bias"]
     served = ServerRpc(runtime.model, LIMITS, EngineSettings())
-    assert list((await served.GetServerInfo(server_service_pb2.GetServerInfoRequest(), Call())).notes) == [
-        *runtime.model.notes
-    ]
+    told = (await served.GetServerInfo(server_service_pb2.GetServerInfoRequest(), Call())).notes
+    assert list(told) == ["model: these weights are not used: v_head.bias"], "where its files lie is not for clients"
+
+
+@pytest.mark.parametrize(
+    ("note", "told"),
+    [
+        ("/srv/my models/gpt2: these weights are not used", "gpt2: these weights are not used"),
+        ("dictionary a: /srv/a/features.sqlite: no such file", "dictionary a: features.sqlite: no such file"),
+        ("cfg.json: 1/2 of the rows, and/or 'x/y'", "cfg.json: 1/2 of the rows, and/or 'x/y'"),
+        ("cannot read '/srv/a/b.pt' (/tmp/c)", "cannot read 'b.pt' (c)"),
+    ],
+)
+async def test_notes_name_files_without_their_folders(served: Served, note: str, told: str) -> None:
+    model = replace(served.runtime.model, notes=[note])
+    rpc = ServerRpc(model, LIMITS, EngineSettings())
+    reply = await rpc.GetServerInfo(server_service_pb2.GetServerInfoRequest(), Call())
+    assert list(reply.notes) == [told]
 
 
 async def test_without_anything_to_note(served: Served) -> None:

@@ -107,7 +107,7 @@ class GetServerInfoResponse(_message.Message):
 
     @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What was noted of the files while they were loaded, such as weights that are not used."""
+        """What was noted of the files while they were loaded, such as weights that are not used. Files without their folders."""
 
     def __init__(
         self,
@@ -222,9 +222,9 @@ class Limits(_message.Message):
     max_text_bytes: _builtins.int
     """Bytes of text in one input."""
     max_activation_rows: _builtins.int
-    """Rows in one EncodeActivations or DecodeFeatures call."""
+    """Rows in one EncodeActivations or DecodeFeatures call; tokens times sites in one GetActivations call."""
     max_dictionaries: _builtins.int
-    """Dictionaries in one call."""
+    """Dictionaries, or sites of GetActivations, in one call."""
     max_selected_features: _builtins.int
     """Feature numbers in one selection, and top_k."""
     max_new_tokens: _builtins.int

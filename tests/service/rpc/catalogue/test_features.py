@@ -11,7 +11,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from service.pb.saeserve.v1 import catalog_service_pb2
+from service.pb.saeserve.v1 import catalog_service_pb2, server_service_pb2
 from service.pb.saeserve.v1 import catalogue_pb2 as pb
 from service.replica import ReplicaSettings
 from tests.catalogue_pages import pages
@@ -172,6 +172,8 @@ async def test_a_broken_catalogue_does_not_keep_a_dictionary_from_being_served(
     settings = ReplicaSettings(limits=LIMITS, labels_dir=str(tmp_path))
     async for server in serve(settings, dictionaries=dictionaries):
         assert f"dictionary mid is served without its catalogue: {file}: " in caplog.text
+        (note,) = (await server.server.GetServerInfo(server_service_pb2.GetServerInfoRequest())).notes
+        assert note.startswith("dictionary mid is served without its catalogue: features.sqlite: ")
         failed = await failure(server.catalog.GetFeature(pb.GetFeatureRequest(dictionary="mid")))
         assert failed.code == grpc.StatusCode.FAILED_PRECONDITION
         assert "has a catalogue that cannot be used" in failed.message

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import math
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from service.local_ray import core_is_running, our_processes
+from service.haproxy import await_replies_sent
+from service.local_ray import core_is_running
 
 _POLL_S = 0.1
 _ANSWER_S = 1.0
 
 
-def drain(drain_s: float, stop_now: Callable[[], bool]) -> None:
+def drain(directory: Path, drain_s: float, stop_now: Callable[[], bool]) -> None:
     """Makes all replicas refuse new calls, and waits until running calls have ended and clients have the replies.
 
     Health turns to NOT_SERVING at once. Waits at most `drain_s` seconds, and no longer once `stop_now` is true or Ray's
     core has ended.
+
+    Args:
+        directory: the folder of the run.
     """
     deadline = time.monotonic() + drain_s
     drained = threading.Event()
     # In a thread, because calls of Ray can block for longer than that.
-    threading.Thread(target=_drain, args=(drained,), name="drain", daemon=True).start()
+    threading.Thread(target=_drain, args=(directory, drained), name="drain", daemon=True).start()
     while not drained.wait(_POLL_S) and not stop_now() and time.monotonic() < deadline and core_is_running():
         pass
 
 
-def _drain(drained: threading.Event) -> None:
+def _drain(directory: Path, drained: threading.Event) -> None:
     from service.app import drain_replica
 
     with contextlib.suppress(Exception):  # Ray has failed or has been stopped meanwhile
         _await_actors("SERVE_REPLICA::", drain_replica)
         _await_actors("SERVE_PROXY_ACTOR", _forwarded_all)
-        _await_haproxy()
+        await_replies_sent(directory, math.inf)
     drained.set()
 
 
@@ -85,14 +90,3 @@ def _yes(answer: Any) -> bool:
 # Whether Serve's own proxy has passed all replies on; HAProxy's manager has no `grpc_proxy`. A lambda travels as code.
 # For a function, the proxy would import this module, which takes seconds.
 _forwarded_all = lambda proxy: not getattr(getattr(proxy, "grpc_proxy", None), "_ongoing_requests", 0)  # noqa: E731
-
-
-def _await_haproxy() -> None:
-    """Waits until HAProxy has sent all replies on: told to stop softly, it exits after its last stream."""
-    import psutil  # type: ignore[import-untyped]
-
-    processes = [process for process in our_processes() if process.name() == "haproxy"]
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(signal.SIGUSR1)
-    psutil.wait_procs(processes)

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from service.haproxy import ADMIN_SOCKET, FOLDER
 from service.ports import MOST_REPLICAS, PortError, Ports, bind, reserved_ports
 from service.settings import ServeSettings
 
@@ -83,7 +84,7 @@ def environment(settings: ServeSettings, directory: Path, ports: Ports) -> dict[
         ports: the ports of this run.
     """
     start_timeout_s = str(math.ceil(settings.start_timeout_s))
-    haproxy = directory / "h"  # short names: Ray adds 56 characters, and HAProxy accepts 97
+    haproxy = directory / FOLDER
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # Ray's default of 15 gives every other program priority over replicas
@@ -129,7 +130,7 @@ def environment(settings: ServeSettings, directory: Path, ports: Ports) -> dict[
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replicas_grpc.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replicas_grpc.stop),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "a.sock"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / ADMIN_SOCKET),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "m.sock"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from service.cli.setting_flags import add_setting_flags, given_settings, settings_errors
 from service.drain import drain
+from service.haproxy import forwards_to_replicas
 from service.local_ray import StartError, check_ports, local_ray, ray_is_silent, uses_haproxy
 from service.settings import ServeSettings, load_settings
 
@@ -56,14 +57,15 @@ def run(arguments: argparse.Namespace) -> int:
             _stop_on_signals()  # again: ray.init sets its own handler
             with _progress("starting saeserve", quiet=verbose), ray_is_silent(verbose=verbose):
                 metrics_dir = settings.metrics_dir or str(directory / "metrics")
-                device, notes = _start(settings.model_copy(update={"metrics_dir": metrics_dir}), deadline)
+                settings = settings.model_copy(update={"metrics_dir": metrics_dir})
+                device, notes = _start(settings, directory, deadline)
             for note in notes:
                 print(f"saeserve: {note}", file=sys.stderr)
             print(_ready_line(settings, device), flush=True)
             try:
                 _watch()
             except _STOPPED:
-                _drain(settings.drain_s, verbose=verbose)
+                _drain(directory, settings.drain_s, verbose=verbose)
         return 0
     except _STOPPED:  # before it was ready
         return 0
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
 
 
-def _start(settings: ServeSettings, deadline: float) -> tuple[str, list[str]]:
+def _start(settings: ServeSettings, directory: Path, deadline: float) -> tuple[str, list[str]]:
     """Deploys the application and waits until it answers calls. Returns the device of a replica, and what it noted.
 
     Raises:
@@ -106,7 +108,7 @@ def _start(settings: ServeSettings, deadline: float) -> tuple[str, list[str]]:
     target = serve.RunTarget(target=build_app(settings), name=APP_NAME)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     _await_running(deadline)
-    device, notes = _await_serving(settings, deadline)
+    device, notes = _await_serving(settings, directory, deadline)
     return f"{device}, {settings.gpus_per_replica:g} GPU a replica" if settings.gpus_per_replica else device, notes
 
 
@@ -146,8 +148,10 @@ def _start_failure(message: str) -> str | None:
     return failure.partition("\n")[0].strip()
 
 
-def _await_serving(settings: ServeSettings, deadline: float) -> tuple[str, list[str]]:
-    """Waits until the health service answers on the clients' port. Returns the device of a replica, and its notes.
+def _await_serving(settings: ServeSettings, directory: Path, deadline: float) -> tuple[str, list[str]]:
+    """Waits until replicas answer on the clients' port. Returns the device of one, and its notes.
+
+    Behind HAProxy they must answer without Ray Serve's own proxy, which would lose the status of streams that fail.
 
     Raises:
         StartError: the deadline has passed.
@@ -162,15 +166,18 @@ def _await_serving(settings: ServeSettings, deadline: float) -> tuple[str, list[
         while True:
             try:
                 reply = health.Check(health_pb2.HealthCheckRequest(), timeout=5)
-                if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                is_direct = not uses_haproxy(settings) or forwards_to_replicas(directory)
+                if reply.status == health_pb2.HealthCheckResponse.SERVING and is_direct:
                     server = server_service_pb2_grpc.ServerServiceStub(channel)
                     info = server.GetServerInfo(server_service_pb2.GetServerInfoRequest(), timeout=5)
                     return info.device, list(info.notes)
-                answer = "NOT_SERVING"
+                answer = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
             except grpc.RpcError as error:
                 answer = error.code().name
             if time.monotonic() > deadline:
-                raise StartError(f"the health check on port {settings.grpc_port} still answers {answer}")
+                raise StartError(
+                    f"port {settings.grpc_port} does not lead to replicas in time; the health check answers {answer}"
+                )
             time.sleep(_POLL_S)
 
 
@@ -190,7 +197,7 @@ def _watch() -> None:
             raise StartError(f"Ray has stopped: {error}") from None
 
 
-def _drain(drain_s: float, *, verbose: bool) -> None:
+def _drain(directory: Path, drain_s: float, *, verbose: bool) -> None:
     """Lets running calls end, until `drain_s` seconds have passed or another signal comes."""
     if drain_s == 0:
         return
@@ -199,7 +206,7 @@ def _drain(drain_s: float, *, verbose: bool) -> None:
         signal.signal(name, lambda number, frame: signals.append(number))
     message = f"waiting up to {drain_s:g} s for running calls (Ctrl-C: stop now)"
     with _progress(message, quiet=verbose), ray_is_silent(verbose=verbose):
-        drain(drain_s, stop_now=lambda: bool(signals))
+        drain(directory, drain_s, stop_now=lambda: bool(signals))
 
 
 def _ready_line(settings: ServeSettings, device: str) -> str:
